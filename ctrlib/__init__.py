@@ -1,0 +1,33 @@
+"""ctrlib: recommender and click-through-rate models on PyTorch and TorchRec.
+
+    raw rows --prepare--> prepared folder --loader--> Batch
+    Batch --embedding--> (B, F, D) --tower--> (B, H) --head--> (B, T) logits
+
+`import ctrlib as ctr` gives every public name below; each is imported when it is first used, so that metrics need no torch
+and `ctrlib doctor` runs where TorchRec does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "schema": ("Categorical", "MultiValued", "Numeric", "Schema", "SchemaError", "Sequence"),
+    "batch": ("Batch",),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'ctrlib' has no attribute {name!r}; it has {__all__}")
+    value = getattr(importlib.import_module(f"ctrlib.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,176 @@
+"""One table per vocabulary: the plain embedding layer of every CTR model, as TorchRec collections."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from ctrlib.batch import Batch
+from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, SparseFeature, vocabulary_of
+
+
+class TableEmbedding(nn.Module):
+    """e_f = V_f[x_f] for ids, the mean (or sum) of rows for bags and histories, and x_f v_f for numbers.
+
+    Features of one vocabulary share one table. Rows start as N(0, init_std^2), the padding row at 0; numeric vectors v_f
+    start Xavier-normal, as a bias-free `Linear(1, D)` in FuxiCTR does. An empty bag gives the zero vector.
+
+    Shape: Batch -> (B, F, D), fields in the schema's order.
+
+    Raises:
+        ValueError: a feature has not been fitted, or features of one vocabulary want different pooling.
+
+    >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+    >>> embedding = TableEmbedding([Categorical("item", num_embeddings=5), Numeric("price")], embedding_dim=4)
+    >>> embedding.out_shape, embedding.num_bytes()
+    ((2, 4), 96)
+    >>> kjt = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([3, 4]), torch.tensor([1, 1]))
+    >>> embedding(Batch(kjt, torch.ones(2, 1), torch.ones(2, 1), torch.ones(2))).shape
+    torch.Size([2, 2, 4])
+    """
+
+    def __init__(
+        self, features: Sequence[Feature], *, embedding_dim: int = 16, init_std: float = 1e-4
+    ) -> None:
+        super().__init__()
+        self.out_shape = (len(features), embedding_dim)
+        sparse = [feature for feature in features if not isinstance(feature, Numeric)]
+        num_dense = len(features) - len(sparse)
+        self.names = [feature.name for feature in sparse]
+        self.tables = make_tables(sparse, embedding_dim=embedding_dim, init_std=init_std) if sparse else None
+        self.numeric_vectors = nn.Parameter(torch.empty(num_dense, embedding_dim)) if num_dense else None
+        if self.numeric_vectors is not None:
+            # The Xavier scale of Linear(1, D), per field: sqrt(2 / (1 + D)).
+            nn.init.normal_(self.numeric_vectors, std=(2 / (1 + embedding_dim)) ** 0.5)
+        # Looked-up and numeric fields come in two blocks; `order` puts them back into the schema's order.
+        blocks = [f for f in features if not isinstance(f, Numeric)] + [f for f in features if isinstance(f, Numeric)]
+        order = [blocks.index(feature) for feature in features]
+        self.order = None if order == sorted(order) else order
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Batch -> (B, F, D)."""
+        blocks = []
+        if self.tables is not None:
+            pooled = regroup(self.tables(batch.sparse), self.names)
+            blocks.append(pooled.view(batch.size, len(self.names), self.out_shape[1]))
+        if self.numeric_vectors is not None:
+            blocks.append(batch.dense.unsqueeze(2) * self.numeric_vectors)
+        fields = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+        return fields if self.order is None else fields[:, self.order]
+
+    def num_bytes(self) -> int:
+        """Bytes of all weights in this module, optimiser state not counted."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
+
+class Wide(nn.Module):
+    """First-order term sum_f w_f[x_f] (+ sum_f w_f x_f for numbers): the linear part of FM, DeepFM and Wide & Deep.
+
+    Bags and histories contribute their pooled weight. All weights start at N(0, init_std^2).
+
+    `columns`: fbgemm's fused kernels need widths that are multiples of 4, so the fused engine wants 4; the weight is then
+    the mean of 4 equal columns, which row-wise Adagrad moves exactly as it moves one column: each gets gradient g / 4,
+    the mean square over the row is (g / 4)^2, and the quarter cancels.
+
+    Shape: Batch -> (B, T), T = `num_tasks`.
+
+    >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+    >>> wide = Wide([Categorical("item", num_embeddings=5), Numeric("price")], num_tasks=2)
+    >>> kjt = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([3, 4]), torch.tensor([1, 1]))
+    >>> wide(Batch(kjt, torch.ones(2, 1), torch.ones(2, 2), torch.ones(2))).shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(
+        self, features: Sequence[Feature], *, num_tasks: int = 1, columns: int = 1, init_std: float = 1e-4
+    ) -> None:
+        super().__init__()
+        self.num_tasks, self.columns = num_tasks, columns
+        sparse = [feature for feature in features if not isinstance(feature, Numeric)]
+        num_dense = len(features) - len(sparse)
+        self.tables = (
+            make_tables(sparse, embedding_dim=num_tasks * columns, init_std=init_std, copies=columns, suffix="_wide")
+            if sparse
+            else None
+        )
+        self.numeric_weights = nn.Parameter(torch.empty(num_dense, num_tasks)) if num_dense else None
+        if self.numeric_weights is not None:
+            nn.init.normal_(self.numeric_weights, std=init_std)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Batch -> (B, T)."""
+        total = batch.dense.new_zeros(batch.size, self.num_tasks)
+        if self.tables is not None:
+            pooled = self.tables(batch.sparse).values()  # the sum over fields does not care about their order
+            total = total + pooled.view(batch.size, -1, self.num_tasks, self.columns).sum(1).mean(2)
+        if self.numeric_weights is not None:
+            total = total + batch.dense @ self.numeric_weights
+        return total
+
+    def num_bytes(self) -> int:
+        """Bytes of all weights in this module, optimiser state not counted."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
+
+def make_tables(
+    features: Sequence[SparseFeature], *, embedding_dim: int, init_std: float, copies: int = 1, suffix: str = ""
+) -> EmbeddingBagCollection:
+    """An EmbeddingBagCollection with one table per vocabulary; each run of `copies` columns starts equal.
+
+    Raises:
+        ValueError: a feature has not been fitted, or features of one vocabulary want different pooling.
+    """
+    by_vocabulary: dict[str, list[SparseFeature]] = {}
+    for feature in features:
+        by_vocabulary.setdefault(vocabulary_of(feature), []).append(feature)
+    configs = []
+    for vocabulary, members in by_vocabulary.items():
+        rows = members[0].num_embeddings
+        if rows is None:
+            raise ValueError(
+                f"feature {members[0].name!r} has no num_embeddings yet: take the schema that `ctrlib.prepare` returns"
+            )
+        # One id per row is its own mean and its own sum, so only bags and histories have a say.
+        pooling = {member.pooling for member in members if not isinstance(member, Categorical)} or {"sum"}
+        if len(pooling) > 1:
+            raise ValueError(
+                f"features {[m.name for m in members]} share table {vocabulary!r} and must have the same pooling, "
+                f"got {sorted(pooling)}"
+            )
+        configs.append(
+            EmbeddingBagConfig(
+                name=vocabulary + suffix,
+                num_embeddings=rows,
+                embedding_dim=embedding_dim,
+                feature_names=[member.name for member in members],
+                pooling=PoolingType.MEAN if pooling == {"mean"} else PoolingType.SUM,
+                init_fn=functools.partial(_init_rows, std=init_std, copies=copies),
+            )
+        )
+    return EmbeddingBagCollection(tables=configs)
+
+
+def regroup(pooled: Any, names: Sequence[str]) -> Tensor:
+    """The columns of a KeyedTensor in the order of `names`: (B, F * D).
+
+    TorchRec orders keys by the sharding plan, so this is the one place where the schema's order is restored.
+    """
+    if list(pooled.keys()) == list(names):
+        values: Tensor = pooled.values()
+        return values
+    by_name = pooled.to_dict()
+    return torch.cat([by_name[name] for name in names], dim=1)
+
+
+def _init_rows(weight: Tensor, *, std: float, copies: int) -> Tensor:
+    with torch.no_grad():
+        rows = torch.randn(weight.shape[0], weight.shape[1] // copies, device=weight.device) * std
+        weight.copy_(rows.repeat_interleave(copies, dim=1))
+        weight[PADDING_ID] = 0
+    return weight

@@ -1,0 +1,46 @@
+"""One linear layer per label."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ctrlib.layers import init_linear
+
+
+class LinearHead(nn.Module):
+    """z_t = w_t^T h + b_t.
+
+    `unweighted`: the first so many columns of h are added to every logit as they are, without a weight: for terms that
+    are logits already, such as FM's second-order sum in DeepFM (eq. 1 there).
+
+    Shape: (B, H) -> (B, T) logits.
+
+    Raises:
+        ValueError: `unweighted` is more than H.
+
+    >>> head = LinearHead((3,), unweighted=3)
+    >>> head(torch.tensor([[1.0, 2.0, 4.0]])).tolist()
+    [[7.0]]
+    """
+
+    def __init__(self, in_shape: tuple[int], *, num_tasks: int = 1, unweighted: int = 0) -> None:
+        super().__init__()
+        (width,) = in_shape
+        if not 0 <= unweighted <= width:
+            raise ValueError(f"unweighted must be between 0 and the tower's width {width}, got {unweighted}")
+        self.in_shape = tuple(in_shape)
+        self.out_shape = (num_tasks,)
+        self.unweighted = unweighted
+        # A bare bias where nothing is weighted: torch warns about linear layers without inputs.
+        self.linear = nn.Linear(width - unweighted, num_tasks) if width > unweighted else None
+        self.bias = None if self.linear is not None else nn.Parameter(torch.zeros(num_tasks))
+        init_linear(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H) -> (B, T) logits."""
+        logits = self.linear(x[:, self.unweighted :]) if self.linear is not None else self.bias
+        if self.unweighted:
+            logits = logits + x[:, : self.unweighted].sum(1, keepdim=True)
+        out: Tensor = logits
+        return out

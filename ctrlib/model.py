@@ -1,0 +1,55 @@
+"""A model is an embedding, a tower and a head, and nothing else."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ctrlib.batch import Batch
+
+
+class Model(nn.Module):
+    """logits = head(tower(embedding(batch))) [+ wide(batch)].
+
+    Any embedding goes with any tower and any head whose shapes meet. `wide` adds a first-order term to every logit.
+
+    Shape: Batch -> (B, T) logits.
+
+    Raises:
+        ValueError: the shapes of neighbouring parts do not meet.
+
+    >>> from ctrlib.embeddings.table import TableEmbedding
+    >>> from ctrlib.heads.linear import LinearHead
+    >>> from ctrlib.schema import Categorical
+    >>> from ctrlib.towers.mlp import MLP
+    >>> embedding = TableEmbedding([Categorical("item", num_embeddings=9)], embedding_dim=4)
+    >>> tower = MLP(embedding.out_shape, hidden=(8,))
+    >>> model = Model(embedding, tower, LinearHead(tower.out_shape))
+    >>> model.num_parameters()
+    {'embedding': 36, 'network': 49}
+    """
+
+    def __init__(self, embedding: nn.Module, tower: nn.Module, head: nn.Module, *, wide: nn.Module | None = None) -> None:
+        super().__init__()
+        for before, after in ((embedding, tower), (tower, head)):
+            if before.out_shape != after.in_shape:
+                raise ValueError(
+                    f"{type(after).__name__} expects {after.in_shape}, but {type(before).__name__} gives "
+                    f"{before.out_shape}: build {type(after).__name__} with in_shape={before.out_shape}"
+                )
+        self.embedding, self.tower, self.head, self.wide = embedding, tower, head, wide
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Batch -> (B, T) logits."""
+        logits: Tensor = self.head(self.tower(self.embedding(batch)))
+        return logits if self.wide is None else logits + self.wide(batch)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Number of weights in embedding and wide part, and in the rest (tower and head)."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        network = sum(p.numel() for part in (self.tower, self.head) for p in part.parameters())
+        return {"embedding": total - network, "network": network}
+
+    def embedding_bytes(self) -> int:
+        """Bytes of the weights that depend on ids and numbers: embedding and wide part."""
+        parts = [part for part in (self.embedding, self.wide) if part is not None]
+        return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())

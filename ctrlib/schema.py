@@ -1,0 +1,307 @@
+"""What the columns of a data set mean: the contract between preparation, loader and model.
+
+A `Schema` is a plain, immutable description: features in a fixed order (the *schema's order*, used everywhere),
+labels, sample weight and group. Before preparation it says what the user wants; `ctrlib.prepare` returns a fitted copy
+(table sizes and numeric parameters filled in) and stores it as `schema.json` in the prepared folder. The hash covers
+everything that changes the meaning of an id or a number, so a model can refuse data prepared differently.
+
+>>> schema = Schema(
+...     features=(Categorical("item", min_count=2), Numeric("price", transform="log")),
+...     labels=("click",),
+... )
+>>> schema["item"].min_count
+2
+>>> [feature.name for feature in schema.sparse], [feature.name for feature in schema.dense]
+(['item'], ['price'])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# Three reserved ids in every vocabulary, distinct from each other and from every value of the data.
+PADDING_ID = 0  # no value at all: never looked up, only there so that padded layouts have a neutral id
+MISSING_ID = 1  # the cell was empty (null, or one of the missing tokens)
+OOV_ID = 2  # a value that the training split does not hold often enough to have a row of its own
+NUM_RESERVED_IDS = 3
+
+SCHEMA_VERSION = 1
+
+NumericTransform = Literal["none", "log", "log_squared", "minmax", "standard"]
+Pooling = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One id per row.
+
+    `min_count`: values rarer than this in train share the out-of-vocabulary id. `max_values`: keep only the most
+    frequent (None: all). `vocabulary`: name of the vocabulary, shared by features that name the same one (default: the
+    feature's own name). `bucket="log_squared"` first turns a number x into floor(log(x)^2) if x > 2 else floor(x), as
+    the Criteo winners did. `num_embeddings` (rows, reserved ids included) is filled in by preparation.
+    """
+
+    name: str
+    min_count: int = 1
+    max_values: int | None = None
+    vocabulary: str | None = None
+    bucket: Literal["log_squared"] | None = None
+    num_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class MultiValued:
+    """An unordered bag of ids per row, such as genres; `pooling` makes one vector of it.
+
+    Text is split at `separator`; list columns are taken as they are. Only the first `max_length` values are kept.
+    A missing cell is the bag [missing id]. Other arguments as in `Categorical`.
+    """
+
+    name: str
+    separator: str = "|"
+    max_length: int = 50
+    pooling: Pooling = "mean"
+    min_count: int = 1
+    max_values: int | None = None
+    vocabulary: str | None = None
+    num_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """An ordered history of ids per row, oldest first; the *last* `max_length` events are kept.
+
+    Usually shares the `vocabulary` of the item it is compared with. A missing or empty cell is an empty history.
+    Other arguments as in `MultiValued`.
+    """
+
+    name: str
+    separator: str = "|"
+    max_length: int = 50
+    pooling: Pooling = "mean"
+    min_count: int = 1
+    max_values: int | None = None
+    vocabulary: str | None = None
+    num_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class Numeric:
+    """One number per row, transformed; parameters are fitted on train and stored in `parameters`.
+
+    `transform`: "none"; "log": sign(x) log(1 + |x|); "log_squared": log(x)^2 if x > 2 else x (AutoInt, section 5.1);
+    "minmax": (x - min) / (max - min); "standard": (x - mean) / sd. A missing cell becomes `parameters["fill"]`, the
+    train mean *after* the transform (0 for "standard").
+    """
+
+    name: str
+    transform: NumericTransform = "standard"
+    parameters: dict[str, float] | None = None
+
+
+SparseFeature = Categorical | MultiValued | Sequence
+Feature = Categorical | MultiValued | Sequence | Numeric
+_KINDS: dict[str, type[Any]] = {
+    "categorical": Categorical,
+    "multi_valued": MultiValued,
+    "sequence": Sequence,
+    "numeric": Numeric,
+}
+_KIND_NAMES = {cls: name for name, cls in _KINDS.items()}
+
+
+def kind_of(feature: Feature) -> str:
+    """The feature's kind as schema.json spells it.
+
+    >>> kind_of(MultiValued("genres"))
+    'multi_valued'
+    """
+    return _KIND_NAMES[type(feature)]
+
+
+def vocabulary_of(feature: SparseFeature) -> str:
+    """The vocabulary, and so the embedding table, that a feature's ids belong to.
+
+    >>> vocabulary_of(Sequence("history", vocabulary="item")), vocabulary_of(Categorical("item"))
+    ('item', 'item')
+    """
+    return feature.vocabulary or feature.name
+
+
+class SchemaError(ValueError):
+    """Data or model does not fit the schema; the message says what was expected, what came and how to mend it."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Features in order, labels, and optionally the columns that hold the sample weight and the group (for GAUC).
+
+    `vocabulary_hashes` (vocabulary name -> hash of its values in order) is filled in by preparation.
+
+    Raises:
+        SchemaError: a name is used twice, there is no feature or no label, or features that share a vocabulary
+            disagree on `num_embeddings`.
+    """
+
+    features: tuple[Feature, ...]
+    labels: tuple[str, ...]
+    weight: str | None = None
+    group: str | None = None
+    vocabulary_hashes: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple(self.features))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if not self.features or not self.labels:
+            raise SchemaError(
+                f"a schema needs at least one feature and one label, got {len(self.features)} and {len(self.labels)}"
+            )
+        names = [feature.name for feature in self.features] + list(self.labels)
+        names += [self.weight] if self.weight else []
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise SchemaError(
+                f"columns {twice} are used more than once among features, labels and weight: use each column once"
+            )
+        sizes: dict[str, int | None] = {}
+        for feature in self.sparse:
+            vocabulary = vocabulary_of(feature)
+            if sizes.setdefault(vocabulary, feature.num_embeddings) != feature.num_embeddings:
+                raise SchemaError(
+                    f"features that share vocabulary {vocabulary!r} must agree on num_embeddings, "
+                    f"got {sizes[vocabulary]} and {feature.num_embeddings} ({feature.name!r})"
+                )
+
+    @property
+    def sparse(self) -> tuple[SparseFeature, ...]:
+        """Features that are looked up in tables, in the schema's order."""
+        return tuple(feature for feature in self.features if not isinstance(feature, Numeric))
+
+    @property
+    def dense(self) -> tuple[Numeric, ...]:
+        """Numeric features, in the schema's order."""
+        return tuple(feature for feature in self.features if isinstance(feature, Numeric))
+
+    @property
+    def vocabularies(self) -> dict[str, tuple[SparseFeature, ...]]:
+        """Vocabulary name -> the features that share it, in the order of first use."""
+        groups: dict[str, list[SparseFeature]] = {}
+        for feature in self.sparse:
+            groups.setdefault(vocabulary_of(feature), []).append(feature)
+        return {name: tuple(features) for name, features in groups.items()}
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether preparation has filled in every table size and numeric parameter."""
+        return all(feature.num_embeddings is not None for feature in self.sparse) and all(
+            feature.parameters is not None for feature in self.dense
+        )
+
+    def __getitem__(self, name: str) -> Feature:
+        for feature in self.features:
+            if feature.name == name:
+                return feature
+        raise KeyError(f"no feature {name!r}; the schema has {[feature.name for feature in self.features]}")
+
+    def position(self, name: str) -> int:
+        """Index of a feature among the F fields, for towers that need certain fields.
+
+        >>> Schema((Categorical("a"), Categorical("b")), ("y",)).position("b")
+        1
+        """
+        return self.features.index(self[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description, with version and hash."""
+        body = self._body()
+        return {"version": SCHEMA_VERSION, "hash": _hash(body), **body}
+
+    def _body(self) -> dict[str, Any]:
+        return {
+            "features": [{"kind": kind_of(feature), **dataclasses.asdict(feature)} for feature in self.features],
+            "labels": list(self.labels),
+            "weight": self.weight,
+            "group": self.group,
+            "vocabulary_hashes": self.vocabulary_hashes,
+        }
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits; where it is equal, the same id and the same number mean the same thing."""
+        return _hash(self._body())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Schema:
+        """The inverse of `to_dict`; refuses a file of another version, of unknown kinds, or edited by hand.
+
+        Raises:
+            SchemaError: as said.
+        """
+        if data.get("version") != SCHEMA_VERSION:
+            raise SchemaError(
+                f"schema version {data.get('version')!r} cannot be read, this ctrlib reads {SCHEMA_VERSION}: "
+                "prepare the data again"
+            )
+        features = []
+        for entry in data["features"]:
+            arguments = dict(entry)
+            kind = arguments.pop("kind")
+            if kind not in _KINDS:
+                raise SchemaError(f"unknown feature kind {kind!r}, expected one of {sorted(_KINDS)}")
+            features.append(_KINDS[kind](**arguments))
+        rest = (data[key] for key in ("weight", "group", "vocabulary_hashes"))
+        schema = cls(tuple(features), tuple(data["labels"]), *rest)
+        if data.get("hash") != schema.hash:
+            raise SchemaError(
+                f"schema hash is {data.get('hash')!r} but its content hashes to {schema.hash!r}: "
+                "the file was edited or damaged; prepare the data again"
+            )
+        return schema
+
+    def save(self, path: Path) -> None:
+        """Write schema.json."""
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Schema:
+        """Read schema.json, or the schema.json inside a prepared folder.
+
+        Raises:
+            SchemaError: there is no such file, or it is not a schema.
+        """
+        path = Path(path)
+        path = path / "schema.json" if path.is_dir() else path
+        if not path.is_file():
+            raise SchemaError(f"{path} does not exist: not a prepared folder; make one with `ctrlib prepare`")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SchemaError(f"{path} is not JSON ({error}): prepare the data again") from error
+        return cls.from_dict(data)
+
+    def difference(self, other: Schema) -> list[str]:
+        """What differs between two schemas, a line each; empty if they are the same."""
+        lines = []
+        mine = {feature.name: feature for feature in self.features}
+        theirs = {feature.name: feature for feature in other.features}
+        lines += [f"feature {name!r} is missing" for name in mine if name not in theirs]
+        lines += [f"feature {name!r} is extra" for name in theirs if name not in mine]
+        for name in (name for name in mine if name in theirs):
+            a, b = ({"kind": kind_of(f), **dataclasses.asdict(f)} for f in (mine[name], theirs[name]))
+            keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+            lines += [f"feature {name!r}: {key} is {b.get(key)!r}, expected {a.get(key)!r}" for key in keys]
+        if not lines and list(mine) != list(theirs):
+            lines.append(f"feature order is {list(theirs)}, expected {list(mine)}")
+        for field in ("labels", "weight", "group", "vocabulary_hashes"):
+            if getattr(self, field) != getattr(other, field):
+                lines.append(f"{field} is {getattr(other, field)!r}, expected {getattr(self, field)!r}")
+        return lines
+
+
+def _hash(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Use a trained model: save it, load it, score raw rows."""

@@ -1,0 +1,85 @@
+"""The exact engine: dense Adam over everything, as FuxiCTR, BARS and the papers mean their numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ctrlib.batch import Batch
+from ctrlib.losses import binary_cross_entropy
+from ctrlib.model import Model
+
+
+class ExactEngine:
+    """Dense gradients and torch Adam on every parameter, L2 on whole tables, every step.
+
+    L = BCE + (embedding_l2 / 2) sum ||W||^2 over every embedding table (wide weights included), so an untouched row
+    decays too and its Adam moments move. Gradients are clipped to a global norm of `max_grad_norm` over *all*
+    parameters, the regulariser's share included (the semantics of FuxiCTR 2 and BARS). The regulariser's gradient
+    embedding_l2 * W is added directly, since the graph of ||W||^2 costs as much as the tables are large.
+
+    `step` takes a Batch and returns the mean loss (without the regulariser) as a detached scalar; `model` is the module
+    to call for predictions.
+
+    >>> from ctrlib.testing import example_batch, example_schema
+    >>> from ctrlib import presets
+    >>> engine = ExactEngine(presets.mlp(example_schema(), embedding_dim=4, hidden=(8,)), learning_rate=0.01)
+    >>> batch = example_batch(example_schema(), 32)
+    >>> first = engine.step(batch)
+    >>> bool(engine.step(batch) < first)
+    True
+    """
+
+    name = "exact"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        learning_rate: float = 1e-3,
+        embedding_l2: float = 0.0,
+        max_grad_norm: float | None = 10.0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.model: nn.Module = model.to(self.device)
+        self.embedding_l2 = embedding_l2
+        self.max_grad_norm = max_grad_norm
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        network = {id(p) for part in (model.tower, model.head) for p in part.parameters()}
+        self._regularised = [parameter for parameter in self._parameters if id(parameter) not in network]
+        # fused=True: one pass over the tables instead of seven, 5 to 9 times faster on a CPU and the same arithmetic.
+        self._optimiser = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
+
+    def step(self, batch: Batch) -> Tensor:
+        """One optimisation step; returns the batch's loss. Nothing is updated if the loss is not finite."""
+        self._optimiser.zero_grad(set_to_none=True)
+        loss = binary_cross_entropy(self.model(batch), batch.labels, batch.weights)
+        if not torch.isfinite(loss):
+            return loss.detach()
+        loss.backward()
+        if self.embedding_l2:
+            tables = [parameter for parameter in self._regularised if parameter.grad is not None]
+            torch._foreach_add_([p.grad for p in tables], [p.detach() for p in tables], alpha=self.embedding_l2)
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm, foreach=True)
+        self._optimiser.step()
+        return loss.detach()
+
+    @property
+    def learning_rate(self) -> float:
+        """The current learning rate."""
+        return float(self._optimiser.param_groups[0]["lr"])
+
+    def cut_learning_rate(self, factor: float, *, minimum: float = 1e-6) -> None:
+        """Multiply every learning rate by `factor`, not below `minimum`."""
+        for group in self._optimiser.param_groups:
+            group["lr"] = max(group["lr"] * factor, minimum)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of all weights and buffers, by the names of the plain `Model`."""
+        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put back what `weights` returned; the key sets must agree."""
+        self.model.load_state_dict(weights)

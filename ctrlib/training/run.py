@@ -1,0 +1,245 @@
+"""One whole experiment by the evaluation protocol: train, choose by validation, report test once, write it all down."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from ctrlib.data.loader import Loader
+from ctrlib.model import Model
+from ctrlib.schema import Schema
+from ctrlib.training.exact import ExactEngine
+from ctrlib.training.fused import FusedEngine, Precision
+from ctrlib.training.loop import Engine, History, evaluate, fit
+
+EngineName = Literal["exact", "fused"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def choose_device(device: Device) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ValueError("device 'cuda' was asked for, but torch sees none: use --device cpu, or run `ctrlib doctor`")
+    return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
+
+
+def make_engine(
+    model: Model,
+    engine: EngineName,
+    *,
+    learning_rate: float = 1e-3,
+    embedding_l2: float = 0.0,
+    embedding_learning_rate: float = 0.02,
+    precision: Precision = "fp32",
+    device: str | torch.device = "cpu",
+) -> Engine:
+    """The engine of that name, given the arguments that concern it.
+
+    Raises:
+        ValueError: an argument is given that the engine would ignore.
+    """
+    if engine == "exact":
+        if precision != "fp32":
+            raise ValueError("the exact engine computes in fp32 only: drop --precision, or use --engine fused")
+        return ExactEngine(model, learning_rate=learning_rate, embedding_l2=embedding_l2, device=device)
+    if embedding_l2:
+        raise ValueError(
+            f"the fused engine has no L2 on tables (it leaves untouched rows alone), got embedding_l2={embedding_l2}: "
+            "set it to 0, or use the exact engine"
+        )
+    return FusedEngine(
+        model,
+        learning_rate=learning_rate,
+        embedding_learning_rate=embedding_learning_rate,
+        precision=precision,
+        device=device,
+    )
+
+
+def run(
+    data: Path,
+    build: Callable[[Schema], Model],
+    *,
+    engine: EngineName = "exact",
+    batch_size: int = 4096,
+    learning_rate: float = 1e-3,
+    embedding_l2: float = 0.0,
+    embedding_learning_rate: float = 0.02,
+    precision: Precision = "fp32",
+    max_epochs: int = 100,
+    patience: int = 2,
+    seed: int = 0,
+    workers: int = 1,
+    device: Device = "auto",
+    out: Path | None = None,
+    tensorboard: bool = False,
+    console: Console | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """Train `build(schema)` on a prepared folder with train, valid and test; returns the model and the result.
+
+    The epoch is chosen by validation AUC, then validation and test are each scored once. The result has at least
+    valid_auc, test_auc, test_logloss, parameters, embedding_bytes, samples_per_second, seconds (of everything, loading
+    and evaluation included), engine and seed. `out` receives log.jsonl, metrics.json and curve.png.
+
+    Two runs with the same arguments give the same bits on a CPU, whatever `workers` is.
+    """
+    started = time.perf_counter()
+    console = console or Console(stderr=True)
+    schema = Schema.load(data)
+    torch.manual_seed(seed)
+    model = build(schema)
+    parameters, embedding_bytes = model.num_parameters(), model.embedding_bytes()
+    chosen_device = choose_device(device)
+    trainer = make_engine(
+        model,
+        engine,
+        learning_rate=learning_rate,
+        embedding_l2=embedding_l2,
+        embedding_learning_rate=embedding_learning_rate,
+        precision=precision,
+        device=chosen_device,
+    )
+    with_group = schema.group is not None
+    train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed, workers=workers)
+    # Scoring needs no gradients: larger batches, so fewer calls.
+    valid, test = (
+        Loader(data, split, batch_size=2 * batch_size, workers=workers, with_group=with_group)
+        for split in ("valid", "test")
+    )
+    history = fit(
+        trainer,
+        train,
+        valid,
+        max_epochs=max_epochs,
+        patience=patience,
+        out=out,
+        tensorboard=tensorboard,
+        console=console,
+    )
+    valid_scores = evaluate(trainer.model, valid, device=chosen_device)
+    test_scores = evaluate(trainer.model, test, device=chosen_device)
+    result = {
+        "valid_auc": valid_scores["auc"],
+        "valid_logloss": valid_scores["log_loss"],
+        "test_auc": test_scores["auc"],
+        "test_logloss": test_scores["log_loss"],
+        **{f"test_{name}": value for name, value in test_scores.items() if name not in ("auc", "log_loss")},
+        "parameters": sum(parameters.values()),
+        "network_parameters": parameters["network"],
+        "embedding_bytes": embedding_bytes,
+        "samples_per_second": history.samples_per_second,
+        "seconds": round(time.perf_counter() - started, 2),
+        "epochs": len(history.epochs),
+        "best_epoch": history.best_epoch,
+        "engine": trainer.name,
+        "precision": precision,
+        "seed": seed,
+        "data_hash": schema.hash,
+    }
+    if out is not None:
+        (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        draw_curve(history, out / "curve.png")
+    # The fused engine wraps the model; hand back a plain one with the trained weights, for saving and serving.
+    plain = build(schema) if isinstance(trainer, FusedEngine) else model
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in trainer.weights().items()})
+    return plain.cpu(), result
+
+
+def draw_curve(history: History, path: Path) -> None:
+    """The learning curve as a picture: validation AUC, both losses, and where the learning rate was cut."""
+    from matplotlib.figure import Figure  # here, since it takes longer to import than a small model to score
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [line.epoch for line in history.epochs]
+    left.plot(epochs, [line.valid_auc for line in history.epochs], marker="o", label="validation")
+    best = next((line for line in history.epochs if line.epoch == history.best_epoch), None)
+    if best is not None:
+        left.plot(best.epoch, best.valid_auc, marker="*", markersize=16, label=f"kept: {best.valid_auc:.5f}")
+    left.set(xlabel="epoch", ylabel="AUC", title="Validation AUC")
+    right.plot(epochs, [line.train_loss for line in history.epochs], marker="o", label="train")
+    right.plot(epochs, [line.valid_log_loss for line in history.epochs], marker="o", label="validation")
+    right.set(xlabel="epoch", ylabel="nats", title="Log-loss")
+    for axes in (left, right):
+        for before, after in zip(history.epochs, history.epochs[1:]):
+            if after.learning_rate < before.learning_rate:
+                axes.axvline(after.epoch - 0.5, color="grey", linestyle=":", linewidth=1)
+        axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="learning rate cut")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+RECORD_COLUMNS = (
+    "date data model engine precision seed valid_auc test_auc test_logloss test_gauc parameters network_parameters "
+    "embedding_bytes samples_per_second seconds epochs hardware versions commit data_hash note"
+).split()
+
+
+def record(result: dict[str, Any], path: Path, *, data: str, model: str, note: str = "") -> None:
+    """Append one run to results.csv: what was run, on what, by which code.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    versions = []
+    for package in ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    row = {
+        **result,
+        "date": time.strftime("%Y-%m-%d"),
+        "data": data,
+        "model": model,
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "versions": "; ".join(versions),
+        "commit": _commit(path.parent),
+        "note": note,
+    }
+    is_new = not path.exists()
+    if not is_new:
+        with path.open(encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != RECORD_COLUMNS:
+            raise ValueError(f"{path} has columns {header}, expected {RECORD_COLUMNS}: move it away, or name another file")
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, RECORD_COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
+
+
+def _commit(folder: Path) -> str:
+    """The checkout's commit, with "+" if files differ from it; empty outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    return commit + ("+" if commit and git("status", "--porcelain", "--untracked-files=no") else "")
