@@ -13,15 +13,35 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
-    "schema": ("Categorical", "MultiValued", "Numeric", "Schema", "SchemaError", "Sequence"),
+    "schema": ("Categorical", "Feature", "MultiValued", "Numeric", "Schema", "SchemaError", "Sequence"),
+    "data.prepare": ("prepare",),
+    "data.loader": ("Loader",),
     "batch": ("Batch",),
+    "embeddings.table": ("TableEmbedding", "Wide"),
+    "towers.combine": ("Parallel", "Stack"),
+    "towers.crossnet": ("CrossNetV2",),
+    "towers.fm": ("FM",),
+    "towers.mlp": ("MLP",),
+    "heads.linear": ("LinearHead",),
+    "model": ("Model",),
+    "losses": ("binary_cross_entropy",),
+    "training.exact": ("ExactEngine",),
+    "training.fused": ("FusedEngine",),
+    "training.loop": ("evaluate", "fit", "predict"),
+    "training.run": ("record", "run"),
+    "training.shard": ("shard",),
+    "serving.predictor": ("Predictor", "save_model"),
 }
+# Reached as attributes too: `ctr.metrics.auc`, `ctr.presets.dcnv2`.
+_MODULES = ("metrics", "presets", "testing")
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted((*_MODULE_OF, *_MODULES))
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"ctrlib.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'ctrlib' has no attribute {name!r}; it has {__all__}")
     value = getattr(importlib.import_module(f"ctrlib.{_MODULE_OF[name]}"), name)

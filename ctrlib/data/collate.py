@@ -68,7 +68,7 @@ def _sparse(columns: Columns, schema: Schema) -> KeyedJaggedTensor:
 
 @lru_cache(maxsize=8)
 def _ones(count: int) -> tuple[Tensor, Tensor]:
-    """Lengths and offsets when every row has one id: the same for all batches of a size, so nobody may write to them."""
+    """Lengths and offsets when every row has one id: shared by the batches of a size, so never written to."""
     return _with_offsets(np.ones(count, dtype=np.int64))
 
 

@@ -54,8 +54,8 @@ class Loader:
     possible and short slices are padded by repeating a row with weight 0 and labels 0, so that every rank sees equally
     many rows and batches (sharded evaluation is collective: unequal counts hang).
 
-    Iterating starts at batch 0 of the current epoch, or after `load_state_dict` where the state left off, and a full
-    pass moves on to the next epoch. Use one iterator at a time.
+    Iterating starts at batch 0 of the current epoch, or after `load_state_dict` where the state left off; handing out
+    the last batch moves on to the next epoch. Use one iterator at a time.
 
     Raises:
         SchemaError: folder, schema, files or values are not as expected. Files and columns, and null counts and id
@@ -120,8 +120,8 @@ class Loader:
             raise ValueError(
                 f"drop_last leaves nothing: {self.num_rows} rows do not fill a batch of {self._global_size}"
             )
-        self._epoch = self._batch = 0  # batches of this epoch that were handed out
-        self._resume = 0  # where the next iterator starts
+        self._position = 0  # batches handed out, counted from epoch 0
+        self._resumed = False  # the next iterator goes on at `_position`, not at the start of its epoch
         self._kept: Columns | None = None  # the only window, if the split fits one
 
     def __len__(self) -> int:
@@ -130,15 +130,15 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The current epoch, from 0; a full pass adds one."""
-        return self._epoch
+        """The current epoch, from 0; handing out the last batch adds one."""
+        return self._position // self._num_batches
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iterator run `epoch`. Naming the current epoch changes nothing, so a resumed one goes on."""
         if epoch < 0:
             raise ValueError(f"epoch must be at least 0, got {epoch}")
-        if epoch != self._epoch:
-            self._epoch, self._batch, self._resume = epoch, 0, 0
+        if epoch != self.epoch:
+            self._position, self._resumed = epoch * self._num_batches, False
 
     def check(self) -> None:
         """Decode the whole split once, row group by row group, and throw it away: bad values are found before step 1.
@@ -157,10 +157,9 @@ class Loader:
         Raises:
             ValueError: `in_flight` is negative or more than was handed out.
         """
-        position = self._epoch * self._num_batches + self._batch - in_flight
-        if in_flight < 0 or position < 0:
-            raise ValueError(f"in_flight must be between 0 and {position + in_flight} (handed out), got {in_flight}")
-        epoch, batch = divmod(position, self._num_batches)
+        if not 0 <= in_flight <= self._position:
+            raise ValueError(f"in_flight must be in [0, {self._position}], the batches handed out, got {in_flight}")
+        epoch, batch = divmod(self._position - in_flight, self._num_batches)
         return {"epoch": epoch, "batch": batch, **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
@@ -205,23 +204,22 @@ class Loader:
             )
         if wrong:
             raise ValueError(f"cannot resume: {'; '.join(wrong)}. Use the saved run's data and settings, or start anew")
-        epochs, self._batch = divmod(state["batch"], self._num_batches)
-        self._epoch = state["epoch"] + epochs
-        self._resume = self._batch
+        self._position, self._resumed = state["epoch"] * self._num_batches + state["batch"], True
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self._epoch, self._resume
-        self._batch, self._resume = first, 0
+        if not self._resumed:
+            self._position -= self._position % self._num_batches
+        self._resumed = False
+        epoch, first = divmod(self._position, self._num_batches)
         builders: Executor = ThreadPoolExecutor(self.workers, "ctrlib-build") if self.workers else _Inline()
         decoder: Executor = ThreadPoolExecutor(1, "ctrlib-decode") if self.workers else _Inline()
         try:
-            for batch in self._stream(epoch, first, builders, decoder):
-                self._batch += 1
+            for index, batch in enumerate(self._stream(epoch, first, builders, decoder), first + 1):
+                self._position = epoch * self._num_batches + index
                 yield batch
         finally:  # also when the consumer breaks off or a worker raises; the decoder first, builders wait for it
             decoder.shutdown(cancel_futures=True)
             builders.shutdown(cancel_futures=True)
-        self._epoch, self._batch = epoch + 1, 0
 
     def _stream(self, epoch: int, first: int, builders: Executor, decoder: Executor) -> Iterator[Batch]:
         """Batches from index `first` on, in order, built ahead in bounded number from at most two open windows."""

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_BYTES = 16 << 20
+MAX_ROW_BYTES = 16 << 20  # a quote that stays open for longer is a stray one
 NEWLINE, QUOTE = ord("\n"), ord('"')
 
 OnBadRow = Literal["raise", "skip"]
@@ -87,12 +88,17 @@ class RowScanner:
         """
         tail = b""
         while block := stream.read(block_bytes):
-            # A row may be cut by the end of a block: what is after the last whole row waits for the next block, except
-            # that a quote which stays open over a whole block is not waited for.
+            # A row may be cut by the end of a block: what is after the last whole row waits for the next block.
             data = (tail + block).replace(b"\r\n", b"\n")
-            ends, cells = self._rows(data, at_end=len(tail) > block_bytes)
+            waited_enough = len(tail) > MAX_ROW_BYTES
+            ends, cells = self._rows(data, at_end=waited_enough)
             taken = int(ends[-1]) if len(ends) else 0
             tail = data[taken:]
+            if waited_enough and len(tail) > MAX_ROW_BYTES:
+                raise DataError(
+                    f"{self.name}: no end of line in {MAX_ROW_BYTES >> 20} MB after row {self._rows_taken + len(ends)}: "
+                    "expected a text file with one row a line"
+                )
             if good := self._good(data[:taken], ends, cells):
                 yield good
         if tail:
@@ -116,9 +122,8 @@ class RowScanner:
 
     def _quotes_enclose_cells(self, codes: Array, quotes: Array) -> bool:
         edges = np.array([ord(self.separator), NEWLINE, QUOTE], np.uint8)
-        before_opening = codes[quotes[0::2] - 1]  # of a quote at 0 this is the last byte: it is set to an edge below
-        if len(quotes) and quotes[0] == 0:
-            before_opening = before_opening.copy()
+        before_opening = codes[quotes[0::2] - 1]
+        if quotes[0] == 0:
             before_opening[0] = NEWLINE
         closing = quotes[1::2]
         after_closing = codes[closing[closing + 1 < len(codes)] + 1]
@@ -206,10 +211,12 @@ class RowScanner:
 def _invalid_utf8(data: bytes) -> list[int]:
     """A position in every line that is not UTF-8."""
     positions: list[int] = []
-    start = 0
+    if data.isascii():
+        return positions
+    view, start = memoryview(data), 0
     while start < len(data):
         try:
-            data[start:].decode() if start else data.isascii() or data.decode()
+            str(view[start:], "utf-8")
             break
         except UnicodeDecodeError as error:
             positions.append(start + error.start)

@@ -153,6 +153,7 @@ def run(
         "precision": precision,
         "seed": seed,
         "data_hash": schema.hash,
+        "note": _note(data),
     }
     if out is not None:
         (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -195,7 +196,13 @@ RECORD_COLUMNS = (
 ).split()
 
 
-def record(result: dict[str, Any], path: Path, *, data: str, model: str, note: str = "") -> None:
+def _note(data: Path) -> str:
+    """What whoever prepared the data wants said with every number."""
+    report = data / "report.json"
+    return str(json.loads(report.read_text(encoding="utf-8")).get("note", "")) if report.is_file() else ""
+
+
+def record(result: dict[str, Any], path: Path, *, data: str, model: str) -> None:
     """Append one run to results.csv: what was run, on what, by which code.
 
     Raises:
@@ -216,7 +223,6 @@ def record(result: dict[str, Any], path: Path, *, data: str, model: str, note: s
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "versions": "; ".join(versions),
         "commit": _commit(path.parent),
-        "note": note,
     }
     is_new = not path.exists()
     if not is_new:

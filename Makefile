@@ -1,0 +1,88 @@
+# `make setup` works from nothing: Linux, Python 3.10, 3.11 or 3.12 with its venv module, and PyPI. No GPU is needed.
+# A GPU-less machine gets PyPI's CUDA build of torch (several GB) all the same; if pip is told of another index that has
+# torch's CPU build (see pytorch.org, "Get started"), pip takes that one, and what follows fits itself to it.
+
+TORCH := 2.13.0
+# TorchRec and fbgemm, the only ones that go with this torch (`ctrlib doctor` knows the others).
+TORCHREC := 1.8.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+# A stamp says that an environment was finished: in this folder, with these files.
+KEY := $(shell { echo '$(CURDIR)'; cat Makefile pyproject.toml setup.py; } | sha256sum | cut -c1-16)
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.PHONY: help setup install dev test check format demo clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+setup:  ## make .venv with torch, TorchRec and ctrlib (again: a moment; PYTHON=python3.12 picks a new one's interpreter)
+	@if [ -e $(VENV)/.setup-$(KEY) ] && $(PY) -m ctrlib.doctor --quick >/dev/null 2>&1; then
+	    echo 'ctrlib is installed in $(VENV)'
+	else
+	    $(MAKE) --no-print-directory install
+	fi
+
+# The order matters. torch comes first, because which fbgemm is right depends on the torch that came (the two fbgemm
+# packages overwrite each other). Then TorchRec, without its dependencies, one of which is the CUDA build of fbgemm.
+install:
+	@unfit() { echo "$$1" >&2; exit 1; }
+	is_ours() { grep -qsF '$(CURDIR)/$(VENV)' $(VENV)/bin/activate && [ ! -e $(VENV)/.unfinished ]; }
+	if ! { is_ours && $(PY) -c '$(SUITABLE)' && $(PY) -m pip --version; } >/dev/null 2>&1; then
+	    python=
+	    for candidate in $${PYTHON:-python3 python3.12 python3.11 python3.10}; do
+	        if "$$candidate" -c '$(SUITABLE)' >/dev/null 2>&1; then python=$$candidate; break; fi
+	    done
+	    [ -n "$$python" ] || unfit "$${PYTHON:-No Python on this machine} is not a Python 3.10, 3.11 or 3.12 with its \
+	venv module. Install one (Debian, Ubuntu: sudo apt install python3 python3-venv), or say where it is: \
+	make setup PYTHON=/path/to/python3.12"
+	    echo "==> $(VENV) with $$("$$python" --version)"
+	    "$$python" -m venv --clear $(VENV)
+	fi
+	touch $(VENV)/.unfinished
+	rm -f $(VENV)/.setup-* $(VENV)/.dev-*
+	echo '==> torch $(TORCH)'
+	$(PIP) install torch==$(TORCH)
+	fbgemm=$$($(PY) -m ctrlib.doctor --fbgemm)
+	echo "==> $$fbgemm, torchrec $(TORCHREC)"
+	other=$$([[ $$fbgemm == fbgemm-gpu-cpu==* ]] && echo fbgemm-gpu || echo fbgemm-gpu-cpu)
+	if $(PIP) show -q $$other 2>/dev/null; then $(PIP) uninstall -q -y fbgemm-gpu fbgemm-gpu-cpu; fi
+	$(PIP) install -q --no-deps $$fbgemm torchrec==$(TORCHREC)
+	echo '==> ctrlib'
+	CTRLIB_CUDA=0 $(PIP) install -q --no-warn-conflicts -e .
+	$(PY) -m ctrlib.doctor
+	rm $(VENV)/.unfinished
+	touch $(VENV)/.setup-$(KEY)
+
+dev: setup
+	@if [ ! -e $(VENV)/.dev-$(KEY) ]; then
+	    echo '==> what tests and checks need'
+	    CTRLIB_CUDA=0 $(PIP) install -q --no-warn-conflicts -e '.[dev]'
+	    touch $(VENV)/.dev-$(KEY)
+	fi
+
+test: dev  ## the whole suite: tests/ and the examples in the docstrings (ARGS='-k name' narrows it)
+	$(PY) -m pytest $(ARGS)
+
+check: dev  ## lint, format, types, and that imports point one way
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_imports.py
+
+format: dev  ## let ruff repair what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+demo: setup  ## download MovieLens 100k, prepare it and train a DCNv2 on it
+	$(PY) datasets/movielens_100k.py --out data/movielens_100k
+	$(VENV)/bin/ctrlib train data/movielens_100k --tower dcnv2 --out runs/demo
+
+clean:  ## remove .venv, caches and build leftovers; data/ and runs/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

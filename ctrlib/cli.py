@@ -1,0 +1,397 @@
+"""The command line: `ctrlib prepare | train | evaluate | predict | doctor`, for people who write no Python.
+
+With --json the answer goes to stdout as one JSON object and nothing else does; progress always goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
+
+if TYPE_CHECKING:
+    from ctrlib.schema import Feature
+
+# Heavy imports (torch, TorchRec) are inside the commands, so that --help and doctor answer at once and always.
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn raw files into a prepared folder: ids, numbers, vocabularies and a schema.
+
+    Column types are inferred and shown; name columns below to override. Everything that is fitted (vocabularies, scales)
+    is fitted on the training rows only.
+
+    Example: ctrlib prepare clicks.csv --out data/clicks --label click --group user_id --numeric price
+    """
+
+    data: Positional[Path]
+    """CSV, TSV or parquet file (.gz too) of all rows, or of the training rows if --valid and --test are given."""
+    out: Path
+    """Prepared folder to write."""
+    valid: Path | None = None
+    """File with the validation rows."""
+    test: Path | None = None
+    """File with the test rows."""
+    label: tuple[str, ...] = ("label",)
+    """Column(s) that hold the 0/1 label(s)."""
+    weight: str | None = None
+    """Column that holds the sample weight."""
+    group: str | None = None
+    """Column to group by for GAUC, such as the user; it may be a feature too."""
+    categorical: tuple[str, ...] = ()
+    """Columns with one id per row."""
+    numeric: tuple[str, ...] = ()
+    """Columns with one number per row; a transform may follow: price:log, age:minmax (none, log, log_squared, minmax,
+    standard)."""
+    multi: tuple[str, ...] = ()
+    """Columns with several ids per row; the separator may follow: genres:|"""
+    sequence: tuple[str, ...] = ()
+    """Columns with an ordered history of ids; the column whose vocabulary they share may follow: clicked_items:item"""
+    ignore: tuple[str, ...] = ()
+    """Columns to leave out."""
+    min_count: int = 1
+    """Values rarer than this in train share the out-of-vocabulary row."""
+    max_values: int | None = None
+    """Keep only so many of the most frequent values per vocabulary."""
+    split: tuple[float, float, float] = (8, 1, 1)
+    """Parts of train, valid and test, when they come from one file."""
+    split_by: str | None = None
+    """Split by this column's order (time) instead of at random."""
+    seed: int = 0
+    """Of the random split."""
+    separator: str | None = None
+    """Field separator of text files; otherwise from the file's name."""
+    columns: tuple[str, ...] = ()
+    """Column names, for files without a header line."""
+    missing: tuple[str, ...] = ("",)
+    """Texts that mean a missing cell, such as NA or ?"""
+    missing_labels: Literal["raise", "mask"] = "raise"
+    """Rows without a label: stop, or leave that label out of the loss."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """Damaged rows: stop and name the first, or leave them out and count them."""
+    overwrite: bool = False
+    """Replace the folder if it exists."""
+    json: bool = False
+    """Print the report as JSON."""
+
+    def features(self) -> list[Feature]:
+        """The features that the flags name."""
+        from ctrlib.schema import Categorical, MultiValued, Numeric, Sequence
+
+        rare: dict[str, Any] = {"min_count": self.min_count, "max_values": self.max_values}
+        features: list[Feature] = [Categorical(name, **rare) for name in self.categorical]
+        for text in self.numeric:
+            name, _, transform = text.partition(":")
+            known = ("none", "log", "log_squared", "minmax", "standard")
+            if transform and transform not in known:
+                raise ValueError(f"--numeric {text}: unknown transform {transform!r}, expected one of {known}")
+            features.append(Numeric(name, **({"transform": transform} if transform else {})))
+        for text in self.multi:
+            name, _, separator = text.partition(":")
+            features.append(MultiValued(name, **({"separator": separator} if separator else {}), **rare))
+        for text in self.sequence:
+            name, _, shared = text.partition(":")
+            features.append(Sequence(name, vocabulary=shared or None, **rare))
+        return features
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        from ctrlib.data.prepare import prepare
+
+        if (self.valid is None) != (self.test is None):
+            raise ValueError("--valid and --test go together: give both, or neither to split DATA")
+        data: Any = self.data
+        if self.valid is not None:
+            data = {"train": self.data, "valid": self.valid, "test": self.test}
+        schema = prepare(
+            data,
+            self.out,
+            features=self.features(),
+            labels=self.label,
+            weight=self.weight,
+            group=self.group,
+            min_count=self.min_count,
+            max_values=self.max_values,
+            split=self.split,
+            split_by=self.split_by,
+            seed=self.seed,
+            ignore=self.ignore,
+            separator=self.separator,
+            columns=self.columns or None,
+            missing_values=self.missing,
+            missing_labels=self.missing_labels,
+            on_bad_row=self.on_bad_row,
+            overwrite=self.overwrite,
+            console=Console(stderr=True),
+        )
+        if self.json:
+            report = json.loads((self.out / "report.json").read_text(encoding="utf-8"))
+            print(json.dumps({"out": str(self.out), "hash": schema.hash, **report}))
+        else:
+            print(f"prepared {self.out}; train with: ctrlib train {self.out}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model on a prepared folder, choose the epoch by validation, report the test split once.
+
+    Writes the model (weights, schema, vocabularies), metrics.json, log.jsonl and the learning curve as a picture.
+
+    Example: ctrlib train data/clicks --tower dcnv2 --dim 16 --out runs/clicks
+    """
+
+    data: Positional[Path]
+    """Prepared folder."""
+    out: Path | None = None
+    """Folder for the model; otherwise runs/NAME-TOWER."""
+    tower: Literal["mlp", "fm", "deepfm", "dcnv2"] = "dcnv2"
+    """Which published model."""
+    dim: int = 16
+    """Width of the embeddings (multiples of 4 for the fused engine)."""
+    hidden: tuple[int, ...] = (400, 400, 400)
+    """Widths of the MLP's hidden layers."""
+    cross_layers: int = 3
+    """Cross layers of dcnv2."""
+    dropout: float = 0.0
+    """Dropout of the MLP."""
+    batch_norm: bool = False
+    """Batch normalisation in the MLP."""
+    engine: Literal["exact", "fused"] = "exact"
+    """exact: dense Adam as in the papers. fused: row-wise Adagrad through TorchRec, for large tables."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of tower and head in the fused engine."""
+    learning_rate: float = 1e-3
+    """Adam's step."""
+    l2: float = 0.0
+    """L2 on whole tables (exact engine)."""
+    embedding_learning_rate: float = 0.02
+    """Row-wise Adagrad's step (fused engine)."""
+    batch_size: int = 4096
+    """Rows per step."""
+    epochs: int = 100
+    """Upper limit; training stops when validation AUC has stopped rising."""
+    patience: int = 2
+    """Epochs without a better validation AUC before stopping."""
+    seed: int = 0
+    """Of initial weights, shuffle and dropout."""
+    workers: int = 1
+    """Threads that prepare batches."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def config(self) -> dict[str, Any]:
+        """What `presets.build` needs to make this model."""
+        import inspect
+
+        from ctrlib.presets import PRESETS
+
+        takes = inspect.signature(PRESETS[self.tower]).parameters
+        flags = {
+            "dim": "embedding_dim",
+            "hidden": "hidden",
+            "cross_layers": "num_cross_layers",
+            "dropout": "dropout",
+            "batch_norm": "batch_norm",
+        }
+        changed = {name for name in flags if getattr(self, name) != type(self).__dataclass_fields__[name].default}
+        idle = [f"--{name.replace('_', '-')}" for name in flags if name in changed and flags[name] not in takes]
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: {self.tower} has no such part; leave it out or choose another --tower")
+        config: dict[str, Any] = {"preset": self.tower}
+        config |= {argument: getattr(self, name) for name, argument in flags.items() if argument in takes}
+        if self.engine == "fused" and "wide_columns" in takes:
+            config["wide_columns"] = 4
+        return config
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        from ctrlib import presets
+        from ctrlib.serving.predictor import save_model
+        from ctrlib.training.run import run
+
+        out = self.out or Path("runs") / f"{self.data.name}-{self.tower}"
+        config = self.config()
+        model, result = run(
+            self.data,
+            lambda schema: presets.build(config, schema),
+            engine=self.engine,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            embedding_l2=self.l2,
+            embedding_learning_rate=self.embedding_learning_rate,
+            precision=self.precision,
+            max_epochs=self.epochs,
+            patience=self.patience,
+            seed=self.seed,
+            workers=self.workers,
+            device=self.device,
+            out=out,
+            tensorboard=self.tensorboard,
+        )
+        save_model(model, config, self.data, out)
+        if self.json:
+            print(json.dumps({"out": str(out), **result}))
+        else:
+            print_scores(result, f"{self.tower} on {self.data.name}")
+            print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score labelled rows with a saved model and print the metrics.
+
+    DATA is a prepared folder (with --split) or a raw file with the label columns.
+
+    Example: ctrlib evaluate runs/clicks data/clicks --split test
+    """
+
+    model: Positional[Path]
+    """Model folder, as `ctrlib train` writes it."""
+    data: Positional[Path]
+    """Prepared folder, or raw CSV, TSV or parquet file."""
+    split: str = "test"
+    """Which split of a prepared folder."""
+    batch_size: int = 8192
+    """Rows per step."""
+    json: bool = False
+    """Print the metrics as JSON."""
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        from ctrlib.serving.predictor import Predictor
+
+        predictor = Predictor.load(self.model)
+        if self.data.is_dir():
+            scores = predictor.evaluate_prepared(self.data, self.split, batch_size=self.batch_size)
+        else:
+            scores = predictor.evaluate(self.data, batch_size=self.batch_size)
+        if self.json:
+            print(json.dumps(scores))
+        else:
+            print_scores(scores, f"{self.model.name} on {self.data.name}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Score raw rows with a saved model: one probability per row and label, in the order of the file.
+
+    Unseen and missing ids score normally and are counted.
+
+    Example: ctrlib predict runs/clicks today.csv --out scores.csv
+    """
+
+    model: Positional[Path]
+    """Model folder, as `ctrlib train` writes it."""
+    data: Positional[Path]
+    """Raw CSV, TSV or parquet file; labels are not needed."""
+    out: Path
+    """File to write: .csv or .parquet, a column per label."""
+    batch_size: int = 8192
+    """Rows per step."""
+    json: bool = False
+    """Print the counts as JSON."""
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        from ctrlib.serving.predictor import Predictor
+
+        if self.out.suffix not in (".csv", ".parquet"):
+            raise ValueError(f"--out must end in .csv or .parquet, got {self.out.name!r}")
+        frame, counts = Predictor.load(self.model).predict(self.data, batch_size=self.batch_size)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        frame.write_csv(self.out) if self.out.suffix == ".csv" else frame.write_parquet(self.out)
+        if self.json:
+            print(json.dumps({"out": str(self.out), **counts}))
+        else:
+            print(f"{counts['rows']:,} rows scored into {self.out}")
+            for name in counts["unseen"]:
+                unseen, missing = counts["unseen"][name], counts["missing"][name]
+                if unseen or missing:
+                    print(f"  {name}: {unseen:,} unseen and {missing:,} missing ids")
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check this installation and print the exact fix for what is wrong."""
+
+    json: bool = False
+    """Print the findings as JSON."""
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        from ctrlib.doctor import main as doctor
+
+        return doctor(json=self.json)
+
+
+def print_scores(scores: dict[str, Any], title: str) -> None:
+    """One table of what a person wants to know first."""
+    rows: list[tuple[str, str, Callable[[float], str]]] = [
+        ("test_auc", "test AUC", "{:.5f}".format),
+        ("test_auc_se", "  standard error (DeLong)", "{:.5f}".format),
+        ("test_logloss", "test log-loss (nats)", "{:.5f}".format),
+        ("test_gauc", "test GAUC", "{:.5f}".format),
+        ("test_calibration", "test calibration (predicted / observed)", "{:.4f}".format),
+        ("valid_auc", "validation AUC", "{:.5f}".format),
+        ("embedding_bytes", "embedding bytes", "{:,.0f}".format),
+        ("parameters", "parameters", "{:,.0f}".format),
+        ("samples_per_second", "training samples/s", "{:,.0f}".format),
+        ("best_epoch", "best epoch", "{:.0f}".format),
+        ("seconds", "seconds in all", "{:.1f}".format),
+    ]
+    # `evaluate` names its metrics without the split.
+    names = {"auc": "test_auc", "log_loss": "test_logloss"}
+    scores = {names.get(key, key if f"test_{key}" not in [row[0] for row in rows] else f"test_{key}"): value for key, value in scores.items()}
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for key, label, text in rows:
+        if scores.get(key) is not None:
+            table.add_row(label, text(scores[key]))
+    Console().print(table)
+
+
+Command = (
+    Annotated[Prepare, tyro.conf.subcommand("prepare")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the `ctrlib` command; returns the exit status: 0 done, 1 a clear refusal, 2 wrong usage."""
+    command = tyro.cli(
+        Command,
+        prog="ctrlib",
+        description="Click-through-rate models from raw rows to an honest AUC.",
+        args=arguments,
+        config=(OmitArgPrefixes, FlagCreatePairsOff),
+    )
+    try:
+        return command()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"ctrlib: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,239 @@
+"""What a raw cell means: polars expressions from raw columns of any type to canonical text, numbers, and verdicts.
+
+Everything that reads a cell goes through here, so that an id has the same text whether it came as an integer, as text,
+or as a float (which pandas makes of integers as soon as one is missing).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import polars as pl
+
+from ctrlib.data.raw import ROW, RawTable, naming
+from ctrlib.data.scan import DataError, OnBadRow
+from ctrlib.schema import Categorical, Feature, Numeric, NumericTransform, Schema, SchemaError, kind_of
+from ctrlib.schema import MultiValued as MultiValued
+from ctrlib.schema import Sequence as SequenceFeature
+
+FLOAT32_MAX = 3.4028234e38
+
+
+def number(name: str, dtype: pl.DataType) -> pl.Expr:
+    """The column as float64; null where the cell is missing, NaN, or (see `checks`) not a number."""
+    value = pl.col(name).cast(pl.Float64, strict=False)
+    return value if dtype.is_integer() or dtype == pl.Boolean else value.fill_nan(None)
+
+
+def text(feature: Feature, dtype: pl.DataType) -> pl.Expr:
+    """The canonical text of a categorical column, or list of texts of a multi-valued one; null where it is missing.
+
+    Integers are decimal, booleans "true" and "false", floats must be integral, text is as it is.
+    """
+    column = pl.col(feature.name)
+    if isinstance(feature, Categorical):
+        if feature.bucket == "log_squared":
+            x = number(feature.name, dtype)
+            # log of what is not above 2 is never used, but must not be NaN.
+            bucket = pl.when(x > 2).then(x.clip(lower_bound=2).log().pow(2)).otherwise(x).floor()
+            return bucket.cast(pl.Int64, strict=False).cast(pl.String)
+        return _scalar_text(column, dtype)
+    assert isinstance(feature, MultiValued | SequenceFeature)
+    if isinstance(dtype, pl.List | pl.Array):
+        inner = dtype.inner
+        assert isinstance(inner, pl.DataType)
+        values = column.arr.to_list() if isinstance(dtype, pl.Array) else column
+        element = _scalar_text(pl.element(), inner)
+        if inner == pl.String:
+            element = element.str.strip_chars()
+        values = values.list.eval(element.filter(element.is_not_null() & (element != "")))
+    else:
+        values = _scalar_text(column, dtype).str.split(feature.separator)
+        element = pl.element().str.strip_chars()
+        values = values.list.eval(element.filter(element != ""))
+    values = (values.list.head if isinstance(feature, MultiValued) else values.list.tail)(feature.max_length)
+    return pl.when(values.list.len() > 0).then(values)
+
+
+def _scalar_text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    if dtype.is_float():
+        return column.fill_nan(None).cast(pl.Int64, strict=False).cast(pl.String)
+    return column if dtype == pl.String else column.cast(pl.String)
+
+
+def transformed(x: pl.Expr, transform: NumericTransform) -> pl.Expr:
+    """The part of a numeric transform that needs no parameters."""
+    if transform == "log":
+        return x.sign() * x.abs().log1p()
+    if transform == "log_squared":
+        return pl.when(x > 2).then(x.clip(lower_bound=2).log().pow(2)).otherwise(x)
+    return x
+
+
+def label(name: str, dtype: pl.DataType, positive: str | None) -> pl.Expr:
+    """The label as float64, null where it is missing; with `positive`, 1 where the cell has that text."""
+    if positive is None:
+        return number(name, dtype)
+    return (_scalar_text(pl.col(name), dtype) == positive).cast(pl.Float64)
+
+
+def check_columns(raw: RawTable, schema: Schema, *, with_labels: bool) -> None:
+    """Refuse a table in which a column is missing or has a type that cannot be what the schema says.
+
+    Raises:
+        SchemaError: as said.
+    """
+    dtypes = raw.dtypes
+    extra = [schema.weight, schema.group] if with_labels else []
+    needed = [feature.name for feature in schema.features] + [*(schema.labels if with_labels else ())]
+    needed += [name for name in extra if name is not None]
+    missing = [name for name in dict.fromkeys(needed) if name not in dtypes]
+    if missing:
+        raise SchemaError(f"{raw.name}: columns {missing} are missing, it has {shortened(list(dtypes))}{_hint(dtypes)}")
+    for feature in schema.features:
+        dtype = dtypes[feature.name]
+        scalar = not dtype.is_nested() and dtype not in (pl.Binary, pl.Object)
+        if isinstance(feature, Categorical | Numeric):
+            fits = scalar and not (isinstance(feature, Numeric) and dtype.is_temporal())
+            wanted = "a number" if isinstance(feature, Numeric) else "text or integer"
+        else:
+            fits = scalar or (isinstance(dtype, pl.List | pl.Array) and not _inner(dtype).is_nested())
+            wanted = f"text with values separated by {feature.separator!r}, or a list"
+        if not fits:
+            raise SchemaError(
+                f"{raw.name}: column {feature.name!r} has type {dtype}, expected {wanted} for a {kind_of(feature)} "
+                "feature: cast the column, or change the feature's kind"
+            )
+
+
+def _inner(dtype: pl.DataType) -> pl.DataType:
+    inner = dtype.inner if isinstance(dtype, pl.List | pl.Array) else dtype
+    assert isinstance(inner, pl.DataType)
+    return inner
+
+
+def shortened(names: list[str], most: int = 20) -> str:
+    """A list of names that fits into a message."""
+    return str(names) if len(names) <= most else f"{names[:most]} and {len(names) - most} more"
+
+
+def _hint(dtypes: Mapping[str, pl.DataType]) -> str:
+    if len(dtypes) > 1:
+        return ": name columns that it has, or mend the data"
+    return ": there is only one, so the separator is probably another; say separator=..."
+
+
+@dataclass(frozen=True)
+class Check:
+    """A verdict on every row: `bad` is true where `column` does not hold what is `expected`.
+
+    `retyped`: it says that the whole column is of another type, so the row cannot just be skipped.
+    """
+
+    column: str
+    bad: pl.Expr
+    reason: str
+    expected: str
+    retyped: bool = False
+
+
+def checks(
+    schema: Schema,
+    dtypes: Mapping[str, pl.DataType],
+    *,
+    with_labels: bool,
+    missing_labels: Literal["raise", "mask"] = "raise",
+    label_positive: Mapping[str, str] | None = None,
+) -> list[Check]:
+    """What every row must satisfy, column by column."""
+    found = []
+    for feature in schema.features:
+        name, dtype = feature.name, dtypes[feature.name]
+        if isinstance(feature, Numeric) or (isinstance(feature, Categorical) and feature.bucket):
+            bad = pl.col(name).is_not_null() & number(name, dtype).is_null()
+            if dtype.is_float():
+                bad = pl.lit(False)  # NaN is a missing value there
+            elif dtype == pl.String:
+                bad &= ~pl.col(name).str.to_lowercase().is_in(["nan", "-nan", "+nan"])
+            too_large = number(name, dtype).abs() > FLOAT32_MAX
+            expected = "a finite number that fits into 32 bits, or nothing"
+            if not dtype.is_integer() and dtype != pl.Boolean:
+                found.append(Check(name, (bad | too_large).fill_null(bad), "not a finite number", expected))
+        elif dtype.is_float():
+            found.append(_integral(name, pl.col(name)))
+        elif isinstance(dtype, pl.List | pl.Array) and _inner(dtype).is_float():
+            values = pl.col(name).arr.to_list() if isinstance(dtype, pl.Array) else pl.col(name)
+            bad = values.list.eval(_not_integral(pl.element())).list.any()
+            found.append(Check(name, bad.fill_null(False), "", "lists of integers or text", retyped=True))
+    if not with_labels:
+        return found
+    for name in schema.labels:
+        positive = (label_positive or {}).get(name)
+        value = label(name, dtypes[name], positive)
+        missing = _is_missing(name, dtypes[name])
+        if missing_labels == "raise":
+            found.append(Check(name, missing, "label is missing", '0 or 1 (or pass missing_labels="mask")'))
+        if positive is None:
+            bad = ~missing & ~value.is_in([0.0, 1.0]).fill_null(False)
+            hint = f'0 or 1 (map text with label_positive={{"{name}": "the positive value"}})'
+            found.append(Check(name, bad, "label is not 0 or 1", hint))
+    if schema.weight is not None:
+        weight = number(schema.weight, dtypes[schema.weight])
+        bad = ~((weight >= 0) & (weight <= FLOAT32_MAX)).fill_null(False)
+        found.append(Check(schema.weight, bad, "weight is not a number >= 0", "a finite weight, 0 or more"))
+    if schema.group is not None:
+        missing = _is_missing(schema.group, dtypes[schema.group])
+        found.append(Check(schema.group, missing, "group is missing", "a group in every row"))
+        if dtypes[schema.group].is_float():
+            found.append(_integral(schema.group, pl.col(schema.group)))
+    return found
+
+
+def _is_missing(name: str, dtype: pl.DataType) -> pl.Expr:
+    missing = pl.col(name).is_null()
+    if dtype == pl.String:
+        return missing | (pl.col(name).str.to_lowercase() == "nan").fill_null(False)
+    return missing | pl.col(name).is_nan().fill_null(False) if dtype.is_float() else missing
+
+
+def _not_integral(x: pl.Expr) -> pl.Expr:
+    return (x.is_infinite() | (x.is_not_nan() & ((x != x.floor()) | (x.abs() >= 2**63)))).fill_null(False)
+
+
+def _integral(name: str, column: pl.Expr) -> Check:
+    expected = "text or integers (it came as floats, which must be whole numbers): cast it, or declare it Numeric"
+    return Check(name, _not_integral(column), "", expected, retyped=True)
+
+
+def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) -> pl.LazyFrame:
+    """The table without the rows that fail a check; they are counted in `raw.skipped`, once each.
+
+    Raises:
+        DataError: a row fails and `on_bad_row` is "raise"; the message says which, and what its cell holds.
+        SchemaError: a column has come in another type.
+    """
+    if not found:
+        return raw.frame
+    with naming(raw.name):
+        totals = raw.frame.select(check.bad.sum().alias(str(i)) for i, check in enumerate(found)).collect(
+            engine="streaming"
+        )
+    failed = [check for check, total in zip(found, totals.row(0)) if total]
+    for check in failed:
+        if check.retyped or on_bad_row == "raise":
+            cells = raw.frame.filter(check.bad).select(ROW, check.column).head(1).collect(engine="streaming")
+            row, value = cells.row(0)
+            message = f"{raw.place(row)}, column {check.column!r} holds {value!r}, expected {check.expected}"
+            raise SchemaError(message) if check.retyped else DataError(message)
+    if not failed:
+        return raw.frame
+    verdict = pl.coalesce(pl.when(check.bad).then(i) for i, check in enumerate(failed)).alias("verdict")
+    counts: Counter[str] = Counter()
+    for i, count in raw.frame.group_by(verdict).len().collect(engine="streaming").iter_rows():
+        if i is not None:
+            counts[f"{failed[i].column}: {failed[i].reason}"] += count
+    raw.skipped.update(counts)
+    return raw.frame.filter(~pl.any_horizontal(check.bad for check in failed))

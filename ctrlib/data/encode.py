@@ -1,0 +1,169 @@
+"""Encode raw rows with a fitted schema: the one function that preparation and prediction on raw rows share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from ctrlib.data.cells import check_columns, checks, label, number, text, transformed, without_bad_rows
+from ctrlib.data.raw import RawTable, naming
+from ctrlib.data.scan import OnBadRow
+from ctrlib.data.vocabulary import load_vocabularies
+from ctrlib.schema import (
+    MISSING_ID,
+    NUM_RESERVED_IDS,
+    OOV_ID,
+    Categorical,
+    MultiValued,
+    Numeric,
+    Schema,
+    SchemaError,
+    SparseFeature,
+    vocabulary_of,
+)
+
+GROUP = "__group__"  # not the raw column's name: the group may be a feature as well
+
+
+def encode(
+    raw: RawTable,
+    schema: Schema,
+    vocab_folder: Path,
+    *,
+    require_labels: bool = False,
+    missing_labels: Literal["raise", "mask"] = "raise",
+    label_positive: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "raise",
+    groups: pl.Series | None = None,
+) -> pl.LazyFrame:
+    """The rows of a raw table as the loader wants them, lazily and in their order.
+
+    Columns are found by name: their order does not matter and columns that the schema does not name are left out.
+    A value that train did not hold gets the out-of-vocabulary id, a cell without value the missing id.
+
+    Args:
+        raw: from `read_raw`.
+        schema: fitted.
+        vocab_folder: the `vocab` folder that lies beside the schema.
+        require_labels: also check and give labels, weight and group; otherwise only the features.
+        missing_labels: "mask" gives NaN where a label is missing.
+        label_positive: label -> text of its positive class, for labels that are text.
+        on_bad_row: "skip" leaves bad rows out and counts them in `raw.skipped`.
+        groups: the sorted texts of groups that are not integers.
+
+    Raises:
+        SchemaError: a column is missing or has another type than before.
+        DataError: a cell is bad; the message names row and column.
+    """
+    if not schema.is_fitted:
+        raise SchemaError("the schema is not fitted: use the one that `prepare` returns or stores in schema.json")
+    check_columns(raw, schema, with_labels=require_labels)
+    dtypes = raw.dtypes
+    vocabularies = load_vocabularies(vocab_folder, schema)
+    enums = {name: pl.Enum(values) for name, values in vocabularies.items()}
+    found = checks(
+        schema, dtypes, with_labels=require_labels, missing_labels=missing_labels, label_positive=label_positive
+    )
+    frame = without_bad_rows(raw, found, on_bad_row)
+    _refuse_ids_as_floats(raw.name, frame, schema, vocabularies, dtypes)
+
+    columns = []
+    for feature in schema.features:
+        if isinstance(feature, Numeric):
+            columns.append(_number(feature, dtypes[feature.name]).alias(feature.name))
+        else:
+            columns.append(_ids(feature, dtypes[feature.name], enums[vocabulary_of(feature)]).alias(feature.name))
+    if require_labels:
+        for name in schema.labels:
+            value = label(name, dtypes[name], (label_positive or {}).get(name))
+            columns.append(value.fill_null(float("nan")).cast(pl.Float32).alias(name))
+        if schema.weight is not None:
+            columns.append(number(schema.weight, dtypes[schema.weight]).cast(pl.Float32).alias(schema.weight))
+        if schema.group is not None:
+            columns.append(_group(schema.group, dtypes[schema.group], groups).alias(GROUP))
+    return frame.select(columns)
+
+
+def _ids(feature: SparseFeature, dtype: pl.DataType, values: pl.Enum) -> pl.Expr:
+    raw_text = text(feature, dtype)
+    if isinstance(feature, Categorical):
+        return pl.when(raw_text.is_null()).then(pl.lit(MISSING_ID, pl.Int32)).otherwise(_id(raw_text, values))
+    empty = [MISSING_ID] if isinstance(feature, MultiValued) else []
+    return raw_text.list.eval(_id(pl.element(), values)).fill_null(pl.lit(empty, pl.List(pl.Int32)))
+
+
+def _id(value: pl.Expr, values: pl.Enum) -> pl.Expr:
+    # A cast to an enumeration of the vocabulary is a hash look-up that keeps the order of rows; unknown text is null.
+    position = value.cast(values, strict=False).to_physical().cast(pl.Int32)
+    return (position + NUM_RESERVED_IDS).fill_null(OOV_ID)
+
+
+def _number(feature: Numeric, dtype: pl.DataType) -> pl.Expr:
+    parameters = feature.parameters
+    assert parameters is not None
+    x = transformed(number(feature.name, dtype), feature.transform)
+    if feature.transform == "standard":
+        x = (x - parameters["mean"]) / parameters["sd"]
+    elif feature.transform == "minmax":
+        x = (x - parameters["min"]) / ((parameters["max"] - parameters["min"]) or 1.0)
+    return x.fill_null(parameters["fill"]).cast(pl.Float32)
+
+
+def _group(name: str, dtype: pl.DataType, groups: pl.Series | None) -> pl.Expr:
+    if groups is None:
+        return pl.col(name).cast(pl.Int64)
+    return text(Categorical(name), dtype).cast(pl.Enum(groups)).to_physical().cast(pl.Int64)
+
+
+def _refuse_ids_as_floats(
+    name: str,
+    frame: pl.LazyFrame,
+    schema: Schema,
+    vocabularies: Mapping[str, pl.Series],
+    dtypes: Mapping[str, pl.DataType],
+) -> None:
+    """Text such as "17.0" for ids that were "17": every value would be out of vocabulary, silently."""
+    suspects = [
+        feature.name
+        for feature in schema.sparse
+        if isinstance(feature, Categorical)
+        and not feature.bucket
+        and dtypes[feature.name] == pl.String
+        and not vocabularies[vocabulary_of(feature)].head(1000).str.ends_with(".0").any()
+    ]
+    if not suspects:
+        return
+    with naming(name):
+        like_floats = (
+            frame.select(pl.col(suspects).str.contains(r"^-?\d+\.0$").all(ignore_nulls=True) & pl.col(suspects).count() > 0)
+            .collect(engine="streaming")
+            .row(0, named=True)
+        )
+    for column, is_float in like_floats.items():
+        if is_float:
+            raise SchemaError(
+                f"{name}: column {column!r} holds ids that look like floats (such as 17.0), expected the text that train "
+                "has (such as 17): write the column as integers"
+            )
+
+
+def count_ids(encoded: pl.LazyFrame, schema: Schema) -> dict[str, dict[str, float]]:
+    """Sparse feature -> its share of missing cells and of out-of-vocabulary ids (for lists: of all their ids)."""
+    shares: list[pl.Expr] = []
+    for feature in schema.sparse:
+        column = pl.col(feature.name)
+        ids = column if isinstance(feature, Categorical) else column.list.explode(empty_as_null=False, keep_nulls=False)
+        if isinstance(feature, Categorical | MultiValued):
+            first = column if isinstance(feature, Categorical) else column.list.first()
+            missing = (first == MISSING_ID).mean()
+        else:
+            missing = (column.list.len() == 0).mean()
+        shares += [missing.alias(f"{feature.name} missing"), (ids == OOV_ID).mean().alias(f"{feature.name} oov")]
+    found: dict[str, Any] = encoded.select(shares).collect(engine="streaming").row(0, named=True) if shares else {}
+    return {
+        feature.name: {what: float(found[f"{feature.name} {what}"] or 0.0) for what in ("missing", "oov")}
+        for feature in schema.sparse
+    }

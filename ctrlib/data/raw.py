@@ -1,0 +1,242 @@
+"""Open raw data of any supported kind as one lazy table, checked.
+
+Text (CSV, TSV, gzipped or not) is checked row by row (`ctrlib.data.scan`) and written once, block by block, as a
+temporary parquet table whose columns are all text: what follows reads single columns from it, as often as it likes.
+Parquet files and polars frames are used as they are. In every text column surrounding blanks are cut and the missing
+tokens become null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ctrlib.data.scan import DataError, OnBadRow, RowScanner, find_separator
+from ctrlib.schema import SchemaError
+
+ROW = "__row__"  # a row's number in the raw data, counted from 0: for messages and for the random split
+RawData = str | Path | pl.DataFrame | pl.LazyFrame
+
+
+@dataclass
+class RawTable:
+    """A lazy table with what is needed to speak about its rows.
+
+    `frame` has a first column `__row__`. `name` is the file's, for messages. `first_line` is the line of the file that
+    holds row 1, or None where rows and lines do not go together. `skipped` counts the rows left out, by reason.
+    """
+
+    frame: pl.LazyFrame
+    name: str
+    first_line: int | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def dtypes(self) -> dict[str, pl.DataType]:
+        """Column name -> type, without `__row__`."""
+        with naming(self.name):
+            return {name: dtype for name, dtype in self.frame.collect_schema().items() if name != ROW}
+
+    def place(self, row: int) -> str:
+        """How to speak of the row with number `row` (from 0)."""
+        line = "" if self.first_line is None else f" (line {row + self.first_line} of the file)"
+        return f"{self.name}: row {row + 1}{line}"
+
+
+def read_raw(
+    data: RawData,
+    temporary: Path,
+    *,
+    name: str = "data",
+    separator: str | None = None,
+    columns: Sequence[str] | None = None,
+    missing_values: Sequence[str] = ("",),
+    on_bad_row: OnBadRow = "raise",
+) -> RawTable:
+    """Open a CSV, TSV or parquet file (or a folder of parquet files, or a polars frame) and check its form.
+
+    Args:
+        data: the path or frame.
+        temporary: a folder for the table made from text; keep it until the frame has been used.
+        name: what to call a frame in messages; a file is called by its path.
+        separator: one byte; by default told from the file's name, else from its first lines.
+        columns: names for a text file without header.
+        missing_values: what a cell without value holds.
+        on_bad_row: "raise" at the first bad row, or "skip" and count them.
+
+    Raises:
+        DataError: the file is damaged or empty; the message names the row.
+        SchemaError: columns have the same name, or names that ctrlib uses itself.
+    """
+    if isinstance(data, pl.DataFrame | pl.LazyFrame):
+        table = RawTable(_clean(data.lazy(), missing_values), name)
+    elif isinstance(data, str | Path):
+        path = Path(data)
+        if not path.exists():
+            raise DataError(f"{path} does not exist: expected a CSV, TSV or parquet file")
+        if path.is_dir() or path.suffix in (".parquet", ".pq"):
+            table = _read_parquet(path, missing_values, on_bad_row)
+        else:
+            table = _read_text(path, temporary, separator, columns, missing_values, on_bad_row)
+    else:
+        raise TypeError(
+            f"{name} is a {type(data).__name__}, expected a path or a polars DataFrame or LazyFrame "
+            "(from pandas: polars.from_pandas(frame))"
+        )
+    reserved = [column for column in table.dtypes if column.startswith("__") and column.endswith("__")]
+    if reserved:
+        raise SchemaError(f"{table.name}: columns {reserved} have names that are kept for ctrlib's own: rename them")
+    return RawTable(table.frame.with_row_index(ROW), table.name, table.first_line, table.skipped)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Turn what polars or pyarrow say about damaged data into a `DataError` that names the file."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
+        raise DataError(f"{name} cannot be read, it may be truncated or damaged ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def _read_text(
+    path: Path,
+    temporary: Path,
+    separator: str | None,
+    columns: Sequence[str] | None,
+    missing_values: Sequence[str],
+    on_bad_row: OnBadRow,
+) -> RawTable:
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        with _open(path) as stream:
+            head = stream.peek(1 << 16)[: 1 << 16].removeprefix(b"\xef\xbb\xbf")
+            if not head.strip():
+                raise DataError(f"{path} is empty: expected a header and rows")
+            mark = separator.encode() if separator is not None else find_separator(path, head)
+            if len(mark) != 1 or mark in b'"\r\n':
+                raise DataError(
+                    f"separator {separator!r} cannot be used, expected one byte other than a quote or newline: "
+                    "replace it in the file first"
+                )
+            if stream.peek(3).startswith(b"\xef\xbb\xbf"):
+                stream.read(3)
+            names = [str(column) for column in columns] if columns is not None else _header(path, stream, mark)
+            _refuse_repeated(path, names, has_header=columns is None)
+            first_line = 1 if columns is not None else 2
+            scanner = RowScanner(
+                str(path), mark, num_cells=len(names), on_bad_row=on_bad_row, first_line=first_line
+            )
+            for number, block in enumerate(scanner.blocks(stream)):
+                _parse(block, names, mark, missing_values).write_parquet(
+                    temporary / f"{number:06}.parquet", compression="lz4", statistics=False
+                )
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} cannot be unpacked, it is truncated or damaged ({error})") from error
+    if not scanner.num_rows:
+        skipped = f" but {dict(scanner.skipped)}, which were skipped" if scanner.skipped else ""
+        raise DataError(f"{path} has no rows{skipped}: expected at least one row of {len(names)} cells")
+    frame = pl.scan_parquet(temporary / "*.parquet", glob=True)
+    one_line_per_row = scanner.one_line_per_row and not scanner.skipped
+    return RawTable(frame, str(path), first_line if one_line_per_row else None, scanner.skipped)
+
+
+def _open(path: Path) -> io.BufferedReader:
+    stream = path.open("rb", buffering=1 << 17)
+    if not stream.peek(2).startswith(b"\x1f\x8b"):
+        return stream
+    stream.close()
+    return io.BufferedReader(cast(io.RawIOBase, gzip.open(path, "rb")), 1 << 17)
+
+
+def _header(path: Path, stream: BinaryIO, separator: bytes) -> list[str]:
+    line = stream.readline(1 << 20)
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: line 1, the header, is not UTF-8: convert the file to UTF-8") from None
+    if "\0" in text:
+        raise DataError(f"{path}: line 1, the header, has a NUL byte: is this a text file?")
+    if text.count('"') % 2:
+        raise DataError(f"{path}: line 1, the header, opens a quote that it does not close: mend the header")
+    names = next(csv.reader([text], delimiter=separator.decode()), [])
+    # pandas leaves the name of its index column empty.
+    return [name.strip() or f"column_{position}" for position, name in enumerate(names, start=1)]
+
+
+def _refuse_repeated(path: Path, names: list[str], has_header: bool) -> None:
+    repeated = sorted(name for name, number in Counter(names).items() if number > 1)
+    if repeated:
+        hint = " (or, if the file has no header, pass columns=[...] with their names)" if has_header else ""
+        raise SchemaError(f"{path}: columns {repeated} appear more than once: give each its own name{hint}")
+
+
+def _parse(block: bytes, names: list[str], separator: bytes, missing_values: Sequence[str]) -> pl.DataFrame:
+    frame = pl.read_csv(
+        block,
+        schema=dict.fromkeys(names, pl.String),
+        has_header=False,
+        separator=separator.decode(),
+        quote_char='"' if b'"' in block else None,  # faster without
+    )
+    return frame.select(_clean_text(pl.col(name), missing_values) for name in names)
+
+
+# -------------------------------------------------------------------------------------------------- parquet and frames
+
+
+def _read_parquet(path: Path, missing_values: Sequence[str], on_bad_row: OnBadRow) -> RawTable:
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path} is a folder without parquet files: expected a file, or a folder of *.parquet")
+    skipped: Counter[str] = Counter()
+    num_rows = 0
+    for file in files:
+        with naming(str(file)):
+            metadata = pq.ParquetFile(file).metadata
+        _refuse_repeated(file, [name.split(".")[0] for name in metadata.schema.to_arrow_schema().names], False)
+        num_rows += metadata.num_rows
+        for number in range(metadata.num_row_groups):
+            if metadata.row_group(number).num_rows == 0:
+                if on_bad_row == "raise":
+                    raise DataError(
+                        f"{file}: row group {number} has no rows, so its writer may have failed: write the file again, "
+                        'or leave such row groups out with on_bad_row="skip"'
+                    )
+                skipped["row group without rows"] += 1
+    if not num_rows:
+        raise DataError(f"{path} has no rows: expected at least one")
+    return RawTable(_clean(pl.scan_parquet(files), missing_values), str(path), None, skipped)
+
+
+def _clean(frame: pl.LazyFrame, missing_values: Sequence[str]) -> pl.LazyFrame:
+    """Text columns with the blanks around them cut and missing tokens as null; enumerations become text."""
+    cleaned = []
+    for name, dtype in frame.collect_schema().items():
+        if dtype == pl.String or dtype in (pl.Categorical, pl.Enum):
+            cleaned.append(_clean_text(pl.col(name).cast(pl.String), missing_values))
+    return frame.with_columns(cleaned)
+
+
+def _clean_text(text: pl.Expr, missing_values: Sequence[str]) -> pl.Expr:
+    text = text.str.strip_chars()
+    tokens = list(dict.fromkeys(missing_values))
+    return text.replace(tokens, [None] * len(tokens)) if tokens else text

@@ -1,0 +1,124 @@
+"""MovieLens-1M: 1,000,209 ratings of 3,883 movies by 6,040 users (GroupLens; research use), in two protocols.
+
+    python datasets/movielens_1m.py --out data/movielens_1m
+    python datasets/movielens_1m.py --protocol ids --out data/movielens_1m_ids
+
+`autoint` (W. Song et al., AutoInt, CIKM 2019, https://arxiv.org/abs/1810.11921): ratings of 3 dropped, more than 3 is
+positive (77.8 %); no user and movie ids, but gender, age, occupation, zip code, genres (up to 6, mean), release year
+(1919-29, then by decade to 1969, then by year) and the rating's time, min-max scaled. The authors' split is used where
+its row numbers lie beside the ratings (autoint_split/{train,valid,test}_rows.npy); elsewhere a random 8:1:1, and then
+the numbers are not comparable.
+
+`ids` (B. Coleman et al., Unified Embedding, NeurIPS 2023, https://arxiv.org/abs/2305.12102): user, movie, gender, age,
+occupation and zip code; ratings of 3 dropped, 4 and 5 positive; random 8:1:1.
+"""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+import tyro
+
+import ctrlib as ctr
+from ctrlib.data.download import download, extract
+
+URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+MD5 = "md5:c4d9eecfca2ab87c1945afe126590906"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Prepare MovieLens-1M for training."""
+
+    out: Path
+    """Prepared folder to write."""
+    raw: Path | None = None
+    """Folder that holds ratings.dat (or .gz), users.dat and movies.dat already; otherwise they are downloaded."""
+    protocol: Literal["autoint", "ids"] = "autoint"
+    """Which published protocol; see the top of this file."""
+    seed: int = 0
+    """Of the random split, where there is one."""
+
+
+def fetch(folder: Path) -> Path:
+    """A folder with the raw files."""
+    archive = download(URL, checksum=MD5, folder=folder)
+    extract(archive, {f"ml-1m/{name}": name for name in ("ratings.dat", "users.dat", "movies.dat")}, folder)
+    return folder
+
+
+def read(raw: Path) -> pl.DataFrame:
+    """One row per rating, in the order of ratings.dat."""
+    ratings = _read(raw / "ratings.dat", ["user", "movie", "rating", "time"])
+    users = _read(raw / "users.dat", ["user", "gender", "age", "occupation", "zip"])
+    year = pl.col("title").str.extract(r"\((\d{4})\)\s*$").cast(pl.Int32)
+    movies = _read(raw / "movies.dat", ["movie", "title", "genres"]).select(
+        "movie",
+        "genres",
+        year=pl.when(year < 1930)
+        .then(pl.lit("1919-29"))
+        .when(year < 1970)
+        .then(pl.format("{}s", year // 10 * 10))
+        .otherwise(year.cast(pl.String)),
+    )
+    return (
+        ratings.join(users, on="user", how="left", maintain_order="left")
+        .join(movies, on="movie", how="left", maintain_order="left")
+        .with_columns(pl.col("rating", "time").cast(pl.Int64))
+        .with_columns(label=(pl.col("rating") > 3).cast(pl.Int8))
+    )
+
+
+def _read(path: Path, columns: list[str]) -> pl.DataFrame:
+    """A file of GroupLens' "::"-separated kind."""
+    content = path.read_bytes() if path.exists() else gzip.decompress(path.with_name(path.name + ".gz").read_bytes())
+    lines = pl.Series("line", content.decode("iso-8859-1").splitlines())
+    parts = lines.str.split_exact("::", len(columns) - 1)
+    return parts.struct.rename_fields(columns).struct.unnest()
+
+
+def main(arguments: Arguments) -> None:
+    """Fetch if needed, then prepare."""
+    raw = arguments.raw or fetch(arguments.out.parent / "raw" / "movielens_1m")
+    rows = read(raw)
+    note = ""
+    person: list[ctr.Feature] = [ctr.Categorical(name) for name in ("gender", "age", "occupation", "zip")]
+    if arguments.protocol == "ids":
+        data: pl.DataFrame | dict[str, pl.DataFrame] = rows.filter(pl.col("rating") != 3).drop("rating", "time", "genres", "year")
+        features: list[ctr.Feature] = [ctr.Categorical("user"), ctr.Categorical("movie"), *person]
+    else:
+        split_files = raw / "autoint_split"
+        if split_files.is_dir():
+            data = {
+                split: rows[np.load(split_files / f"{split}_rows.npy")].drop("rating", "movie")
+                for split in ("train", "valid", "test")
+            }
+        else:
+            note = "a random 8:1:1 split, not the authors': not comparable with published numbers"
+            data = rows.filter(pl.col("rating") != 3).drop("rating", "movie")
+        features = [
+            *person,
+            ctr.MultiValued("genres", max_length=6),
+            ctr.Categorical("year"),
+            ctr.Numeric("time", transform="minmax"),
+        ]
+    ctr.prepare(
+        data,
+        arguments.out,
+        features=features,
+        labels=["label"],
+        group="user",
+        ignore=() if arguments.protocol == "ids" else ("user",),
+        seed=arguments.seed,
+        note=note,
+        overwrite=True,
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
