@@ -131,7 +131,7 @@ class Prepare:
             missing_labels=self.missing_labels,
             on_bad_row=self.on_bad_row,
             overwrite=self.overwrite,
-            console=Console(stderr=True),
+            log=Console(stderr=True).print,
         )
         if self.json:
             report = json.loads((self.out / "report.json").read_text(encoding="utf-8"))

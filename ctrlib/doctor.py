@@ -77,8 +77,8 @@ def installed_versions() -> dict[str, str | None]:
     """The version of each package that matters, or None. That of torch names its build: 2.13.0+cpu, 2.13.0+cu130."""
     versions: dict[str, str | None] = {}
     for name in ("torch", "torchrec", *FBGEMM, *LIGHT):
-        found = next(importlib.metadata.distributions(name=name), None)
-        versions[name] = None if found is None else found.version
+        found = list(importlib.metadata.distributions(name=name))
+        versions[name] = found[0].version if found else None
     if versions["torch"] is not None:
         # The wheels on PyPI leave the build out of their metadata; torch/version.py has it, and can be read unimported.
         path = Path(str(importlib.metadata.distribution("torch").locate_file("torch/version.py")))
@@ -166,7 +166,12 @@ def diagnose(
         versions, nvidia_driver = installed_versions(), has_nvidia_driver()
     pip = pip or pip_command()
     torch, torchrec = versions.get("torch"), versions.get("torchrec")
-    problems = _machine_problems(python, system, machine) or _version_problems(versions, nvidia_driver, pip)
+    problems = _machine_problems(python, system, machine)
+    if not problems:
+        problems = _version_problems(versions, nvidia_driver, pip)
+        if problems and pip.endswith(" -m pip") and importlib.util.find_spec("pip") is None:
+            what = "this environment has no pip, which the other commands need"
+            problems.insert(0, Problem(what, f"{pip.removesuffix(' -m pip')} -m ensurepip"))
     device = ""
     if not problems and probe is not None:
         device, error = probe()
@@ -253,9 +258,6 @@ def _version_problems(versions: Mapping[str, str | None], nvidia_driver: bool, p
     if wrong:
         what = f"TorchRec needs {', '.join(wrong)}: not installed, or not in that version"
         problems.append(Problem(what, f"{pip} install {' '.join(wrong)}"))
-    if problems and importlib.util.find_spec("pip") is None and pip.endswith(" -m pip"):
-        what = "this environment has no pip, which the commands below use"
-        problems.insert(0, Problem(what, f"{pip.removesuffix(' -m pip')} -m ensurepip"))
     return problems
 
 

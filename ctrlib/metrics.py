@@ -250,11 +250,14 @@ class StreamingAUC:
         self._add(*_checked(labels, scores, weights)[:3])
 
     def _add(self, positive: Bools, score: Floats, weight: Floats | None) -> None:
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf: the last bin, still in order
-            bins = _ordered_bits(score.astype(np.float32, copy=False))
-        bins >>= np.uint32(32 - BIN_BITS)
-        bins |= positive.astype(np.uint32) << np.uint32(BIN_BITS)
-        np.add.at(self.counts.reshape(-1), bins, 1.0 if weight is None else weight)
+        counts = self.counts.reshape(-1)
+        for start in range(0, len(score), 1 << 15):  # pieces whose intermediate arrays stay in the cache
+            rows = slice(start, start + (1 << 15))
+            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf: the last bin, still in order
+                bins = _ordered_bits(score[rows].astype(np.float32, copy=False))
+            bins >>= np.uint32(32 - BIN_BITS)
+            bins |= positive[rows].astype(np.uint32) << np.uint32(BIN_BITS)
+            np.add.at(counts, bins, 1.0 if weight is None else weight[rows])
 
     def merge(self, other: StreamingAUC) -> None:
         """Add the rows that another has seen, such as another rank's."""
@@ -262,7 +265,8 @@ class StreamingAUC:
 
     def compute(self) -> float:
         """The AUC so far; nan while there is one class only."""
-        return _auc_from_blocks(self.counts[1], self.counts[0])
+        occupied = np.flatnonzero(self.counts[0] + self.counts[1])  # logits use a few percent of the bins
+        return _auc_from_blocks(self.counts[1, occupied], self.counts[0, occupied])
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """A copy of the counts; sums of it over ranks are valid states."""

@@ -113,6 +113,7 @@ def main(arguments: Arguments) -> None:
         features=features,
         labels=["label"],
         group="user",
+        # In the autoint protocol the user only groups rows for GAUC.
         ignore=() if arguments.protocol == "ids" else ("user",),
         seed=arguments.seed,
         note=note,

@@ -15,9 +15,17 @@ import polars as pl
 
 from ctrlib.data.raw import ROW, RawTable, naming
 from ctrlib.data.scan import DataError, OnBadRow
-from ctrlib.schema import Categorical, Feature, Numeric, NumericTransform, Schema, SchemaError, kind_of
-from ctrlib.schema import MultiValued as MultiValued
-from ctrlib.schema import Sequence as SequenceFeature
+from ctrlib.schema import (
+    Categorical,
+    Feature,
+    MultiValued,
+    Numeric,
+    NumericTransform,
+    Schema,
+    SchemaError,
+    Sequence,
+    kind_of,
+)
 
 FLOAT32_MAX = 3.4028234e38
 
@@ -41,7 +49,7 @@ def text(feature: Feature, dtype: pl.DataType) -> pl.Expr:
             bucket = pl.when(x > 2).then(x.clip(lower_bound=2).log().pow(2)).otherwise(x).floor()
             return bucket.cast(pl.Int64, strict=False).cast(pl.String)
         return _scalar_text(column, dtype)
-    assert isinstance(feature, MultiValued | SequenceFeature)
+    assert isinstance(feature, MultiValued | Sequence)
     if isinstance(dtype, pl.List | pl.Array):
         inner = dtype.inner
         assert isinstance(inner, pl.DataType)
@@ -126,7 +134,7 @@ def _hint(dtypes: Mapping[str, pl.DataType]) -> str:
     return ": there is only one, so the separator is probably another; say separator=..."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Check:
     """A verdict on every row: `bad` is true where `column` does not hold what is `expected`.
 
@@ -221,19 +229,24 @@ def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) ->
         totals = raw.frame.select(check.bad.sum().alias(str(i)) for i, check in enumerate(found)).collect(
             engine="streaming"
         )
-    failed = [check for check, total in zip(found, totals.row(0)) if total]
-    for check in failed:
-        if check.retyped or on_bad_row == "raise":
+    failed = {check: total for check, total in zip(found, totals.row(0)) if total}
+    for check, total in failed.items():
+        retyped = check.retyped
+        if not retyped and total > 1:  # if no cell is as expected, it is the column that is wrong and not the row
+            retyped = total == raw.frame.select(pl.col(check.column).count()).collect(engine="streaming").item()
+        if retyped or on_bad_row == "raise":
             cells = raw.frame.filter(check.bad).select(ROW, check.column).head(1).collect(engine="streaming")
             row, value = cells.row(0)
-            message = f"{raw.place(row)}, column {check.column!r} holds {value!r}, expected {check.expected}"
-            raise SchemaError(message) if check.retyped else DataError(message)
+            others = ", and no other row is better" if retyped and not check.retyped else ""
+            message = f"{raw.place(row)}, column {check.column!r} holds {value!r}{others}; expected {check.expected}"
+            raise SchemaError(message) if retyped else DataError(message)
     if not failed:
         return raw.frame
     verdict = pl.coalesce(pl.when(check.bad).then(i) for i, check in enumerate(failed)).alias("verdict")
     counts: Counter[str] = Counter()
     for i, count in raw.frame.group_by(verdict).len().collect(engine="streaming").iter_rows():
         if i is not None:
-            counts[f"{failed[i].column}: {failed[i].reason}"] += count
+            check = list(failed)[i]
+            counts[f"{check.column}: {check.reason}"] += count
     raw.skipped.update(counts)
     return raw.frame.filter(~pl.any_horizontal(check.bad for check in failed))

@@ -134,7 +134,7 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
                     continue
                 groups.append(group)
                 if _looks_bad(metadata, reader.schema_arrow.names, schema):
-                    decode([group], schema)  # raises, naming column, row and value
+                    decode([group], schema, schema.group is not None)  # raises, naming column, row and value
     if not groups:
         raise SchemaError(f"{folder / split} holds {len(paths)} file(s) without a single row: prepare the data again")
     return groups

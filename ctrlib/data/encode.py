@@ -37,7 +37,6 @@ def encode(
     missing_labels: Literal["raise", "mask"] = "raise",
     label_positive: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "raise",
-    groups: pl.Series | None = None,
 ) -> pl.LazyFrame:
     """The rows of a raw table as the loader wants them, lazily and in their order.
 
@@ -52,31 +51,43 @@ def encode(
         missing_labels: "mask" gives NaN where a label is missing.
         label_positive: label -> text of its positive class, for labels that are text.
         on_bad_row: "skip" leaves bad rows out and counts them in `raw.skipped`.
-        groups: the sorted texts of groups that are not integers.
 
     Raises:
         SchemaError: a column is missing or has another type than before.
         DataError: a cell is bad; the message names row and column.
     """
+    check_columns(raw, schema, with_labels=require_labels)
+    options: dict[str, Any] = {"missing_labels": missing_labels, "label_positive": label_positive}
+    found = checks(schema, raw.dtypes, with_labels=require_labels, **options)
+    frame = without_bad_rows(raw, found, on_bad_row)
+    checked = RawTable(frame, raw.name, raw.first_line)
+    return encode_checked(checked, schema, vocab_folder, with_labels=require_labels, label_positive=label_positive)
+
+
+def encode_checked(
+    raw: RawTable,
+    schema: Schema,
+    vocab_folder: Path,
+    *,
+    with_labels: bool,
+    label_positive: Mapping[str, str] | None = None,
+    groups: pl.Series | None = None,
+) -> pl.LazyFrame:
+    """`encode` for a table without bad rows. `groups`: the sorted texts of groups that are not integers."""
     if not schema.is_fitted:
         raise SchemaError("the schema is not fitted: use the one that `prepare` returns or stores in schema.json")
-    check_columns(raw, schema, with_labels=require_labels)
     dtypes = raw.dtypes
     vocabularies = load_vocabularies(vocab_folder, schema)
+    _refuse_ids_as_floats(raw, schema, vocabularies)
     enums = {name: pl.Enum(values) for name, values in vocabularies.items()}
-    found = checks(
-        schema, dtypes, with_labels=require_labels, missing_labels=missing_labels, label_positive=label_positive
-    )
-    frame = without_bad_rows(raw, found, on_bad_row)
-    _refuse_ids_as_floats(raw.name, frame, schema, vocabularies, dtypes)
-
     columns = []
     for feature in schema.features:
+        dtype = dtypes[feature.name]
         if isinstance(feature, Numeric):
-            columns.append(_number(feature, dtypes[feature.name]).alias(feature.name))
+            columns.append(_number(feature, dtype).alias(feature.name))
         else:
-            columns.append(_ids(feature, dtypes[feature.name], enums[vocabulary_of(feature)]).alias(feature.name))
-    if require_labels:
+            columns.append(_ids(feature, dtype, enums[vocabulary_of(feature)]).alias(feature.name))
+    if with_labels:
         for name in schema.labels:
             value = label(name, dtypes[name], (label_positive or {}).get(name))
             columns.append(value.fill_null(float("nan")).cast(pl.Float32).alias(name))
@@ -84,7 +95,7 @@ def encode(
             columns.append(number(schema.weight, dtypes[schema.weight]).cast(pl.Float32).alias(schema.weight))
         if schema.group is not None:
             columns.append(_group(schema.group, dtypes[schema.group], groups).alias(GROUP))
-    return frame.select(columns)
+    return raw.frame.select(columns)
 
 
 def _ids(feature: SparseFeature, dtype: pl.DataType, values: pl.Enum) -> pl.Expr:
@@ -118,14 +129,9 @@ def _group(name: str, dtype: pl.DataType, groups: pl.Series | None) -> pl.Expr:
     return text(Categorical(name), dtype).cast(pl.Enum(groups)).to_physical().cast(pl.Int64)
 
 
-def _refuse_ids_as_floats(
-    name: str,
-    frame: pl.LazyFrame,
-    schema: Schema,
-    vocabularies: Mapping[str, pl.Series],
-    dtypes: Mapping[str, pl.DataType],
-) -> None:
+def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocabularies: Mapping[str, pl.Series]) -> None:
     """Text such as "17.0" for ids that were "17": every value would be out of vocabulary, silently."""
+    dtypes = raw.dtypes
     suspects = [
         feature.name
         for feature in schema.sparse
@@ -134,20 +140,24 @@ def _refuse_ids_as_floats(
         and dtypes[feature.name] == pl.String
         and not vocabularies[vocabulary_of(feature)].head(1000).str.ends_with(".0").any()
     ]
-    if not suspects:
-        return
-    with naming(name):
-        like_floats = (
-            frame.select(pl.col(suspects).str.contains(r"^-?\d+\.0$").all(ignore_nulls=True) & pl.col(suspects).count() > 0)
-            .collect(engine="streaming")
-            .row(0, named=True)
+
+    def like_floats(rows: pl.LazyFrame, columns: list[str]) -> list[str]:
+        verdicts = [
+            pl.col(column).str.contains(r"^-?\d+\.0$").all(ignore_nulls=True) & (pl.col(column).count() > 0)
+            for column in columns
+        ]
+        if not verdicts:
+            return []
+        with naming(raw.name):
+            found = rows.select(verdicts).collect(engine="streaming")
+        return [column for column in columns if found[column][0]]
+
+    # The first rows acquit nearly every column; only what is left is read in full.
+    for column in like_floats(raw.frame, like_floats(raw.frame.head(1000), suspects)):
+        raise SchemaError(
+            f"{raw.name}: column {column!r} holds ids that look like floats (such as 17.0), expected the text that "
+            "train has (such as 17): write the column as integers"
         )
-    for column, is_float in like_floats.items():
-        if is_float:
-            raise SchemaError(
-                f"{name}: column {column!r} holds ids that look like floats (such as 17.0), expected the text that train "
-                "has (such as 17): write the column as integers"
-            )
 
 
 def count_ids(encoded: pl.LazyFrame, schema: Schema) -> dict[str, dict[str, float]]:

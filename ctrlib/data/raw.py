@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import gzip
 import io
 import zlib
@@ -107,6 +108,8 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # it is the disk
         raise DataError(f"{name} cannot be read, it may be truncated or damaged ({_first_line(error)})") from error
 
 
@@ -142,9 +145,7 @@ def _read_text(
             names = [str(column) for column in columns] if columns is not None else _header(path, stream, mark)
             _refuse_repeated(path, names, has_header=columns is None)
             first_line = 1 if columns is not None else 2
-            scanner = RowScanner(
-                str(path), mark, num_cells=len(names), on_bad_row=on_bad_row, first_line=first_line
-            )
+            scanner = RowScanner(str(path), mark, num_cells=len(names), on_bad_row=on_bad_row, first_line=first_line)
             for number, block in enumerate(scanner.blocks(stream)):
                 _parse(block, names, mark, missing_values).write_parquet(
                     temporary / f"{number:06}.parquet", compression="lz4", statistics=False
@@ -160,7 +161,7 @@ def _read_text(
 
 
 def _open(path: Path) -> io.BufferedReader:
-    stream = path.open("rb", buffering=1 << 17)
+    stream = path.open("rb")
     if not stream.peek(2).startswith(b"\x1f\x8b"):
         return stream
     stream.close()

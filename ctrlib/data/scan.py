@@ -8,6 +8,7 @@ The grammar is RFC 4180 with any one-byte separator: a cell that holds a separat
 with quotes inside it doubled. LF and CRLF end a row; a byte-order mark, a missing last newline and blank lines at the
 end are fine.
 
+>>> import io
 >>> scanner = RowScanner("demo.csv", b",", num_cells=2, on_bad_row="skip")
 >>> list(scanner.blocks(io.BytesIO(b'1,2\\n3\\n"4,\\n",5\\n')))
 [b'1,2\\n"4,\\n",5\\n']
@@ -17,7 +18,6 @@ Counter({'too few cells': 1})
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ class RowScanner:
             tail = data[taken:]
             if waited_enough and len(tail) > MAX_ROW_BYTES:
                 raise DataError(
-                    f"{self.name}: no end of line in {MAX_ROW_BYTES >> 20} MB after row {self._rows_taken + len(ends)}: "
+                    f"{self.name}: no end of line in {MAX_ROW_BYTES >> 20} MB after row {self._rows_taken}: "
                     "expected a text file with one row a line"
                 )
             if good := self._good(data[:taken], ends, cells):
@@ -192,7 +192,7 @@ class RowScanner:
         self.num_rows += num_taken - len(bad)
         if len(bad):
             good = np.repeat(problems == 0, ends - starts)
-            return np.frombuffer(data, np.uint8)[good].tobytes()
+            return bytes(np.frombuffer(data, np.uint8)[good])
         return data[: int(ends[num_taken - 1])] if num_taken else b""
 
     def _report(self, row: int, line: int, reason: str, cells: int, number: int) -> None:

@@ -6,10 +6,10 @@ A row's true logit is
 
 with a weight w and a vector v per id (a, b run over ids and numbers alike; a number's vector is v_j x_j), x_j the
 standardised log of a number (0 if missing), and c of the L history items in the target item's cluster (no such term
-without a history). The label is 1 with probability sigmoid(z), so no model does better than z in expectation, and what z
-itself scores is the ceiling: the Bayes AUC and log-loss. Every term is a function of the columns alone.
+without a history). The label is 1 with probability sigmoid(z), so no model does better than z in expectation, and what
+z itself scores is the ceiling: the Bayes AUC and log-loss. Every term is a function of the columns alone.
 
-Rows come in chunks that depend on (seed, chunk) only: ten million rows need no more memory than one chunk and the tables.
+Rows come in chunks that depend on (seed, chunk) only: ten million rows need no more memory than a chunk and the tables.
 
     python -m ctrlib.data.synthetic --preset criteo --rows 1000000 --out criteo_like
 """
@@ -55,7 +55,7 @@ class Teacher:
     >>> frame.columns
     ['label', 'I1', 'I2', 'C1', 'C2', 'C3', 'history']
     >>> frame["C1"].to_list()
-    ['cb76cb28', '818b2208', '39487528']
+    ['e35c82f5', '818b2208', '39487528']
     """
 
     num_rows: int
@@ -106,8 +106,8 @@ class Teacher:
         # Criteo-Kaggle's sizes, but those above 100k are chosen so that a million rows hold about a million ids
         # fmt: off
         cardinalities = (
-            1460, 583, 700_000, 400_000, 305, 24, 12_517, 633, 3, 93_145, 5683, 600_000, 3194,
-            27, 14_992, 550_000, 10, 5652, 2173, 4, 620_000, 18, 15, 150_000, 105, 110_000,
+            1460, 583, 400_000, 250_000, 305, 24, 12_517, 633, 3, 93_145, 5683, 330_000, 3194,
+            27, 14_992, 300_000, 10, 5652, 2173, 4, 340_000, 18, 15, 120_000, 105, 100_000,
         )
         # fmt: on
         return cls(

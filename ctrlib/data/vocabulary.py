@@ -36,13 +36,13 @@ def fit(train: pl.LazyFrame, schema: Schema, dtypes: Mapping[str, pl.DataType], 
         sizes[name] = len(vocabulary) + NUM_RESERVED_IDS
         hashes[name] = hash_values(vocabulary["value"])
     parameters = fit_numbers(train, schema.dense, dtypes)
-    features = tuple(
+    fitted = tuple(
         dataclasses.replace(feature, parameters=parameters[feature.name])
         if isinstance(feature, Numeric)
         else dataclasses.replace(feature, num_embeddings=sizes[vocabulary_of(feature)])
         for feature in schema.features
     )
-    return dataclasses.replace(schema, features=features, vocabulary_hashes=hashes)
+    return dataclasses.replace(schema, features=fitted, vocabulary_hashes=hashes)
 
 
 def count_values(
@@ -68,8 +68,9 @@ def count_values(
         .filter(pl.col("value").is_not_null() & (pl.col("count") >= min_count))
         .collect(engine="streaming")
         .sort("count", "value", descending=[True, False])
-        .head(max_values)
     )
+    if max_values is not None:
+        values = values.head(max_values)
     ids = pl.int_range(NUM_RESERVED_IDS, len(values) + NUM_RESERVED_IDS, dtype=pl.Int32, eager=True)
     return values.select("value", ids.alias("id"), "count")
 
@@ -130,8 +131,8 @@ def load_vocabularies(folder: Path, schema: Schema) -> dict[str, pl.Series]:
         expected = (schema.vocabulary_hashes or {}).get(name)
         if hash_values(values) != expected:
             raise SchemaError(
-                f"{path} has hash {hash_values(values)}, the schema expects {expected}: it belongs to other data or was "
-                "changed; use the folder that the schema came with"
+                f"{path} has hash {hash_values(values)}, the schema expects {expected}: it belongs to other data or "
+                "was changed; use the folder that the schema came with"
             )
         vocabularies[name] = values
     return vocabularies

@@ -1,0 +1,154 @@
+"""Say what the columns of an unknown table probably mean, and why; every guess is shown and can be overridden.
+
+Integers are the hard case: 1993 may be a year, a price or the id of a shop. A name or a shape that speaks for a
+measurement makes a column numeric, otherwise integers that come up again and again are ids, which costs least when it
+is wrong: a number treated as ids is bucketed by its values.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from ctrlib.data.raw import ROW
+from ctrlib.schema import Categorical, Feature, MultiValued, Numeric
+
+SAMPLE_ROWS = 200_000
+FEW_VALUES = 20  # integers with no more distinct values than this are ids, whatever their name
+MIN_ROWS_FOR_IDENTIFIER = 100  # among fewer rows all values being distinct is no evidence
+SKEWED = 2.0  # skewness from which on a logarithm helps
+
+_ID_NAME = re.compile(r"(^|[_\s.-])ids?$|^ID$|[a-z0-9_]I[dD]s?$|^id[_\s.-]")
+_MEASURE_NAME = re.compile(
+    r"(^|[_\s.-])(age|amount|amt|count|cnt|num|number|price|cost|hours?|minutes?|seconds?|weeks?|days|time|timestamp|"
+    r"year|income|wage|salary|gains?|loss(es)?|rate|score|rating|duration|total|sum|avg|mean|weight|height|width|"
+    r"length|size|distance|quantity|qty|dividends|balance|clicks|views|impressions)($|[_\s.-])",
+    re.IGNORECASE,
+)
+
+
+class Guess(NamedTuple):
+    """What a column is taken for (None: left out), and the reason to show."""
+
+    name: str
+    feature: Feature | None
+    reason: str
+
+
+def infer_features(frame: pl.LazyFrame, names: list[str] | None = None) -> list[Guess]:
+    """Guess what columns mean, from about 200,000 rows spread over the whole table.
+
+    Args:
+        frame: with or without the `__row__` column of `read_raw`.
+        names: the columns to look at, by default all.
+
+    >>> ages = [20 + i % 60 for i in range(200)]
+    >>> frame = pl.LazyFrame({"age": ages, "price": [i / 7 for i in ages], "shop": [f"s{i}" for i in ages]})
+    >>> for guess in infer_features(frame): print(guess.feature, "|", guess.reason)
+    Numeric(name='age', transform='standard', parameters=None) | integers, the name of a measurement
+    Numeric(name='price', transform='standard', parameters=None) | numbers with fractions
+    Categorical(name='shop', min_count=1, max_values=None, vocabulary=None, bucket=None, num_embeddings=None) | text
+    """
+    dtypes = {name: dtype for name, dtype in frame.collect_schema().items() if name != ROW}
+    names = list(dtypes) if names is None else names
+    num_rows = frame.select(pl.len()).collect(engine="streaming").item()
+    step = max(1, num_rows // SAMPLE_ROWS)
+    sample = frame.select(names).gather_every(step).collect(engine="streaming")
+    guesses = [_guess(sample[name]) for name in names]
+    if step > 1:
+        guesses = _confirm_left_out(frame, guesses, num_rows, sample)
+    return guesses
+
+
+def _guess(values: pl.Series) -> Guess:
+    name, dtype = values.name, values.dtype
+    present = values.drop_nulls()
+    if dtype.is_float():
+        present = present.drop_nans()
+    if present.is_empty():
+        return Guess(name, None, "ignored: no values")
+    if isinstance(dtype, pl.List | pl.Array):
+        return Guess(name, MultiValued(name), "lists")
+    if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
+        return Guess(name, None, f"ignored: values of type {dtype}")
+    if dtype == pl.Boolean or dtype.is_temporal():
+        present = present.cast(pl.String)
+    num_distinct = present.n_unique()
+    if num_distinct == 1 and len(present) == len(values):
+        return Guess(name, None, f"ignored: always {present[0]!r}")
+
+    numbers = present.cast(pl.Float64, strict=False)
+    finite = numbers.is_finite().fill_null(False)
+    if not finite.all():
+        return _guess_text(name, present, num_distinct, float(finite.sum() / len(finite)))
+    if dtype == pl.String and present.str.contains(r"^[+-]?0\d").any():
+        return Guess(name, Categorical(name), "text: digits with leading zeros")
+    if (numbers != numbers.floor()).any():
+        return _numeric(name, numbers, "numbers with fractions")
+    return _guess_integers(name, numbers, num_distinct)
+
+
+def _guess_text(name: str, present: pl.Series, num_distinct: int, share_of_numbers: float) -> Guess:
+    parts = present.str.split("|").list
+    tokens = parts.explode()
+    if (parts.len() > 1).mean() > 0.1 and tokens.n_unique() < 0.5 * len(tokens):  # type: ignore[operator]
+        return Guess(name, MultiValued(name), "text: values repeat between '|'")
+    if num_distinct == len(present) >= MIN_ROWS_FOR_IDENTIFIER:
+        return Guess(name, None, "ignored: every row has another text")
+    if share_of_numbers > 0.5:
+        other = present.filter(present.cast(pl.Float64, strict=False).is_null()).value_counts(sort=True)[name][0]
+        return Guess(
+            name, Categorical(name), f"text: {share_of_numbers:.0%} numbers, but also {other!r} (missing_values?)"
+        )
+    return Guess(name, Categorical(name), "text")
+
+
+def _guess_integers(name: str, numbers: pl.Series, num_distinct: int) -> Guess:
+    if _ID_NAME.search(name):
+        if num_distinct == len(numbers) >= MIN_ROWS_FOR_IDENTIFIER:
+            return Guess(name, None, "ignored: every row has another integer")
+        return Guess(name, Categorical(name), "integers, the name of an id")
+    if num_distinct <= FEW_VALUES:
+        return Guess(name, Categorical(name), f"integers, only {num_distinct} distinct")
+    if _MEASURE_NAME.search(name):
+        return _numeric(name, numbers, "integers, the name of a measurement")
+    if num_distinct == len(numbers) >= MIN_ROWS_FOR_IDENTIFIER:
+        return Guess(name, None, "ignored: every row has another integer")
+    if _skewness(numbers) > SKEWED and float(numbers.median() or 0) <= num_distinct:  # type: ignore[arg-type]
+        return _numeric(name, numbers, "integers, mostly small, some large")
+    if num_distinct > 0.5 * len(numbers) and len(numbers) >= MIN_ROWS_FOR_IDENTIFIER:
+        return _numeric(name, numbers, "integers that hardly repeat")
+    return Guess(name, Categorical(name), f"integers that repeat, {num_distinct:,} distinct")
+
+
+def _numeric(name: str, numbers: pl.Series, why: str) -> Guess:
+    # The logarithm is defined for negatives as well (with their sign), so a few of them do not forbid it.
+    if _skewness(numbers) > SKEWED and float(numbers.quantile(0.05) or 0) >= 0:
+        return Guess(name, Numeric(name, transform="log"), f"{why}; skewed")
+    return Guess(name, Numeric(name), why)
+
+
+def _skewness(numbers: pl.Series) -> float:
+    return float(numbers.skew() or 0.0)
+
+
+def _confirm_left_out(frame: pl.LazyFrame, guesses: list[Guess], num_rows: int, sample: pl.DataFrame) -> list[Guess]:
+    """A column that is constant, or never repeats, in the sample only is a feature after all."""
+    doubtful = [guess for guess in guesses if guess.feature is None and not sample[guess.name].dtype.is_nested()]
+    if not doubtful:
+        return guesses
+    names = [guess.name for guess in doubtful]
+    counts: dict[str, Any] = (
+        frame.select(pl.col(names).cast(pl.String).approx_n_unique()).collect(engine="streaming").row(0, named=True)
+    )
+    confirmed = []
+    for guess in guesses:
+        num_distinct = counts.get(guess.name)
+        constant = guess.reason.startswith(("ignored: always", "ignored: no values"))
+        if num_distinct is None or (num_distinct == 1 if constant else num_distinct > 0.9 * num_rows):
+            confirmed.append(guess)
+        else:
+            confirmed.append(Guess(guess.name, Categorical(guess.name), f"about {num_distinct:,} distinct values"))
+    return confirmed

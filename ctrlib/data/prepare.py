@@ -1,0 +1,307 @@
+"""Make a prepared folder from raw data: types, splits, vocabularies, numbers, ids."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+import rich
+from rich import box
+from rich.table import Table
+
+from ctrlib.data.cells import check_columns, checks, shortened, text, without_bad_rows
+from ctrlib.data.encode import count_ids, encode_checked
+from ctrlib.data.infer import infer_features
+from ctrlib.data.raw import RawData, RawTable, naming, read_raw
+from ctrlib.data.scan import DataError, OnBadRow
+from ctrlib.data.split import SPLITS, split_table
+from ctrlib.data.vocabulary import fit
+from ctrlib.schema import Categorical, Feature, Numeric, Schema, SchemaError, kind_of
+
+ROWS_PER_GROUP = 65_536
+Log = Callable[[Any], None]
+
+
+def prepare(
+    data: RawData | Mapping[str, RawData],
+    out: str | Path,
+    *,
+    features: Iterable[Feature] | None = None,
+    labels: Sequence[str] | str = ("label",),
+    weight: str | None = None,
+    group: str | None = None,
+    split: Sequence[float] = (8, 1, 1),
+    split_by: str | None = None,
+    seed: int = 0,
+    ignore: Sequence[str] | str = (),
+    min_count: int = 1,
+    max_values: int | None = None,
+    separator: str | None = None,
+    columns: Sequence[str] | None = None,
+    missing_values: Sequence[str] = ("",),
+    on_bad_row: OnBadRow = "raise",
+    missing_labels: Literal["raise", "mask"] = "raise",
+    label_positive: Mapping[str, str] | None = None,
+    note: str = "",
+    overwrite: bool = False,
+    log: Log | None = rich.print,
+) -> Schema:
+    """Prepare raw data for training and return the fitted schema.
+
+    Vocabularies and the parameters of numbers come from train only. The folder appears when it is complete: a crash
+    leaves none. Memory is bounded by the largest vocabulary, not by the number of rows.
+
+    Args:
+        data: a CSV, TSV or parquet file, a folder of parquet files, or a polars frame, which is then split; or a
+            dictionary of those with keys "train" and, if there are any, "valid" and "test".
+        out: the folder to make.
+        features: what columns mean; the type of every other column is inferred and shown. Fields keep this order, with
+            the inferred ones after them in the order of the file.
+        labels: columns that hold 0 or 1.
+        weight: column with the weight of each row in the loss.
+        group: column whose value groups rows for GAUC, often the user; it may be a feature as well.
+        split: sizes of train, valid and test relative to each other; 0 for none.
+        split_by: column with the time; the oldest rows train and the newest test. By default rows are drawn at random.
+        seed: of the random split.
+        ignore: columns that are not features; the group may be one of them.
+        min_count: of the vocabularies of inferred features: rarer values share the out-of-vocabulary id.
+        max_values: of the vocabularies of inferred features: at most so many values, the most frequent ones.
+        separator: of a text file; by default told from the name or the first lines.
+        columns: names for text files without header.
+        missing_values: what cells without value hold, such as ("", "?").
+        on_bad_row: "raise" at the first bad row, or "skip" them and say how many there were of which kind.
+        missing_labels: "raise", or "mask" to keep such rows with NaN, which the loss leaves out.
+        label_positive: for labels that are text, label -> text of the positive class, such as {"income": ">50K"}.
+        note: kept in report.json and beside every number that `run` makes from this data.
+        overwrite: replace an older prepared folder.
+        log: is called with each message or table (`rich.print`); None for silence.
+
+    Raises:
+        SchemaError: names or types of columns do not fit.
+        DataError: the data is damaged; the message names file, row and column.
+
+    >>> import tempfile
+    >>> frame = pl.DataFrame({"item": ["a", "b", "a", None], "price": [1.0, 2.5, 4.0, 2.5], "click": [1, 0, 0, 1]})
+    >>> folder = Path(tempfile.mkdtemp()) / "prepared"
+    >>> schema = prepare({"train": frame}, folder, features=[Categorical("item")], labels="click", log=None)
+    >>> schema["item"].num_embeddings, schema["price"].parameters["mean"]
+    (5, 2.5)
+    >>> pl.read_parquet(folder / "train")["item"].to_list()
+    [3, 4, 3, 1]
+    """
+    out = Path(out)
+    labels = (labels,) if isinstance(labels, str) else tuple(labels)
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    options: dict[str, Any] = {"missing_labels": missing_labels, "label_positive": label_positive}
+    with _folder_in_the_making(out, overwrite) as folder:
+        tables = {
+            name: read_raw(part, folder / "raw" / name, name=name, separator=separator, columns=columns,
+                           missing_values=missing_values, on_bad_row=on_bad_row)
+            for name, part in _parts(data).items()
+        }  # fmt: skip
+        rare = {"min_count": min_count, "max_values": max_values}
+        schema, reasons = _describe(
+            next(iter(tables.values())), features, labels, weight, group, split_by, ignore, rare
+        )
+        _refuse_other_columns(tables, schema, reasons, ignore)
+        for table in tables.values():
+            check_columns(table, schema, with_labels=True)
+            found = checks(schema, table.dtypes, with_labels=True, **options)
+            table.frame = without_bad_rows(table, found, on_bad_row)
+        skipped = {name: dict(table.skipped) for name, table in tables.items() if table.skipped}
+        if not isinstance(data, Mapping):
+            tables = _split(tables["data"], split, split_by, seed)
+
+        with naming(tables["train"].name):
+            schema = fit(tables["train"].frame, schema, tables["train"].dtypes, folder / "vocab")
+            groups = _fit_groups(tables, group, folder)
+        report = _Report(schema, reasons, skipped)
+        for name, table in tables.items():
+            encoded = encode_checked(
+                table, schema, folder / "vocab", with_labels=True, label_positive=label_positive, groups=groups
+            )
+            part_path = folder / name / "part-00000.parquet"
+            part_path.parent.mkdir()
+            with naming(table.name):
+                encoded.sink_parquet(part_path, compression="snappy", row_group_size=ROWS_PER_GROUP)
+            report.add(name, pl.scan_parquet(part_path), label_positive)
+        schema.save(folder / "schema.json")
+        shutil.rmtree(folder / "raw", ignore_errors=True)
+        report.content["note"] = note
+        (folder / "report.json").write_text(json.dumps(report.content, indent=1) + "\n", encoding="utf-8")
+    if log is not None:
+        report.show(out, log)
+    return schema
+
+
+@contextlib.contextmanager
+def _folder_in_the_making(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` that takes its place if all goes well, and is removed if not."""
+    if out.exists():
+        if not overwrite:
+            raise FileExistsError(f"{out} exists: give another folder, or overwrite=True to replace it")
+        if not out.is_dir() or (any(out.iterdir()) and not (out / "schema.json").is_file()):
+            raise FileExistsError(f"{out} is not a prepared folder and will not be overwritten: give another")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    making = out.parent / f".{out.name}.{os.getpid()}.partial"
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir()
+    try:
+        yield making
+        if out.exists():
+            old = making.with_suffix(".old")
+            out.rename(old)
+            making.rename(out)
+            shutil.rmtree(old)
+        else:
+            making.rename(out)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _parts(data: RawData | Mapping[str, RawData]) -> dict[str, RawData]:
+    if not isinstance(data, Mapping):
+        return {"data": data}
+    unknown = [name for name in data if name not in SPLITS]
+    if unknown or "train" not in data:
+        raise SchemaError(
+            f'the dictionary of splits has keys {list(data)}, expected "train", and any of "valid", "test"'
+        )
+    return {name: data[name] for name in SPLITS if name in data}
+
+
+def _describe(
+    table: RawTable,
+    features: Iterable[Feature] | None,
+    labels: tuple[str, ...],
+    weight: str | None,
+    group: str | None,
+    split_by: str | None,
+    ignore: tuple[str, ...],
+    rare: Mapping[str, Any],
+) -> tuple[Schema, dict[str, str]]:
+    """The schema to fit, and column -> why it is what it is, for every column of the table."""
+    given = tuple(features or ())
+    names = [feature.name for feature in given]
+    wanted = [*names, *labels, *(name for name in (weight, group) if name is not None)]
+    unknown = [name for name in dict.fromkeys([*wanted, *ignore]) if name not in table.dtypes]
+    if unknown:
+        hint = "; it has one column only, so say separator=..." if len(table.dtypes) == 1 else ""
+        raise SchemaError(
+            f"{table.name} has no columns {unknown}, expected some of {shortened(list(table.dtypes))}{hint}"
+        )
+    ignored_twice = sorted({*names, *labels, weight} & set(ignore))
+    if ignored_twice:
+        raise SchemaError(f"columns {ignored_twice} are named in ignore and also as feature, label or weight")
+    not_features = {**dict.fromkeys(labels, "label"), **dict.fromkeys(ignore, "ignored: as told")}
+    if weight is not None:
+        not_features[weight] = "weight"
+    if split_by is not None and split_by not in names:
+        not_features[split_by] = "ignored: the split goes by it"
+    to_infer = [name for name in table.dtypes if name not in not_features and name not in names]
+    inferred = infer_features(table.frame, to_infer) if to_infer else []
+    reasons = {**dict.fromkeys(names, "as told"), **not_features, **{name: reason for name, _, reason in inferred}}
+    found = tuple(
+        feature if isinstance(feature, Numeric) else dataclasses.replace(feature, **rare)
+        for _, feature, _ in inferred
+        if feature is not None
+    )
+    schema = Schema((*given, *found), labels, weight, group)
+    return schema, {name: reasons[name] for name in table.dtypes}
+
+
+def _refuse_other_columns(
+    tables: Mapping[str, RawTable], schema: Schema, reasons: Mapping[str, str], ignore: tuple[str, ...]
+) -> None:
+    for name, table in tables.items():
+        extra = [column for column in table.dtypes if column not in reasons]
+        if extra:
+            raise SchemaError(
+                f"{table.name}: columns {extra} are in {name} but not in train: give all splits the same columns"
+            )
+
+
+def _split(table: RawTable, ratio: Sequence[float], split_by: str | None, seed: int) -> dict[str, RawTable]:
+    parts = split_table(table, ratio, split_by=split_by, seed=seed)
+    return {name: RawTable(table.frame.filter(rows), table.name) for name, rows in parts.items()}
+
+
+def _fit_groups(tables: Mapping[str, RawTable], group: str | None, folder: Path) -> pl.Series | None:
+    """None if all groups are integers; else their texts over all splits, sorted, also written to groups.parquet."""
+    if group is None:
+        return None
+    values = [text(Categorical(group), table.dtypes[group]).alias("value") for table in tables.values()]
+    columns = [table.frame.select(value) for table, value in zip(tables.values(), values)]
+    integer = (pl.col("value").cast(pl.Int64, strict=False).cast(pl.String) == pl.col("value")).fill_null(False)
+    if all(column.select(integer.all()).collect(engine="streaming").item() for column in columns):
+        return None
+    groups = pl.concat(columns).unique().collect(engine="streaming")["value"].sort()
+    pl.DataFrame({"value": groups, "id": range(len(groups))}).write_parquet(folder / "groups.parquet")
+    return groups
+
+
+class _Report:
+    """What report.json holds and the table shows."""
+
+    def __init__(self, schema: Schema, reasons: Mapping[str, str], skipped: Mapping[str, Any]) -> None:
+        self._schema, self._reasons = schema, reasons
+        self.content: dict[str, Any] = {"rows": {}, "skipped": skipped, "label_mean": {}, "features": {}}
+        for feature in schema.features:
+            entry: dict[str, Any] = {"kind": kind_of(feature), "reason": reasons[feature.name]}
+            if isinstance(feature, Numeric):
+                entry |= {"transform": feature.transform}
+            else:
+                entry |= {"num_embeddings": feature.num_embeddings, "missing": {}, "oov": {}}
+            self.content["features"][feature.name] = entry
+        self.content["left_out"] = {name: why for name, why in reasons.items() if why.startswith("ignored")}
+
+    def add(self, split: str, encoded: pl.LazyFrame, label_positive: Mapping[str, str] | None) -> None:
+        """Count a split.
+
+        Raises:
+            DataError: it has no rows.
+            SchemaError: the text that is to be the positive class never comes up in train.
+        """
+        means = {name: pl.col(name).fill_nan(None).mean() for name in self._schema.labels}
+        found = encoded.select(pl.len().alias("__rows__"), **means).collect(engine="streaming").row(0, named=True)
+        num_rows = found.pop("__rows__")
+        if not num_rows:
+            raise DataError(f"{split} would have no rows: give more data, or another split")
+        for name, positive in (label_positive or {}).items():
+            if split == "train" and not found[name]:
+                raise SchemaError(
+                    f"label {name!r} never holds {positive!r} in train: check how the positive class is written"
+                )
+        self.content["rows"][split] = num_rows
+        self.content["label_mean"][split] = found
+        for name, shares in count_ids(encoded, self._schema).items():
+            for what, share in shares.items():
+                self.content["features"][name][what][split] = share
+
+    def show(self, out: Path, log: Log) -> None:
+        table = Table("column", "kind", "rows or transform", "missing", "oov", "why", box=box.SIMPLE_HEAD, pad_edge=False)
+        last = list(self.content["rows"])[-1]
+        for name, reason in self._reasons.items():
+            entry = self.content["features"].get(name)
+            if entry is None:
+                table.add_row(name, "-", "", "", "", reason)
+            elif entry["kind"] == "numeric":
+                table.add_row(name, "numeric", entry["transform"], "", "", reason)
+            else:
+                shares = (f"{entry[what][split]:.2%}" for what, split in (("missing", "train"), ("oov", last)))
+                table.add_row(name, entry["kind"], f"{entry['num_embeddings']:,}", *shares, reason)
+        log(table)
+        for split, counts in self.content["skipped"].items():
+            for reason, number in counts.items():
+                log(f"{split}: skipped {number:,} rows ({reason})")
+        for split, num_rows in self.content["rows"].items():
+            means = ", ".join(f"{name} {mean:.4f}" for name, mean in self.content["label_mean"][split].items())
+            log(f"{split}: {num_rows:,} rows, mean of labels: {means}")
+        log(f"prepared {out}")

@@ -1,0 +1,121 @@
+"""Split one table into train, valid and test: at random by row, or by time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from ctrlib.data.raw import ROW, RawTable, naming
+from ctrlib.data.scan import DataError
+from ctrlib.schema import SchemaError
+
+SPLITS = ("train", "valid", "test")
+
+
+def row_hash(row: pl.Expr, seed: int) -> pl.Expr:
+    """A uniform uint64 for every row number: SplitMix64, spelled out because polars' own hash changes over versions.
+
+    >>> pl.select(row_hash(pl.int_range(2), seed=0)).to_series().to_list()
+    [16294208416658607535, 7960286522194355700]
+    """
+
+    def u64(value: int) -> pl.Expr:
+        return pl.lit(value % 2**64, pl.UInt64)
+
+    # Integers wrap around at 2^64; // by a power of two is a shift to the right.
+    z = (row.cast(pl.UInt64) + u64(seed * 0xD1342543DE82EF95 + 1)) * u64(0x9E3779B97F4A7C15)
+    z = (z ^ (z // u64(2**30))) * u64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z // u64(2**27))) * u64(0x94D049BB133111EB)
+    return z ^ (z // u64(2**31))
+
+
+def split_table(raw: RawTable, ratio: Sequence[float], *, split_by: str | None, seed: int) -> dict[str, pl.Expr]:
+    """Split name -> which rows belong to it; a split with ratio 0 is left out.
+
+    With `split_by` the oldest rows train and the newest test; rows of the same time stay together, so fractions are
+    only as fine as the times are.
+
+    Raises:
+        SchemaError: the ratio makes no sense, or `split_by` is no column.
+        DataError: `split_by` holds what is neither number nor date.
+    """
+    if len(ratio) != 3 or min(ratio) < 0 or ratio[0] <= 0 or not sum(ratio) < float("inf"):
+        raise SchemaError(f"split is {ratio}, expected three numbers (train, valid, test) such as (8, 1, 1)")
+    total = float(sum(ratio))
+    bounds = [0.0, ratio[0] / total, (ratio[0] + ratio[1]) / total, 1.0]
+    if split_by is None:
+        position = row_hash(pl.col(ROW), seed)
+        edges: list[float] = [int(bound * 2**64) for bound in bounds]
+    else:
+        position = _time(raw, split_by)
+        frame = raw.frame.select(position.alias("time"))
+        edges = [float("-inf"), *(_quantile(frame, bound) for bound in bounds[1:3]), float("inf")]
+    parts: dict[str, pl.Expr] = {}
+    for name, low, high, share in zip(SPLITS, edges, edges[1:], ratio):
+        if share > 0:
+            parts[name] = _between(position, low, high, by_hash=split_by is None)
+    return parts
+
+
+def _between(position: pl.Expr, low: float, high: float, *, by_hash: bool) -> pl.Expr:
+    if not by_hash:
+        return (position > low) & (position <= high)  # a quantile itself belongs to the older side
+    above = position >= pl.lit(low, pl.UInt64)
+    return above if high >= 2**64 else above & (position < pl.lit(high, pl.UInt64))
+
+
+def _time(raw: RawTable, name: str) -> pl.Expr:
+    dtypes = raw.dtypes
+    if name not in dtypes:
+        raise SchemaError(f"{raw.name}: split_by names column {name!r}, expected one of {list(dtypes)}")
+    column, dtype = pl.col(name), dtypes[name]
+    candidates = [column.cast(pl.Float64, strict=False)]
+    if dtype == pl.String:
+        candidates += [column.str.to_datetime(form, strict=False).dt.epoch("us").cast(pl.Float64) for form in _FORMS]
+    elif dtype.is_temporal():
+        candidates = [column.to_physical().cast(pl.Float64)]
+    with naming(raw.name):
+        bad = raw.frame.select((~c.is_finite()).fill_null(True).sum().alias(str(i)) for i, c in enumerate(candidates))
+        num_bad = bad.collect(engine="streaming").row(0)
+    best = min(range(len(candidates)), key=lambda i: num_bad[i])
+    if num_bad[best]:
+        wrong = raw.frame.filter((~candidates[best].is_finite()).fill_null(True)).select(ROW, name).head(1)
+        row, value = wrong.collect(engine="streaming").row(0)
+        raise DataError(
+            f"{raw.place(row)}, column {name!r} holds {value!r}, expected a number or a date such as 2024-05-31 or "
+            "2024-05-31 12:00:00, by which to split"
+        )
+    return candidates[best]
+
+
+_FORMS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y/%m/%d")
+_NUM_BINS = 1 << 16
+
+
+def _quantile(frame: pl.LazyFrame, share: float) -> float:
+    """The smallest time up to which there are at least `share` of the rows.
+
+    Found by histograms that narrow down, so that memory does not grow with the rows.
+    """
+    low, high, num_rows = (
+        frame.select(pl.col("time").min().alias("low"), pl.col("time").max().alias("high"), pl.len().alias("rows"))
+        .collect(engine="streaming")
+        .row(0)
+    )
+    # Rounded: 0.8 + 0.1 of 10 rows shall be 9, not 9.000000000000002.
+    wanted, before = round(share * num_rows, 6), 0
+    while low < high:
+        inside = frame.filter(pl.col("time").is_between(low, high))
+        bin_of = ((pl.col("time") - low) * (_NUM_BINS / (high - low))).floor().clip(0, _NUM_BINS - 1).alias("bin")
+        bins = (
+            inside.group_by(bin_of)
+            .agg(pl.len().alias("rows"), pl.col("time").min().alias("low"), pl.col("time").max().alias("high"))
+            .collect(engine="streaming")
+            .sort("bin")
+        )
+        counted = before + bins["rows"].cum_sum()
+        chosen = int((counted >= wanted).arg_max() or 0)
+        before = int(counted[chosen] - bins["rows"][chosen])
+        low, high = bins["low"][chosen], bins["high"][chosen]
+    return float(low)

@@ -1,0 +1,213 @@
+"""Towers and heads against the papers' equations, published parameter counts, and the public contract."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import ctrlib as ctr
+from ctrlib import presets
+from ctrlib.layers import Dropout, Hidden
+from ctrlib.schema import Categorical, Schema
+from ctrlib.testing import check_embedding, check_head, check_tower
+
+# A new tower adds its line here.
+TOWERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
+    "mlp": lambda s: ctr.MLP(s, hidden=(8, 6)),
+    "mlp_bn_dropout": lambda s: ctr.MLP(s, hidden=(8,), batch_norm=True, dropout=0.3),
+    "fm": ctr.FM,
+    "crossnet_v2": lambda s: ctr.CrossNetV2(s, num_layers=2),
+    "parallel": lambda s: ctr.Parallel(ctr.FM(s), ctr.CrossNetV2(s), ctr.MLP(s, hidden=(4,))),
+    "stack": lambda s: ctr.Stack(ctr.CrossNetV2(s), ctr.MLP((s[0] * s[1],), hidden=(4,))),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_tower_keeps_the_contract(name: str) -> None:
+    torch.manual_seed(0)
+    check_tower(TOWERS[name])
+
+
+def test_heads_and_embeddings_keep_the_contract() -> None:
+    check_head(lambda s: ctr.LinearHead(s, num_tasks=3))
+    check_head(lambda s: ctr.LinearHead(s, unweighted=2))
+    check_embedding(lambda schema: ctr.TableEmbedding(schema.features, embedding_dim=8))
+
+
+def test_fm_is_the_sum_over_pairs() -> None:
+    x = torch.randn(9, 6, 5, dtype=torch.float64)
+    pairs = sum((x[:, i] * x[:, j]).sum(1) for i, j in itertools.combinations(range(6), 2))
+    torch.testing.assert_close(ctr.FM((6, 5))(x)[:, 0], pairs)
+
+
+def test_fm_does_not_care_about_the_order_of_fields() -> None:
+    x = torch.randn(4, 6, 5)
+    torch.testing.assert_close(ctr.FM((6, 5))(x), ctr.FM((6, 5))(x[:, torch.randperm(6)]))
+
+
+def test_crossnet_v2_follows_equation_1() -> None:
+    cross = ctr.CrossNetV2((2, 3), num_layers=3).double()
+    x0 = torch.randn(4, 6, dtype=torch.float64)
+    x = x0
+    for layer in cross.layers:
+        nn.init.normal_(layer.bias)
+        x = x0 * (x @ layer.weight.T + layer.bias) + x
+    torch.testing.assert_close(cross(x0.view(4, 2, 3)), x)
+
+
+def test_deepfm_logit_is_wide_plus_fm_plus_mlp() -> None:
+    schema = ctr.testing.example_schema()
+    model = presets.deepfm(schema, embedding_dim=4, hidden=(5,)).eval()
+    batch = ctr.testing.example_batch(schema, 8)
+    fields = model.embedding(batch)
+    fm, mlp = model.tower.towers
+    expected = model.wide(batch) + fm(fields) + model.head.linear(mlp(fields))
+    torch.testing.assert_close(model(batch), expected)
+
+
+def frappe_schema() -> Schema:
+    # 5,379 values in train; ctrlib keeps 3 reserved ids per field where FuxiCTR v1 keeps 1 and v2 keeps 2.
+    return Schema(tuple(Categorical(f"f{i}", num_embeddings=3 + (537 if i else 546)) for i in range(10)), ("y",))
+
+
+def movielens_latest_schema() -> Schema:
+    return Schema(tuple(Categorical(f"f{i}", num_embeddings=100 + i) for i in range(3)), ("y",))
+
+
+@pytest.mark.parametrize(
+    ("schema", "preset", "arguments", "published", "embedding_weights"),
+    [
+        # Published totals are those of BARS' logs; their embedding rows are FuxiCTR v1's: values + 1 a field.
+        (frappe_schema, presets.mlp, {}, 417_891, 5_389 * 10),
+        (frappe_schema, presets.dcnv2, {"num_cross_layers": 4}, 458_391, 5_389 * 10),
+        (frappe_schema, presets.deepfm, {}, 423_280, 5_389 * 11),
+        (movielens_latest_schema, presets.mlp, {}, 1_238_391, 90_239 * 10),
+        (movielens_latest_schema, presets.dcnv2, {"num_cross_layers": 5}, 1_243_071, 90_239 * 10),
+        (movielens_latest_schema, presets.deepfm, {}, 1_328_630, 90_239 * 11),
+    ],
+)
+def test_published_parameter_counts(
+    schema: Callable[[], Schema],
+    preset: Callable[..., ctr.Model],
+    arguments: dict[str, int],
+    published: int,
+    embedding_weights: int,
+) -> None:
+    made = schema()
+    model = preset(made, embedding_dim=10, hidden=(400, 400, 400), batch_norm=True, dropout=0.2, **arguments)
+    counts = model.num_parameters()
+    assert counts["network"] == published - embedding_weights
+    rows = sum(feature.num_embeddings or 0 for feature in made.sparse)
+    assert counts["embedding"] == rows * (11 if preset is presets.deepfm else 10)
+
+
+def test_frappe_rows_are_values_plus_three_reserved_ids_per_field() -> None:
+    assert sum(feature.num_embeddings or 0 for feature in frappe_schema().sparse) == 5_379 + 10 * 3
+
+
+def test_fm_preset_is_bias_first_order_and_pairs() -> None:
+    model = presets.fm(movielens_latest_schema(), embedding_dim=10)
+    assert model.num_parameters() == {"embedding": 303 * 11, "network": 1}
+
+
+def test_dropout_keeps_the_mean_and_the_share() -> None:
+    torch.manual_seed(0)
+    dropout = Dropout(0.2)
+    y = dropout(torch.ones(1000, 999))  # an odd number of elements
+    assert abs((y == 0).float().mean().item() - 0.2) < 3 * (0.16 / 999_000) ** 0.5
+    assert y.unique().tolist() == pytest.approx([0.0, 1.25], abs=1e-5)  # p is rounded to 1/65,536
+    assert dropout.eval()(y) is y
+    # Neighbouring elements share one 64-bit draw: they must be independent all the same.
+    kept = (y.flatten()[:-1] != 0).double()
+    assert abs(torch.corrcoef(torch.stack([kept[:-1], kept[1:]]))[0, 1].item()) < 0.005
+
+
+def test_dropout_gradient_is_the_mask() -> None:
+    x = torch.ones(5, 7, requires_grad=True)
+    y = Dropout(0.5)(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach())
+
+
+def test_hidden_layer_order_is_linear_norm_relu_dropout() -> None:
+    names = [type(layer).__name__ for layer in Hidden(3, (4,), batch_norm=True, dropout=0.1)]
+    assert names == ["Linear", "BatchNorm1d", "ReLU", "Dropout"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ctr.FM((1, 4)), "at least 2 fields"),
+        (lambda: ctr.CrossNetV2((2, 4), num_layers=0), "at least one layer"),
+        (lambda: ctr.MLP((2, 4), hidden=()), "one or more positive"),
+        (lambda: Dropout(1.0), r"\[0, 1\)"),
+        (lambda: ctr.LinearHead((3,), unweighted=4), "between 0 and the tower's width 3"),
+        (lambda: ctr.Parallel(ctr.FM((3, 4)), ctr.FM((2, 4))), "one input shape"),
+        (lambda: ctr.Stack(ctr.FM((3, 4)), ctr.MLP((3, 4))), r"in_shape=\(1,\)"),
+        (lambda: ctr.Parallel(nn.Linear(1, 1)), "publishes no in_shape"),
+        (
+            lambda: ctr.Model(
+                ctr.TableEmbedding([Categorical("a", num_embeddings=4)], embedding_dim=4),
+                ctr.MLP((2, 4)),
+                ctr.LinearHead((400,)),
+            ),
+            r"in_shape=\(1, 4\)",
+        ),
+        (lambda: ctr.TableEmbedding([Categorical("a")]), "ctrlib.prepare"),
+        (
+            lambda: ctr.TableEmbedding(
+                [
+                    ctr.MultiValued("a", vocabulary="v", num_embeddings=4),
+                    ctr.Sequence("b", vocabulary="v", num_embeddings=4, pooling="sum"),
+                ]
+            ),
+            "same pooling",
+        ),
+    ],
+)
+def test_wrong_use_says_how_to_fix_it(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_checks_catch_broken_parts() -> None:
+    class Leaky(ctr.MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) - super().forward(x).mean(0)
+
+    class Liar(ctr.MLP):
+        def __init__(self, in_shape: tuple[int, int]) -> None:
+            super().__init__(in_shape, hidden=(4,))
+            self.out_shape = (5,)
+
+    class Idle(ctr.MLP):
+        def __init__(self, in_shape: tuple[int, int]) -> None:
+            super().__init__(in_shape, hidden=(4,))
+            self.unused = nn.Parameter(torch.zeros(1))
+
+    for broken, message in ((lambda s: Leaky(s, hidden=(4,)), "beside it"), (Liar, "promises"), (Idle, "no gradient")):
+        with pytest.raises(AssertionError, match=message):
+            check_tower(broken)
+
+
+def test_embedding_gives_the_right_rows_in_schema_order() -> None:
+    schema = ctr.testing.example_schema()
+    embedding = ctr.TableEmbedding(schema.features, embedding_dim=4)
+    batch = ctr.testing.example_batch(schema, 16)
+    out = embedding(batch)
+    weights = {name: bag.weight for name, bag in embedding.tables.embedding_bags.items()}
+    jagged = batch.sparse.to_dict()
+    dense = {feature.name: batch.dense[:, i] for i, feature in enumerate(schema.dense)}
+    for position, feature in enumerate(schema.features):
+        if feature.name in dense:
+            vector = embedding.numeric_vectors[[f.name for f in schema.dense].index(feature.name)]
+            expected = dense[feature.name][:, None] * vector
+        else:
+            table = weights[getattr(feature, "vocabulary", None) or feature.name]
+            rows = [table[ids].mean(0) if len(ids) else torch.zeros(4) for ids in jagged[feature.name].to_dense()]
+            expected = torch.stack(rows)
+        torch.testing.assert_close(out[:, position], expected)
