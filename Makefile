@@ -31,16 +31,18 @@ setup:  ## make .venv with torch, TorchRec and ctrlib (again: a moment; PYTHON=p
 # The order matters. torch comes first, because which fbgemm is right depends on the torch that came (the two fbgemm
 # packages overwrite each other). Then TorchRec, without its dependencies, one of which is the CUDA build of fbgemm.
 install:
-	@unfit() { echo "$$1" >&2; exit 1; }
-	is_ours() { grep -qsF '$(CURDIR)/$(VENV)' $(VENV)/bin/activate && [ ! -e $(VENV)/.unfinished ]; }
+	@is_ours() { grep -qsF '$(CURDIR)/$(VENV)' $(VENV)/bin/activate && [ ! -e $(VENV)/.unfinished ]; }
 	if ! { is_ours && $(PY) -c '$(SUITABLE)' && $(PY) -m pip --version; } >/dev/null 2>&1; then
-	    python=
-	    for candidate in $${PYTHON:-python3 python3.12 python3.11 python3.10}; do
+	    python= candidates=$${PYTHON:-python3 python3.12 python3.11 python3.10}
+	    for candidate in $$candidates; do  # run each: what is on the PATH may be a stub that fails
 	        if "$$candidate" -c '$(SUITABLE)' >/dev/null 2>&1; then python=$$candidate; break; fi
 	    done
-	    [ -n "$$python" ] || unfit "$${PYTHON:-No Python on this machine} is not a Python 3.10, 3.11 or 3.12 with its \
-	venv module. Install one (Debian, Ubuntu: sudo apt install python3 python3-venv), or say where it is: \
-	make setup PYTHON=/path/to/python3.12"
+	    if [ -z "$$python" ]; then
+	        echo "None of these is a Python 3.10, 3.11 or 3.12 with its venv module: $$candidates" >&2
+	        echo 'Install one (Debian, Ubuntu: sudo apt install python3 python3-venv) or say where one is:' >&2
+	        echo '    make setup PYTHON=/path/to/python3.12' >&2
+	        exit 1
+	    fi
 	    echo "==> $(VENV) with $$("$$python" --version)"
 	    "$$python" -m venv --clear $(VENV)
 	fi

@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -26,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
 
 TORCH_VERSION = "2.13.0"  # what ctrlib is tested with, and what `make setup` installs
@@ -282,13 +282,13 @@ def report(diagnosis: Diagnosis) -> str:
     return "\n".join(lines)
 
 
-def main(json_output: bool = False, quick: bool = False) -> int:
-    """Print the diagnosis (`json_output`: for a program) and return 0 if all is well, 1 if not.
+def main(json: bool = False, quick: bool = False) -> int:
+    """Print the diagnosis (`json`: for a program) and return 0 if all is well, 1 if not.
 
     `quick` compares versions only, in a tenth of a second; otherwise TorchRec is imported too, which takes seconds.
     """
     diagnosis = diagnose(probe=None if quick else try_import)
-    print(json.dumps(asdict(diagnosis), indent=2) if json_output else report(diagnosis))
+    print(dumps(asdict(diagnosis), indent=2) if json else report(diagnosis))
     return 1 if diagnosis.problems else 0
 
 
@@ -296,4 +296,4 @@ if __name__ == "__main__":
     if "--fbgemm" in sys.argv:  # for the Makefile: the fbgemm that goes with the torch it has just installed
         print(fbgemm_for(installed_versions()["torch"] or TORCH_VERSION, has_nvidia_driver()))
     else:
-        sys.exit(main(json_output="--json" in sys.argv, quick="--quick" in sys.argv))
+        sys.exit(main(json="--json" in sys.argv, quick="--quick" in sys.argv))

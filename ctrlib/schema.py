@@ -141,7 +141,9 @@ class SchemaError(ValueError):
 class Schema:
     """Features in order, labels, and optionally the columns that hold the sample weight and the group (for GAUC).
 
-    `vocabulary_hashes` (vocabulary name -> hash of its values in order) is filled in by preparation.
+    Filled in by preparation: `vocabulary_hashes` (vocabulary name -> hash of its values in order), and `raw_format`, the
+    arguments with which raw files were read (missing tokens, separator and the like), so that a saved model reads new
+    files the same way. The latter says nothing about ids and numbers and is not part of the hash.
 
     Raises:
         SchemaError: a name is used twice, there is no feature or no label, or features that share a vocabulary
@@ -153,6 +155,7 @@ class Schema:
     weight: str | None = None
     group: str | None = None
     vocabulary_hashes: dict[str, str] | None = None
+    raw_format: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
@@ -219,7 +222,7 @@ class Schema:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description, with version and hash."""
         body = self._body()
-        return {"version": SCHEMA_VERSION, "hash": _hash(body), **body}
+        return {"version": SCHEMA_VERSION, "hash": _hash(body), **body, "raw_format": self.raw_format}
 
     def _body(self) -> dict[str, Any]:
         return {
@@ -254,7 +257,7 @@ class Schema:
             if kind not in _KINDS:
                 raise SchemaError(f"unknown feature kind {kind!r}, expected one of {sorted(_KINDS)}")
             features.append(_KINDS[kind](**arguments))
-        rest = (data[key] for key in ("weight", "group", "vocabulary_hashes"))
+        rest = (data[key] for key in ("weight", "group", "vocabulary_hashes", "raw_format"))
         schema = cls(tuple(features), tuple(data["labels"]), *rest)
         if data.get("hash") != schema.hash:
             raise SchemaError(

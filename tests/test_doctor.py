@@ -228,7 +228,7 @@ def test_build_of_torch(version, text, expected):
 def test_this_installation_is_well(capsys):
     assert doctor.main() == 0
     assert "TorchRec works here." in capsys.readouterr().out
-    assert doctor.main(json_output=True, quick=True) == 0
+    assert doctor.main(json=True, quick=True) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
 
 

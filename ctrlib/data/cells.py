@@ -138,7 +138,8 @@ def _hint(dtypes: Mapping[str, pl.DataType]) -> str:
 class Check:
     """A verdict on every row: `bad` is true where `column` does not hold what is `expected`.
 
-    `retyped`: it says that the whole column is of another type, so the row cannot just be skipped.
+    `retyped`: a single bad row means that the whole column is of another type, so the row cannot just be skipped.
+    `missing`: it is about cells without value, which say nothing about the column's type.
     """
 
     column: str
@@ -146,6 +147,7 @@ class Check:
     reason: str
     expected: str
     retyped: bool = False
+    missing: bool = False
 
 
 def checks(
@@ -161,15 +163,13 @@ def checks(
     for feature in schema.features:
         name, dtype = feature.name, dtypes[feature.name]
         if isinstance(feature, Numeric) or (isinstance(feature, Categorical) and feature.bucket):
-            bad = pl.col(name).is_not_null() & number(name, dtype).is_null()
-            if dtype.is_float():
-                bad = pl.lit(False)  # NaN is a missing value there
-            elif dtype == pl.String:
-                bad &= ~pl.col(name).str.to_lowercase().is_in(["nan", "-nan", "+nan"])
-            too_large = number(name, dtype).abs() > FLOAT32_MAX
+            if dtype.is_integer() or dtype == pl.Boolean:
+                continue
+            # NaN counts as missing; text that is no number has become null, other than the cell itself.
+            value = pl.col(name).cast(pl.Float64, strict=False).fill_nan(0.0)
+            bad = (value.abs() > FLOAT32_MAX).fill_null(pl.col(name).is_not_null())
             expected = "a finite number that fits into 32 bits, or nothing"
-            if not dtype.is_integer() and dtype != pl.Boolean:
-                found.append(Check(name, (bad | too_large).fill_null(bad), "not a finite number", expected))
+            found.append(Check(name, bad, "not a finite number", expected))
         elif dtype.is_float():
             found.append(_integral(name, pl.col(name)))
         elif isinstance(dtype, pl.List | pl.Array) and _inner(dtype).is_float():
@@ -183,10 +183,15 @@ def checks(
         value = label(name, dtypes[name], positive)
         missing = _is_missing(name, dtypes[name])
         if missing_labels == "raise":
-            found.append(Check(name, missing, "label is missing", '0 or 1 (or pass missing_labels="mask")'))
+            found.append(
+                Check(name, missing, "label is missing", '0 or 1 (or pass missing_labels="mask")', missing=True)
+            )
         if positive is None:
             bad = ~missing & ~value.is_in([0.0, 1.0]).fill_null(False)
-            hint = f'0 or 1 (map text with label_positive={{"{name}": "the positive value"}})'
+            hint = (
+                f'0 or 1: map text with label_positive={{"{name}": "the positive value"}}, or make a column of 0 and 1 '
+                "(such as rating > 3)"
+            )
             found.append(Check(name, bad, "label is not 0 or 1", hint))
     if schema.weight is not None:
         weight = number(schema.weight, dtypes[schema.weight])
@@ -194,7 +199,7 @@ def checks(
         found.append(Check(schema.weight, bad, "weight is not a number >= 0", "a finite weight, 0 or more"))
     if schema.group is not None:
         missing = _is_missing(schema.group, dtypes[schema.group])
-        found.append(Check(schema.group, missing, "group is missing", "a group in every row"))
+        found.append(Check(schema.group, missing, "group is missing", "a group in every row", missing=True))
         if dtypes[schema.group].is_float():
             found.append(_integral(schema.group, pl.col(schema.group)))
     return found
@@ -232,8 +237,10 @@ def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) ->
     failed = {check: total for check, total in zip(found, totals.row(0)) if total}
     for check, total in failed.items():
         retyped = check.retyped
-        if not retyped and total > 1:  # if no cell is as expected, it is the column that is wrong and not the row
-            retyped = total == raw.frame.select(pl.col(check.column).count()).collect(engine="streaming").item()
+        if total > 1 and not retyped and not check.missing:
+            # If no cell is as expected, it is the column that is wrong and not the row.
+            good = (~check.bad & pl.col(check.column).is_not_null()).any()
+            retyped = not raw.frame.select(good).collect(engine="streaming").item()
         if retyped or on_bad_row == "raise":
             cells = raw.frame.filter(check.bad).select(ROW, check.column).head(1).collect(engine="streaming")
             row, value = cells.row(0)

@@ -100,6 +100,12 @@ def prepare(
     labels = (labels,) if isinstance(labels, str) else tuple(labels)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     options: dict[str, Any] = {"missing_labels": missing_labels, "label_positive": label_positive}
+    raw_format = {
+        "separator": separator,
+        "columns": list(columns) if columns else None,
+        "missing_values": list(missing_values),
+        "label_positive": dict(label_positive) if label_positive else None,
+    }
     with _folder_in_the_making(out, overwrite) as folder:
         tables = {
             name: read_raw(part, folder / "raw" / name, name=name, separator=separator, columns=columns,
@@ -121,6 +127,7 @@ def prepare(
 
         with naming(tables["train"].name):
             schema = fit(tables["train"].frame, schema, tables["train"].dtypes, folder / "vocab")
+            schema = dataclasses.replace(schema, raw_format=raw_format)
             groups = _fit_groups(tables, group, folder)
         report = _Report(schema, reasons, skipped)
         for name, table in tables.items():
@@ -190,7 +197,7 @@ def _describe(
     """The schema to fit, and column -> why it is what it is, for every column of the table."""
     given = tuple(features or ())
     names = [feature.name for feature in given]
-    wanted = [*names, *labels, *(name for name in (weight, group) if name is not None)]
+    wanted: list[str] = [*names, *labels, *(name for name in (weight, group) if name is not None)]
     unknown = [name for name in dict.fromkeys([*wanted, *ignore]) if name not in table.dtypes]
     if unknown:
         hint = "; it has one column only, so say separator=..." if len(table.dtypes) == 1 else ""
@@ -286,7 +293,9 @@ class _Report:
                 self.content["features"][name][what][split] = share
 
     def show(self, out: Path, log: Log) -> None:
-        table = Table("column", "kind", "rows or transform", "missing", "oov", "why", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            "column", "kind", "rows or transform", "missing", "oov", "why", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         last = list(self.content["rows"])[-1]
         for name, reason in self._reasons.items():
             entry = self.content["features"].get(name)

@@ -96,7 +96,9 @@ def read_raw(
             f"{name} is a {type(data).__name__}, expected a path or a polars DataFrame or LazyFrame "
             "(from pandas: polars.from_pandas(frame))"
         )
-    reserved = [column for column in table.dtypes if column.startswith("__") and column.endswith("__")]
+    with naming(table.name):
+        names = table.frame.collect_schema().names()
+    reserved = [column for column in names if column.startswith("__") and column.endswith("__")]
     if reserved:
         raise SchemaError(f"{table.name}: columns {reserved} have names that are kept for ctrlib's own: rename them")
     return RawTable(table.frame.with_row_index(ROW), table.name, table.first_line, table.skipped)
@@ -198,7 +200,8 @@ def _parse(block: bytes, names: list[str], separator: bytes, missing_values: Seq
         separator=separator.decode(),
         quote_char='"' if b'"' in block else None,  # faster without
     )
-    return frame.select(_clean_text(pl.col(name), missing_values) for name in names)
+    blanks = any(blank in block for blank in (b'"', *(mark for mark in (b" ", b"\t", b"\r") if mark != separator)))
+    return frame.select(_clean_text(pl.col(name), missing_values, strip=blanks).alias(name) for name in names)
 
 
 # -------------------------------------------------------------------------------------------------- parquet and frames
@@ -233,11 +236,11 @@ def _clean(frame: pl.LazyFrame, missing_values: Sequence[str]) -> pl.LazyFrame:
     cleaned = []
     for name, dtype in frame.collect_schema().items():
         if dtype == pl.String or dtype in (pl.Categorical, pl.Enum):
-            cleaned.append(_clean_text(pl.col(name).cast(pl.String), missing_values))
+            cleaned.append(_clean_text(pl.col(name).cast(pl.String), missing_values).alias(name))
     return frame.with_columns(cleaned)
 
 
-def _clean_text(text: pl.Expr, missing_values: Sequence[str]) -> pl.Expr:
-    text = text.str.strip_chars()
+def _clean_text(text: pl.Expr, missing_values: Sequence[str], *, strip: bool = True) -> pl.Expr:
+    text = text.str.strip_chars(" \t\r\n") if strip else text
     tokens = list(dict.fromkeys(missing_values))
-    return text.replace(tokens, [None] * len(tokens)) if tokens else text
+    return pl.when(~text.is_in(tokens)).then(text) if tokens else text

@@ -77,7 +77,9 @@ class RowScanner:
         self._blank_lines: list[int] = []  # [row, line, number] of blank lines that may turn out to be the file's end
         cell = rb'(?:"[^"]*(?:""[^"]*)*"|[^"\n%b]*)' % re.escape(separator)
         self._row = re.compile(rb"%b(?:%b%b)*\n" % (cell, re.escape(separator), cell))
-        self._unclosed = re.compile(rb'(?:%b%b)*"[^"]*(?:""[^"]*)*\Z' % (cell, re.escape(separator)))
+        self._cut_row = re.compile(
+            rb'(?:%b%b)*(?:"[^"]*(?:""[^"]*)*"?|[^"\n%b]*)\Z' % (cell, re.escape(separator), re.escape(separator))
+        )
         self._quoted = re.compile(rb'"[^"]*"')
 
     def blocks(self, stream: BinaryIO, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
@@ -86,10 +88,14 @@ class RowScanner:
         Raises:
             DataError: at the first bad row, unless they are skipped.
         """
-        tail = b""
+        tail = cut_newline = b""
         while block := stream.read(block_bytes):
             # A row may be cut by the end of a block: what is after the last whole row waits for the next block.
-            data = (tail + block).replace(b"\r\n", b"\n")
+            if cut_newline or b"\r" in block:
+                block = cut_newline + block
+                cut_newline = b"\r" if block.endswith(b"\r") else b""
+                block = block.removesuffix(cut_newline).replace(b"\r\n", b"\n")
+            data = tail + block
             waited_enough = len(tail) > MAX_ROW_BYTES
             ends, cells = self._rows(data, at_end=waited_enough)
             taken = int(ends[-1]) if len(ends) else 0
@@ -102,7 +108,7 @@ class RowScanner:
             if good := self._good(data[:taken], ends, cells):
                 yield good
         if tail:
-            data = tail + b"\n" if not tail.endswith(b"\n") else tail
+            data = tail if tail.endswith(b"\n") else tail + b"\n"
             ends, cells = self._rows(data, at_end=True)
             if good := self._good(data, ends, cells):
                 yield good
@@ -138,7 +144,7 @@ class RowScanner:
                 row = data[position:end]
                 num_cells = (self._quoted.sub(b"", row) if b'"' in row else row).count(self.separator) + 1
             else:
-                if not at_end and self._unclosed.match(data, position):
+                if not at_end and self._cut_row.match(data, position):
                     break
                 end = data.find(b"\n", position) + 1
                 if end == 0:

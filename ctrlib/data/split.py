@@ -83,7 +83,7 @@ def _time(raw: RawTable, name: str) -> pl.Expr:
         wrong = raw.frame.filter((~candidates[best].is_finite()).fill_null(True)).select(ROW, name).head(1)
         row, value = wrong.collect(engine="streaming").row(0)
         raise DataError(
-            f"{raw.place(row)}, column {name!r} holds {value!r}, expected a number or a date such as 2024-05-31 or "
+            f"{raw.place(row)}, column {name!r} holds {value!r}; expected a number or a date such as 2024-05-31 or "
             "2024-05-31 12:00:00, by which to split"
         )
     return candidates[best]

@@ -79,15 +79,15 @@ def fit_numbers(
     train: pl.LazyFrame, features: tuple[Numeric, ...], dtypes: Mapping[str, pl.DataType]
 ) -> dict[str, dict[str, float]]:
     """Feature name -> parameters of its transform; a column without any number counts as all zeros."""
-    columns = {f.name: transformed(number(f.name, dtypes[f.name]), f.transform) for f in features}
-    if not columns:
+    if not features:
         return {}
-    statistics = {
-        f"{name} {what}": value
-        for name, x in columns.items()
-        for what, value in (("mean", x.mean()), ("sd", x.std(ddof=0)), ("min", x.min()), ("max", x.max()))
-    }
-    found = train.select(**statistics).collect(engine="streaming").row(0, named=True)
+    # Two selects, so that each cell is parsed once and not once for each statistic.
+    columns = [transformed(number(f.name, dtypes[f.name]), f.transform).alias(f.name) for f in features]
+    statistics = []
+    for x in (pl.col(feature.name) for feature in features):
+        statistics += [x.mean().name.suffix(" mean"), x.std(ddof=0).name.suffix(" sd")]
+        statistics += [x.min().name.suffix(" min"), x.max().name.suffix(" max")]
+    found = train.select(columns).select(statistics).collect(engine="streaming").row(0, named=True)
     fitted = {}
     for feature in features:
         mean, sd, low, high = (float(found[f"{feature.name} {what}"] or 0.0) for what in ("mean", "sd", "min", "max"))
