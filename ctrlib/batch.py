@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+# Splitting a KeyedJaggedTensor makes torch remark, once a process, on how TorchRec asks whether it is being traced.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
 
 @dataclass
-class Batch(Pipelineable):
+class Batch(Pipelineable):  # type: ignore[misc]  # TorchRec is not typed
     """B examples.
 
     Shape:

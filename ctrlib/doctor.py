@@ -37,14 +37,22 @@ FBGEMM = ("fbgemm-gpu", "fbgemm-gpu-cpu")  # both write the folder fbgemm_gpu, s
 LIGHT = {"tensordict": None, "torchmetrics": "1.0.3", "pyre-extensions": None, "tqdm": None, "numpy": None}
 PYTHONS = ((3, 10), (3, 11), (3, 12))
 
-# An operator of fbgemm and not only an import: a library that failed to load may show first when it is called.
+# An operator of fbgemm and not only an import: a library that failed to load may show first when it is called. An
+# error raised from another ("could not load this library") shows that one, which says why.
 _PROBE = """
-import warnings
+import sys, warnings
 warnings.simplefilter("ignore")
-import torch, torchrec
-torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2]))
+try:
+    import torch, torchrec
+    torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2]))
+except Exception as error:
+    while error.__cause__:
+        error = error.__cause__
+    sys.exit(f"{type(error).__name__}: {error}")
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
 """
+# What can be missing or broken below `import torchrec`, by import name.
+_STACK = {"torch", "torchrec", "fbgemm_gpu", "tensordict", "torchmetrics", "pyre_extensions"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,21 @@ def try_import(seconds: float = 300) -> tuple[str, str]:
         return run.stdout.strip().splitlines()[-1], ""
     lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
     return "", lines[-1] if lines else f"the interpreter ended with code {run.returncode}"
+
+
+def hint(error: Exception) -> str:
+    """The sentence to show with an error of an import, if this is an installation's fault; "" if it is not.
+
+    >>> hint(ModuleNotFoundError("No module named 'torchrec'", name="torchrec"))
+    'TorchRec does not work in this environment: `ctrlib doctor` says why, and which command repairs it.'
+    >>> hint(ModuleNotFoundError("No module named 'ctrlib.tower'", name="ctrlib.tower"))
+    ''
+    """
+    # A shared library of another build is an OSError without a name.
+    missing = (error.name or "").split(".")[0] in _STACK if isinstance(error, ImportError) else False
+    if missing or (isinstance(error, OSError) and ".so" in str(error)):
+        return "TorchRec does not work in this environment: `ctrlib doctor` says why, and which command repairs it."
+    return ""
 
 
 def pip_command() -> str:

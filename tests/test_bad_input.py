@@ -107,6 +107,7 @@ def test_a_row_counts_once_under_its_first_reason(tmp_path):
         (b"label,item,price\n\n\n", DataError, "has no rows"),
         (b"label,item,item\n1,a,b\n", SchemaError, r"columns \['item'\] appear more than once"),
         (b"label,item,__row__\n1,a,b\n", SchemaError, r"columns \['__row__'\] have names that are kept"),
+        (b"label,*,^b$\n1,a,b\n", SchemaError, r"columns \['\*', '\^b\$'\] have names that are kept"),
         (b"label,price\n1,2\n", SchemaError, r"no columns \['item'\], expected some of \['label', 'price'\]"),
         (b"item,price\na,2\n", SchemaError, r"no columns \['label'\]"),
         (b"label;item;price\n1;a;2\n", SchemaError, "one column only, so say separator"),
@@ -199,6 +200,9 @@ def test_damaged_parquet(tmp_path):
         report = json.loads((tmp_path / "out" / "report.json").read_text())
         assert report["skipped"] == {"train": {"row group without rows": 1}}
         assert report["rows"] == {"train": 2000}
+    pq.write_table(table.rename_columns(["label", "item", "item"]), path)
+    with pytest.raises(SchemaError, match=r"raw.parquet: columns \['item'\] appear more than once"):
+        run(tmp_path, path)
     pq.write_table(table.slice(0, 0), path)
     with pytest.raises(DataError, match="has no rows"):
         run(tmp_path, path)

@@ -212,6 +212,22 @@ def test_try_import(monkeypatch):
     assert doctor.try_import(seconds=0.2) == ("", "nothing came within 0.2 seconds")
 
 
+def test_try_import_shows_the_cause(tmp_path, monkeypatch):
+    """fbgemm_gpu says that a library could not be loaded; the error behind that says why."""
+    package = tmp_path / "fbgemm_gpu"
+    package.mkdir()
+    (package / "broken.so").write_text("not a library")
+    (package / "__init__.py").write_text(
+        "import torch, pathlib; torch.ops.load_library(pathlib.Path(__file__).parent / 'broken.so')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    device, error = doctor.try_import()
+    assert device == ""
+    assert error.startswith("OSError: ")
+    assert "broken.so" in error
+    assert doctor.hint(OSError(error.removeprefix("OSError: "))) != ""
+
+
 @pytest.mark.parametrize(
     ("version", "text", "expected"),
     [

@@ -196,6 +196,9 @@ def test_text_labels_need_their_positive_class(tmp_path):
     positive = {"labels": "income", "label_positive": {"income": ">50K"}}
     _, splits, _ = run({"train": frame}, tmp_path / "p", features=features, **positive)
     assert splits["train"]["income"].to_list() == [0, 1, 0]
+    holes = frame.with_columns(income=pl.Series(["nan", ">50K", None]))
+    _, splits, _ = run({"train": holes}, tmp_path / "p", features=features, **positive, missing_labels="mask")
+    assert str(splits["train"]["income"].to_list()) == "[nan, 1.0, nan]"
     with pytest.raises(SchemaError, match="never holds 'yes' in train"):
         run({"train": frame}, tmp_path / "p", features=features, **{**positive, "label_positive": {"income": "yes"}})
 

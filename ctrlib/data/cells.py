@@ -85,7 +85,8 @@ def label(name: str, dtype: pl.DataType, positive: str | None) -> pl.Expr:
     """The label as float64, null where it is missing; with `positive`, 1 where the cell has that text."""
     if positive is None:
         return number(name, dtype)
-    return (_scalar_text(pl.col(name), dtype) == positive).cast(pl.Float64)
+    is_positive = _scalar_text(pl.col(name), dtype) == positive
+    return pl.when(~_is_missing(name, dtype)).then(is_positive.cast(pl.Float64))
 
 
 def check_columns(raw: RawTable, schema: Schema, *, with_labels: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,10 @@ def encode(
     found = checks(schema, raw.dtypes, with_labels=require_labels, **options)
     frame = without_bad_rows(raw, found, on_bad_row)
     checked = RawTable(frame, raw.name, raw.first_line)
-    return encode_checked(checked, schema, vocab_folder, with_labels=require_labels, label_positive=label_positive)
+    groups = fit_groups([checked], schema.group) if require_labels else None
+    return encode_checked(
+        checked, schema, vocab_folder, with_labels=require_labels, label_positive=label_positive, groups=groups
+    )
 
 
 def encode_checked(
@@ -126,7 +129,21 @@ def _number(feature: Numeric, dtype: pl.DataType) -> pl.Expr:
 def _group(name: str, dtype: pl.DataType, groups: pl.Series | None) -> pl.Expr:
     if groups is None:
         return pl.col(name).cast(pl.Int64)
-    return text(Categorical(name), dtype).cast(pl.Enum(groups)).to_physical().cast(pl.Int64)
+    return text(Categorical(name), dtype).cast(pl.Enum(groups)).to_physical().cast(pl.Int64).fill_null(-1)
+
+
+def fit_groups(tables: Iterable[RawTable], group: str | None) -> pl.Series | None:
+    """None if all groups are integers; else their texts over all tables, sorted. Rows without group form one of their own.
+
+    Unlike ids, groups are no input of a model, so those of valid and test may be looked at.
+    """
+    if group is None:
+        return None
+    columns = [table.frame.select(text(Categorical(group), table.dtypes[group]).alias("value")) for table in tables]
+    integer = (pl.col("value").cast(pl.Int64, strict=False).cast(pl.String) == pl.col("value")).fill_null(False)
+    if all(column.select(integer.all()).collect(engine="streaming").item() for column in columns):
+        return None
+    return pl.concat(columns).unique().collect(engine="streaming")["value"].drop_nulls().sort()
 
 
 def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocabularies: Mapping[str, pl.Series]) -> None:

@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from ctrlib.data.cells import check_columns, checks, shortened, text, without_bad_rows
-from ctrlib.data.encode import count_ids, encode_checked
+from ctrlib.data.encode import count_ids, encode_checked, fit_groups
 from ctrlib.data.infer import infer_features
 from ctrlib.data.raw import RawData, RawTable, naming, read_raw
 from ctrlib.data.scan import DataError, OnBadRow
@@ -128,7 +128,9 @@ def prepare(
         with naming(tables["train"].name):
             schema = fit(tables["train"].frame, schema, tables["train"].dtypes, folder / "vocab")
             schema = dataclasses.replace(schema, raw_format=raw_format)
-            groups = _fit_groups(tables, group, folder)
+            groups = fit_groups(tables.values(), group)
+            if groups is not None:
+                pl.DataFrame({"value": groups, "id": range(len(groups))}).write_parquet(folder / "groups.parquet")
         report = _Report(schema, reasons, skipped)
         for name, table in tables.items():
             encoded = encode_checked(
@@ -204,7 +206,7 @@ def _describe(
         raise SchemaError(
             f"{table.name} has no columns {unknown}, expected some of {shortened(list(table.dtypes))}{hint}"
         )
-    ignored_twice = sorted({*names, *labels, weight} & set(ignore))
+    ignored_twice = sorted({*names, *labels, weight or ""} & set(ignore))
     if ignored_twice:
         raise SchemaError(f"columns {ignored_twice} are named in ignore and also as feature, label or weight")
     not_features = {**dict.fromkeys(labels, "label"), **dict.fromkeys(ignore, "ignored: as told")}
@@ -213,7 +215,8 @@ def _describe(
     if split_by is not None and split_by not in names:
         not_features[split_by] = "ignored: the split goes by it"
     to_infer = [name for name in table.dtypes if name not in not_features and name not in names]
-    inferred = infer_features(table.frame, to_infer) if to_infer else []
+    with naming(table.name):
+        inferred = infer_features(table.frame, to_infer) if to_infer else []
     reasons = {**dict.fromkeys(names, "as told"), **not_features, **{name: reason for name, _, reason in inferred}}
     found = tuple(
         feature if isinstance(feature, Numeric) else dataclasses.replace(feature, **rare)
@@ -238,20 +241,6 @@ def _refuse_other_columns(
 def _split(table: RawTable, ratio: Sequence[float], split_by: str | None, seed: int) -> dict[str, RawTable]:
     parts = split_table(table, ratio, split_by=split_by, seed=seed)
     return {name: RawTable(table.frame.filter(rows), table.name) for name, rows in parts.items()}
-
-
-def _fit_groups(tables: Mapping[str, RawTable], group: str | None, folder: Path) -> pl.Series | None:
-    """None if all groups are integers; else their texts over all splits, sorted, also written to groups.parquet."""
-    if group is None:
-        return None
-    values = [text(Categorical(group), table.dtypes[group]).alias("value") for table in tables.values()]
-    columns = [table.frame.select(value) for table, value in zip(tables.values(), values)]
-    integer = (pl.col("value").cast(pl.Int64, strict=False).cast(pl.String) == pl.col("value")).fill_null(False)
-    if all(column.select(integer.all()).collect(engine="streaming").item() for column in columns):
-        return None
-    groups = pl.concat(columns).unique().collect(engine="streaming")["value"].sort()
-    pl.DataFrame({"value": groups, "id": range(len(groups))}).write_parquet(folder / "groups.parquet")
-    return groups
 
 
 class _Report:

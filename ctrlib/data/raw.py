@@ -13,9 +13,11 @@ import csv
 import errno
 import gzip
 import io
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -82,7 +84,9 @@ def read_raw(
         SchemaError: columns have the same name, or names that ctrlib uses itself.
     """
     if isinstance(data, pl.DataFrame | pl.LazyFrame):
-        table = RawTable(_clean(data.lazy(), missing_values), name)
+        with naming(name):
+            _check_names(name, data.lazy().collect_schema().names())
+            table = RawTable(_clean(data.lazy(), missing_values), name)
     elif isinstance(data, str | Path):
         path = Path(data)
         if not path.exists():
@@ -96,11 +100,6 @@ def read_raw(
             f"{name} is a {type(data).__name__}, expected a path or a polars DataFrame or LazyFrame "
             "(from pandas: polars.from_pandas(frame))"
         )
-    with naming(table.name):
-        names = table.frame.collect_schema().names()
-    reserved = [column for column in names if column.startswith("__") and column.endswith("__")]
-    if reserved:
-        raise SchemaError(f"{table.name}: columns {reserved} have names that are kept for ctrlib's own: rename them")
     return RawTable(table.frame.with_row_index(ROW), table.name, table.first_line, table.skipped)
 
 
@@ -109,7 +108,7 @@ def naming(name: str) -> Iterator[None]:
     """Turn what polars or pyarrow say about damaged data into a `DataError` that names the file."""
     try:
         yield
-    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise  # it is the disk
         raise DataError(f"{name} cannot be read, it may be truncated or damaged ({_first_line(error)})") from error
@@ -145,13 +144,23 @@ def _read_text(
             if stream.peek(3).startswith(b"\xef\xbb\xbf"):
                 stream.read(3)
             names = [str(column) for column in columns] if columns is not None else _header(path, stream, mark)
-            _refuse_repeated(path, names, has_header=columns is None)
+            _check_names(str(path), names, has_header=columns is None)
             first_line = 1 if columns is not None else 2
             scanner = RowScanner(str(path), mark, num_cells=len(names), on_bad_row=on_bad_row, first_line=first_line)
-            for number, block in enumerate(scanner.blocks(stream)):
-                _parse(block, names, mark, missing_values).write_parquet(
-                    temporary / f"{number:06}.parquet", compression="lz4", statistics=False
-                )
+
+            def write(block: bytes, number: int) -> None:
+                frame = _parse(block, names, mark, missing_values)
+                path = temporary / f"{number:06}.parquet"
+                frame.write_parquet(path, compression="uncompressed", statistics=False)
+
+            with ThreadPoolExecutor(1) as writer:  # the next block is read and checked meanwhile
+                writing: Future[None] | None = None
+                for number, block in enumerate(scanner.blocks(stream)):
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(write, block, number)
+                if writing is not None:
+                    writing.result()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} cannot be unpacked, it is truncated or damaged ({error})") from error
     if not scanner.num_rows:
@@ -185,11 +194,15 @@ def _header(path: Path, stream: BinaryIO, separator: bytes) -> list[str]:
     return [name.strip() or f"column_{position}" for position, name in enumerate(names, start=1)]
 
 
-def _refuse_repeated(path: Path, names: list[str], has_header: bool) -> None:
+def _check_names(source: str, names: list[str], *, has_header: bool = False) -> None:
     repeated = sorted(name for name, number in Counter(names).items() if number > 1)
     if repeated:
         hint = " (or, if the file has no header, pass columns=[...] with their names)" if has_header else ""
-        raise SchemaError(f"{path}: columns {repeated} appear more than once: give each its own name{hint}")
+        raise SchemaError(f"{source}: columns {repeated} appear more than once: give each its own name{hint}")
+    # Polars reads "*" and "^...$" as patterns.
+    reserved = [name for name in names if name == "*" or re.match(r"(__.*__|\^.*\$)\Z", name)]
+    if reserved:
+        raise SchemaError(f"{source}: columns {reserved} have names that are kept for other uses: rename them")
 
 
 def _parse(block: bytes, names: list[str], separator: bytes, missing_values: Sequence[str]) -> pl.DataFrame:
@@ -216,7 +229,7 @@ def _read_parquet(path: Path, missing_values: Sequence[str], on_bad_row: OnBadRo
     for file in files:
         with naming(str(file)):
             metadata = pq.ParquetFile(file).metadata
-        _refuse_repeated(file, [name.split(".")[0] for name in metadata.schema.to_arrow_schema().names], False)
+        _check_names(str(file), metadata.schema.to_arrow_schema().names)
         num_rows += metadata.num_rows
         for number in range(metadata.num_row_groups):
             if metadata.row_group(number).num_rows == 0:

@@ -1,0 +1,1 @@
+"""What is predicted: (B, H) -> (B, T) logits. One file per paper."""

@@ -1,0 +1,1 @@
+"""How fields interact: (B, F, D) -> (B, H). One file per paper."""

@@ -1,0 +1,1 @@
+"""Engines, loops and whole experiments around a model."""

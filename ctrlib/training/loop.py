@@ -106,44 +106,43 @@ def fit(
         ValueError: validation holds one class only, so that no epoch can be chosen.
     """
     console = console or Console(stderr=True)
-    log = _Log(out, tensorboard)
     history = History()
     best, best_weights, stale, rows, train_seconds = float("-inf"), engine.weights(), 0, 0, 0.0
     started = time.perf_counter()
-    for epoch in range(1, max_epochs + 1):
-        epoch_started = time.perf_counter()
-        loss, epoch_rows = _train_epoch(engine, train, f"epoch {epoch}", out, console)
-        epoch_seconds = time.perf_counter() - epoch_started
-        rows, train_seconds = rows + epoch_rows, train_seconds + epoch_seconds
-        scored = evaluate(engine.model, valid, device=engine.device, quick=True)
-        if np.isnan(scored["auc"]):
-            raise ValueError("validation holds one class only (or no known label), so AUC is undefined: use more rows")
-        line = Epoch(
-            epoch=epoch,
-            train_loss=loss,
-            valid_auc=scored["auc"],
-            valid_log_loss=scored["log_loss"],
-            learning_rate=engine.learning_rate,
-            seconds=round(time.perf_counter() - epoch_started, 3),
-            samples_per_second=round(epoch_rows / epoch_seconds, 1),
-        )
-        history.epochs.append(line)
-        log.write(line)
-        better = scored["auc"] > best + min_delta
-        console.print(
-            f"epoch {epoch:3d}  loss {loss:.5f}  valid AUC {line.valid_auc:.6f}  log-loss {line.valid_log_loss:.5f}  "
-            f"lr {line.learning_rate:.0e}  {line.samples_per_second:,.0f} samples/s{'  *' if better else ''}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        if better:
-            best, best_weights, stale, history.best_epoch = scored["auc"], engine.weights(), 0, epoch
-        else:
-            stale += 1
-            engine.cut_learning_rate(cut_factor)
-            if stale >= patience:
-                break
-    log.close()
+    with _Log(out, tensorboard) as log:
+        for epoch in range(1, max_epochs + 1):
+            epoch_started = time.perf_counter()
+            loss, epoch_rows = _train_epoch(engine, train, f"epoch {epoch}", out, console)
+            epoch_seconds = time.perf_counter() - epoch_started
+            rows, train_seconds = rows + epoch_rows, train_seconds + epoch_seconds
+            scored = evaluate(engine.model, valid, device=engine.device, quick=True)
+            if np.isnan(scored["auc"]):
+                raise ValueError("validation holds one class only (or no known label), so AUC is undefined: use more rows")
+            line = Epoch(
+                epoch=epoch,
+                train_loss=loss,
+                valid_auc=scored["auc"],
+                valid_log_loss=scored["log_loss"],
+                learning_rate=engine.learning_rate,
+                seconds=round(time.perf_counter() - epoch_started, 3),
+                samples_per_second=round(epoch_rows / epoch_seconds, 1),
+            )
+            history.epochs.append(line)
+            log.write(line)
+            better = scored["auc"] > best + min_delta
+            console.print(
+                f"epoch {epoch:3d}  loss {loss:.5f}  valid AUC {line.valid_auc:.6f}  log-loss {line.valid_log_loss:.5f}  "
+                f"lr {line.learning_rate:.0e}  {line.samples_per_second:,.0f} samples/s{'  *' if better else ''}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            if better:
+                best, best_weights, stale, history.best_epoch = scored["auc"], engine.weights(), 0, epoch
+            else:
+                stale += 1
+                engine.cut_learning_rate(cut_factor)
+                if stale >= patience:
+                    break
     engine.load_weights(best_weights)
     history.samples_per_second = round(rows / train_seconds, 1) if train_seconds else float("nan")
     history.seconds = round(time.perf_counter() - started, 3)
@@ -215,7 +214,7 @@ def predict(model: nn.Module, batches: Batches, *, device: str | torch.device = 
     was_training = model.training
     model.eval()
     parts: list[tuple[np.ndarray, ...]] = []
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: fbgemm's fused CPU kernels exist below autograd only
         for batch in batches:
             logits = model(batch.to(device)).float().cpu().numpy()
             group = batch.group if batch.group is not None else torch.empty(0, dtype=torch.int64)
@@ -285,7 +284,10 @@ class _Log:
             for name, value in values.items():
                 self._events.add_scalar(name, value, line.epoch)
 
-    def close(self) -> None:
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
         if self._events is not None:

@@ -1,0 +1,376 @@
+"""The loops, whole runs, saved models and the command line, on a planted teacher whose best AUC is known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import ctrlib as ctr
+from ctrlib import cli, presets
+from ctrlib.data.synthetic import Teacher, generate
+from ctrlib.testing import example_batch, example_schema
+from ctrlib.training import loop
+from ctrlib.training.run import draw_curve, record
+
+QUIET = Console(quiet=True)
+TEACHER = Teacher(num_rows=24_000, cardinalities=(50, 40, 30), num_numeric=2, max_history=5, seed=3)
+CONFIG = {"preset": "deepfm", "embedding_dim": 8, "hidden": [32], "wide_columns": 4}
+
+
+@pytest.fixture(scope="session")
+def teacher() -> tuple[pl.DataFrame, np.ndarray]:
+    return generate(TEACHER)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, teacher: tuple[pl.DataFrame, np.ndarray]) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "prepared"
+    ctr.prepare(teacher[0], folder, features=TEACHER.features(), group="C1", log=None)
+    return folder
+
+
+def quick_run(data: Path, **arguments: Any) -> tuple[ctr.Model, dict[str, Any]]:
+    defaults: dict[str, Any] = {"batch_size": 512, "learning_rate": 5e-3, "max_epochs": 3, "console": QUIET}
+    return ctr.run(data, lambda schema: presets.build(CONFIG, schema), **{**defaults, **arguments})
+
+
+class Scripted:
+    """An engine whose validation AUC is what a script says: weights hold one number, the epoch."""
+
+    name, device = "scripted", torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.model: nn.Module = nn.Linear(1, 1)
+        self.learning_rate, self.epoch = 1.0, 0
+
+    def step(self, batch: Any) -> Tensor:
+        return torch.tensor(0.5)
+
+    def cut_learning_rate(self, factor: float, *, minimum: float = 1e-6) -> None:
+        self.learning_rate = max(self.learning_rate * factor, minimum)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {"epoch": torch.tensor(self.epoch)}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        self.epoch = int(weights["epoch"])
+
+
+def test_schedule_is_that_of_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Rises, stalls once (cut), rises by less than 1e-6 (a stall: cut), stalls again: the second in a row ends it.
+    aucs = [0.7, 0.8, 0.75, 0.81, 0.8100005, 0.8, 0.9]
+    engine = Scripted()
+
+    def scripted(*_: Any, **__: Any) -> dict[str, float]:
+        engine.epoch += 1
+        return {"auc": aucs[engine.epoch - 1], "log_loss": 0.5}
+
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    batches = [example_batch(example_schema(), 4)]
+    history = ctr.fit(engine, batches, batches, out=tmp_path, console=QUIET)
+    assert [line.learning_rate for line in history.epochs] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01])
+    assert (history.best_epoch, engine.epoch) == (4, 4)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["valid_auc"] for line in lines] == aucs[:6]
+
+
+def test_run_comes_near_the_teacher(tmp_path: Path) -> None:
+    frame, logits = generate(Teacher(num_rows=24_000, cardinalities=(50, 40, 30), num_numeric=2, seed=3))
+    bayes = ctr.metrics.auc(frame["label"].to_numpy(), logits)
+    ctr.prepare(frame, tmp_path / "d", log=None)
+    _, result = quick_run(tmp_path / "d", max_epochs=20)
+    assert 0.75 < bayes - 0.03 < result["test_auc"] < bayes + 0.03  # 2,400 test rows: a standard error of .01
+    assert {"test_logloss", "embedding_bytes", "samples_per_second", "seconds", "engine", "seed"} <= result.keys()
+
+
+@pytest.mark.parametrize("engine", ["exact", "fused"])
+def test_same_seed_same_bits_whatever_the_workers(data: Path, engine: str) -> None:
+    runs = [quick_run(data, engine=engine, workers=workers, seed=5) for workers in (0, 1, 4, 1)]
+    for model, result in runs[1:]:
+        for (name, a), b in zip(runs[0][0].state_dict().items(), model.state_dict().values()):
+            assert torch.equal(a, b), name
+        for key in ("valid_auc", "test_auc", "test_logloss"):
+            assert result[key] == runs[0][1][key]
+    other = quick_run(data, engine=engine, seed=6)[1]
+    assert other["test_logloss"] != runs[0][1]["test_logloss"]
+
+
+def test_reordered_raw_columns_change_no_bit(tmp_path: Path, teacher: tuple[pl.DataFrame, np.ndarray]) -> None:
+    frame = teacher[0].head(4000)
+    losses = []
+    for name, columns in (("a", frame.columns), ("b", frame.columns[::-1])):
+        ctr.prepare(frame.select(columns), tmp_path / name, features=TEACHER.features(), group="C1", log=None)
+        losses.append(quick_run(tmp_path / name)[1]["test_logloss"])
+    assert losses[0] == losses[1]
+
+
+def test_a_nan_loss_stops_before_any_weight_and_saves_the_batch(tmp_path: Path) -> None:
+    schema = example_schema()
+    bad = example_batch(schema, 8)
+    bad.dense[0, 0] = float("nan")
+    engine = ctr.ExactEngine(presets.mlp(schema, embedding_dim=4, hidden=(4,)))
+    before = engine.weights()
+    good = example_batch(schema, 8)
+    with pytest.raises(loop.NonFiniteLossError, match="epoch 1, batch 0") as caught:
+        ctr.fit(engine, [bad], [good], out=tmp_path, console=QUIET)
+    assert "non_finite_batch.pt" in str(caught.value)
+    saved = torch.load(tmp_path / "non_finite_batch.pt", weights_only=True)
+    assert torch.equal(saved["values"], bad.sparse.values())
+    assert math.isnan(saved["dense"][0, 0])
+    assert all(torch.equal(before[name], value) for name, value in engine.weights().items())
+
+
+def test_validation_of_one_class_is_refused() -> None:
+    schema = example_schema()
+    batch = example_batch(schema, 8)
+    batch.labels[:] = 1
+    engine = ctr.ExactEngine(presets.mlp(schema, embedding_dim=4, hidden=(4,)))
+    with pytest.raises(ValueError, match="one class only"):
+        ctr.fit(engine, [batch], [batch], console=QUIET)
+
+
+def test_evaluate_masks_missing_labels_and_padding_per_task() -> None:
+    class Given(nn.Module):
+        def forward(self, batch: ctr.Batch) -> Tensor:
+            return batch.dense
+
+    batch = example_batch(example_schema(num_tasks=2), 6)
+    batch.dense = torch.tensor([[1.0, 5.0], [2.0, 4.0], [3.0, 3.0], [4.0, 2.0], [9.0, 9.0], [9.0, 9.0]])
+    nan = float("nan")
+    batch.labels = torch.tensor([[0.0, 1.0], [1.0, nan], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    batch.weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    scores = ctr.evaluate(Given(), [batch])
+    assert [task["auc"] for task in scores["tasks"]] == [0.75, 1.0]
+    assert scores["auc"] == 0.875
+    assert scores["tasks"][1]["rows"] == 3
+
+
+def test_predict_leaves_the_mode_of_the_model_alone() -> None:
+    schema = example_schema()
+    model = presets.mlp(schema, embedding_dim=4, hidden=(4,), dropout=0.5)
+    first = ctr.predict(model, [example_batch(schema, 8)]).logits
+    assert model.training
+    assert np.array_equal(first, ctr.predict(model, [example_batch(schema, 8)]).logits)
+
+
+def test_model_trains_without_the_trainer() -> None:
+    schema = example_schema()
+    model = presets.dcnv2(schema, embedding_dim=4, hidden=(8,))
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    batch = example_batch(schema, 64)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = ctr.binary_cross_entropy(model(batch), batch.labels, batch.weights)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    out = tmp_path_factory.mktemp("saved") / "model"
+    model, _ = quick_run(data, out=out)
+    ctr.save_model(model, CONFIG, data, out)
+    return out
+
+
+def test_saved_model_scores_raw_rows_as_prepared_ones(
+    saved: Path, data: Path, teacher: tuple[pl.DataFrame, np.ndarray]
+) -> None:
+    predictor = ctr.Predictor.load(saved)
+    frame = teacher[0]
+    # Every row of the raw data is in one of the splits, so the scores must be the same numbers.
+    raw, counts = predictor.predict(frame.drop("label"))
+    prepared = [
+        1 / (1 + np.exp(-ctr.predict(predictor.model, ctr.Loader(data, split, batch_size=999)).logits[:, 0].astype(float)))
+        for split in ("train", "valid", "test")
+    ]
+    np.testing.assert_allclose(np.sort(raw["label"].to_numpy()), np.sort(np.concatenate(prepared)), atol=1e-6)
+    assert counts["rows"] == frame.height
+    # Evaluation on raw rows is exact AUC of these scores.
+    expected = ctr.metrics.auc(frame["label"].to_numpy(), raw["label"].to_numpy())
+    assert predictor.evaluate(frame)["auc"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_unseen_and_missing_ids_score_normally_and_are_counted(
+    saved: Path, teacher: tuple[pl.DataFrame, np.ndarray]
+) -> None:
+    frame = teacher[0].head(4).drop("label")
+    odd = frame.with_columns(
+        C1=pl.Series([None, "never seen", "nor this", frame["C1"][3]]), C2=pl.Series([None, *frame["C2"][1:]])
+    )
+    scores, counts = ctr.Predictor.load(saved).predict(odd)
+    assert (counts["unseen"]["C1"], counts["missing"]["C1"], counts["missing"]["C2"]) == (2, 1, 1)
+    assert np.isfinite(scores["label"].to_numpy()).all()
+    normal = ctr.Predictor.load(saved).predict(frame)[0]
+    assert scores["label"][3] == normal["label"][3]
+    assert scores["label"][0] != normal["label"][0]
+
+
+def test_predictor_refuses_what_does_not_fit(
+    saved: Path, data: Path, tmp_path: Path, teacher: tuple[pl.DataFrame, np.ndarray]
+) -> None:
+    predictor = ctr.Predictor.load(saved)
+    with pytest.raises(ctr.SchemaError, match="C2"):
+        predictor.predict(teacher[0].drop("C2"))
+    ctr.prepare(teacher[0].tail(9000), tmp_path / "other", features=TEACHER.features(), group="C1", log=None)
+    with pytest.raises(ctr.SchemaError, match="prepared differently"):
+        predictor.evaluate_prepared(tmp_path / "other", "test")
+    with pytest.raises(ctr.SchemaError, match="not a model folder"):
+        ctr.Predictor.load(data)
+
+
+def test_damaged_weights_are_named(saved: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(saved, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ctr.SchemaError, match=re.escape(str(weights))):
+        ctr.Predictor.load(broken)
+
+
+def test_no_file_of_a_model_folder_is_a_pickle(saved: Path) -> None:
+    assert {path.suffix for path in saved.rglob("*") if path.is_file()} <= {
+        ".json", ".jsonl", ".png", ".parquet", ".safetensors",
+    }  # fmt: skip
+
+
+def test_curve_is_a_picture(saved: Path, tmp_path: Path) -> None:
+    assert (saved / "curve.png").read_bytes().startswith(b"\x89PNG")
+    draw_curve(loop.History(), tmp_path / "empty.png")  # a run of no epochs draws axes, and does not fail
+
+
+def test_record_appends_and_refuses_other_columns(tmp_path: Path, data: Path) -> None:
+    path = tmp_path / "results.csv"
+    _, result = quick_run(data, max_epochs=1)
+    record(result, path, data="d", model="m")
+    record(result, path, data="d", model="m")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    assert float(rows[1]["test_auc"]) == pytest.approx(result["test_auc"], abs=1e-6)
+    path.write_text("other,columns\n")
+    with pytest.raises(ValueError, match="other"):
+        record(result, path, data="d", model="m")
+
+
+def test_engines_refuse_arguments_they_would_ignore(data: Path) -> None:
+    with pytest.raises(ValueError, match="no L2"):
+        quick_run(data, engine="fused", embedding_l2=0.1)
+    with pytest.raises(ValueError, match="fp32 only"):
+        quick_run(data, precision="bf16")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cpu"):
+            quick_run(data, device="cuda")
+
+
+def test_several_labels_weight_and_group(tmp_path: Path, teacher: tuple[pl.DataFrame, np.ndarray]) -> None:
+    rng = np.random.default_rng(0)
+    frame = teacher[0].head(6000).with_columns(
+        like=pl.col("label").sample(fraction=1, shuffle=True, seed=0), weight=pl.Series(rng.uniform(0.5, 2, 6000))
+    )
+    ctr.prepare(
+        frame, tmp_path / "d", features=TEACHER.features(), labels=("label", "like"), weight="weight", group="C1", log=None
+    )
+    _, result = quick_run(tmp_path / "d", max_epochs=6)
+    clicks, noise = result["test_tasks"]
+    assert clicks["auc"] > 0.62 > noise["auc"]
+    assert result["test_auc"] == pytest.approx((clicks["auc"] + noise["auc"]) / 2)
+
+
+# The command line.
+
+
+def command(*arguments: str) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def csv_file(tmp_path: Path, teacher: tuple[pl.DataFrame, np.ndarray]) -> Iterator[Path]:
+    path = tmp_path / "clicks.csv"
+    teacher[0].head(6000).write_csv(path)
+    yield path
+
+
+def test_command_line_from_csv_to_scores(csv_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared, model, scores = tmp_path / "prepared", tmp_path / "model", tmp_path / "scores.csv"
+    flags = ["--group", "C1", "--numeric", "I1:log", "--sequence", "history:C1", "--json"]
+    assert command("prepare", csv_file, "--out", prepared, *flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert sum(report["rows"].values()) == 6000
+    assert ctr.Schema.load(prepared)["I1"].transform == "log"
+    assert ctr.Schema.load(prepared)["history"].vocabulary == "C1"
+
+    training = ["--tower", "dcnv2", "--dim", "8", "--hidden", "16", "--batch-size", "256", "--epochs", "3"]
+    assert command("train", prepared, "--out", model, *training, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["test_auc"] > 0.6
+
+    assert command("evaluate", model, prepared, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["auc"] == pytest.approx(result["test_auc"], abs=1e-9)
+    assert command("evaluate", model, csv_file) == 0
+    assert "test AUC" in capsys.readouterr().out
+
+    assert command("predict", model, csv_file, "--out", scores) == 0
+    assert "6,000 rows scored" in capsys.readouterr().out
+    frame = pl.read_csv(scores)
+    assert frame.columns == ["label"]
+    assert frame.height == 6000
+    assert frame["label"].is_between(0, 1).all()
+
+
+def test_command_line_on_the_fused_engine(csv_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("prepare", csv_file, "--out", tmp_path / "p") == 0
+    flags = ["--tower", "deepfm", "--engine", "fused", "--precision", "bf16", "--dim", "8", "--epochs", "2", "--json"]
+    assert command("train", tmp_path / "p", "--out", tmp_path / "m", "--batch-size", "256", *flags) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["engine"] == "fused"
+    assert command("evaluate", tmp_path / "m", tmp_path / "p", "--json") == 0
+    again = json.loads(capsys.readouterr().out)["auc"]
+    assert again == pytest.approx(result["test_auc"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("train", "nowhere", "--colour", "red"), 2, "--colour"),
+        (("prepare", "nowhere.csv", "--out", "x"), 1, "nowhere.csv"),
+        (("train", "nowhere"), 1, "not a prepared folder"),
+        (("evaluate", "nowhere", "nowhere"), 1, "not a model folder"),
+        (("predict", "m", "d", "--out", "scores.txt"), 1, "must end in .csv or .parquet"),
+        (("train", "nowhere", "--tower", "fm", "--dropout", "0.5"), 1, "fm has no such part"),
+        (("prepare", "x.csv", "--out", "x", "--numeric", "price:cube"), 1, "unknown transform 'cube'"),
+        (("prepare", "x.csv", "--out", "x", "--valid", "v.csv"), 1, "go together"),
+    ],
+)
+def test_command_line_refuses_clearly(
+    arguments: tuple[str, ...],
+    status: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        got = command(*arguments)
+    except SystemExit as stop:
+        got = int(stop.code or 0)
+    assert got == status
+    assert message in " ".join(capsys.readouterr().err.split())
