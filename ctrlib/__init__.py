@@ -3,8 +3,8 @@
     raw rows --prepare--> prepared folder --loader--> Batch
     Batch --embedding--> (B, F, D) --tower--> (B, H) --head--> (B, T) logits
 
-`import ctrlib as ctr` gives every public name below; each is imported when it is first used, so that metrics need no torch
-and `ctrlib doctor` runs where TorchRec does not.
+`import ctrlib as ctr` gives every public name below; each is imported when it is first used, so that metrics need no
+torch and `ctrlib doctor` runs where TorchRec does not.
 """
 
 from __future__ import annotations
@@ -40,12 +40,19 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"ctrlib.{name}")
-    if name not in _MODULE_OF:
+    if name not in _MODULE_OF and name not in _MODULES:
         raise AttributeError(f"module 'ctrlib' has no attribute {name!r}; it has {__all__}")
-    value = getattr(importlib.import_module(f"ctrlib.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
+    try:
+        module = importlib.import_module(f"ctrlib.{_MODULE_OF.get(name, name)}")
+    except (ImportError, OSError) as error:
+        from ctrlib.doctor import hint
+
+        if advice := hint(error):
+            raise ImportError(f"{error}. {advice}") from error
+        raise
+    if name in _MODULES:
+        return module
+    globals()[name] = value = getattr(module, name)
     return value
 
 

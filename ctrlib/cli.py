@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 from rich.console import Console
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Prepare:
     """Turn raw files into a prepared folder: ids, numbers, vocabularies and a schema.
 
-    Column types are inferred and shown; name columns below to override. Everything that is fitted (vocabularies, scales)
-    is fitted on the training rows only.
+    Column types are inferred and shown; name columns below to override. Everything that is fitted (vocabularies,
+    scales) is fitted on the training rows only.
 
     Example: ctrlib prepare clicks.csv --out data/clicks --label click --group user_id --numeric price
     """
@@ -85,7 +85,7 @@ class Prepare:
 
     def features(self) -> list[Feature]:
         """The features that the flags name."""
-        from ctrlib.schema import Categorical, MultiValued, Numeric, Sequence
+        from ctrlib.schema import Categorical, MultiValued, Numeric, NumericTransform, Sequence
 
         rare: dict[str, Any] = {"min_count": self.min_count, "max_values": self.max_values}
         features: list[Feature] = [Categorical(name, **rare) for name in self.categorical]
@@ -94,10 +94,10 @@ class Prepare:
             known = ("none", "log", "log_squared", "minmax", "standard")
             if transform and transform not in known:
                 raise ValueError(f"--numeric {text}: unknown transform {transform!r}, expected one of {known}")
-            features.append(Numeric(name, **({"transform": transform} if transform else {})))
+            features.append(Numeric(name, transform=cast(NumericTransform, transform or "standard")))
         for text in self.multi:
             name, _, separator = text.partition(":")
-            features.append(MultiValued(name, **({"separator": separator} if separator else {}), **rare))
+            features.append(MultiValued(name, separator=separator or "|", **rare))
         for text in self.sequence:
             name, _, shared = text.partition(":")
             features.append(Sequence(name, vocabulary=shared or None, **rare))
@@ -210,7 +210,9 @@ class Train:
         changed = {name for name in flags if getattr(self, name) != type(self).__dataclass_fields__[name].default}
         idle = [f"--{name.replace('_', '-')}" for name in flags if name in changed and flags[name] not in takes]
         if idle:
-            raise ValueError(f"{', '.join(idle)}: {self.tower} has no such part; leave it out or choose another --tower")
+            raise ValueError(
+                f"{', '.join(idle)}: {self.tower} has no such part; leave it out or choose another --tower"
+            )
         config: dict[str, Any] = {"preset": self.tower}
         config |= {argument: getattr(self, name) for name, argument in flags.items() if argument in takes}
         if self.engine == "fused" and "wide_columns" in takes:
@@ -356,9 +358,9 @@ def print_scores(scores: dict[str, Any], title: str) -> None:
         ("best_epoch", "best epoch", "{:.0f}".format),
         ("seconds", "seconds in all", "{:.1f}".format),
     ]
-    # `evaluate` names its metrics without the split.
-    names = {"auc": "test_auc", "log_loss": "test_logloss"}
-    scores = {names.get(key, key if f"test_{key}" not in [row[0] for row in rows] else f"test_{key}"): value for key, value in scores.items()}
+    # `evaluate` gives metrics of one split, by their own names.
+    scores = {"test_auc": scores.get("auc"), "test_logloss": scores.get("log_loss"), **scores}
+    scores |= {f"test_{name}": scores[name] for name in ("auc_se", "gauc", "calibration") if name in scores}
     table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -389,7 +391,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return command()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"ctrlib: {error}", file=sys.stderr)
+        from ctrlib.doctor import hint
+
+        advice = hint(error) if isinstance(error, ImportError | OSError) else ""
+        print(f"ctrlib: {error}{f'. {advice}' if advice else ''}", file=sys.stderr)
         return 1
 
 

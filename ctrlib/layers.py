@@ -24,11 +24,11 @@ def init_linear(module: nn.Module) -> None:
 
 
 class Dropout(nn.Module):
-    """y = x m / (1 - p) with m ~ Bernoulli(1 - p) per element, in training; y = x in evaluation (Srivastava et al. 2014).
+    """y = x m / (1 - p), m ~ Bernoulli(1 - p) per element, in training; y = x in evaluation (Srivastava et al. 2014).
 
-    The same distribution as `nn.Dropout` with p rounded to 1/65,536, and the same random stream (torch's generator), but
-    four masks are cut from each 64-bit draw: on a CPU `F.dropout` samples one Bernoulli at a time, which cost a third of
-    the training step of a small CTR network.
+    The same distribution as `nn.Dropout` with p rounded to 1/65,536, and torch's own generator, but four masks are cut
+    from each 64-bit draw: on a CPU `F.dropout` samples one Bernoulli at a time, which costs a third of the training
+    step of a small CTR network.
 
     Shape: any -> the same.
 

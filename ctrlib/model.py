@@ -28,7 +28,9 @@ class Model(nn.Module):
     {'embedding': 36, 'network': 49}
     """
 
-    def __init__(self, embedding: nn.Module, tower: nn.Module, head: nn.Module, *, wide: nn.Module | None = None) -> None:
+    def __init__(
+        self, embedding: nn.Module, tower: nn.Module, head: nn.Module, *, wide: nn.Module | None = None
+    ) -> None:
         super().__init__()
         for before, after in ((embedding, tower), (tower, head)):
             if before.out_shape != after.in_shape:

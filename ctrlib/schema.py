@@ -141,9 +141,9 @@ class SchemaError(ValueError):
 class Schema:
     """Features in order, labels, and optionally the columns that hold the sample weight and the group (for GAUC).
 
-    Filled in by preparation: `vocabulary_hashes` (vocabulary name -> hash of its values in order), and `raw_format`, the
-    arguments with which raw files were read (missing tokens, separator and the like), so that a saved model reads new
-    files the same way. The latter says nothing about ids and numbers and is not part of the hash.
+    Filled in by preparation: `vocabulary_hashes` (vocabulary name -> hash of its values in order), and `raw_format`,
+    the arguments with which raw files were read (missing tokens, separator and the like), so that a saved model reads
+    new files the same way. The latter says nothing about ids and numbers and is not part of the hash.
 
     Raises:
         SchemaError: a name is used twice, there is no feature or no label, or features that share a vocabulary

@@ -5,6 +5,7 @@ Each check builds the part, tries it and raises AssertionError with a sentence a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -130,8 +131,6 @@ def make_copy(part: nn.Module) -> nn.Module:
     >>> make_copy(nn.Linear(1, 1)).training
     True
     """
-    import copy
-
     other = copy.deepcopy(part)
     with torch.no_grad():
         for tensor in other.state_dict().values():
@@ -150,7 +149,7 @@ def _published(part: nn.Module, name: str, length: int) -> tuple[int, ...]:
 def _assert_shape(part: nn.Module, out: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(out.shape) != expected or out.dtype != torch.float32:
         raise AssertionError(
-            f"{type(part).__name__} gives {tuple(out.shape)} {out.dtype}, its out_shape promises {expected} torch.float32"
+            f"{type(part).__name__} gives {tuple(out.shape)} {out.dtype}, its out_shape promises {expected} float32"
         )
 
 
@@ -163,7 +162,7 @@ def _assert_same(part: nn.Module, got: Tensor, expected: Tensor, complaint: str)
 def _assert_trains(part: nn.Module, out: Tensor) -> None:
     # A random projection: a plain sum can have zero gradient by symmetry.
     projection = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    (out * projection).sum().backward()
+    torch.autograd.backward((out * projection).sum())
     for name, parameter in part.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
             raise AssertionError(f"{type(part).__name__}: parameter {name} gets no gradient, so it is never trained")
@@ -174,7 +173,7 @@ def _assert_trains(part: nn.Module, out: Tensor) -> None:
 def _row(batch: Batch, schema: Schema, row: int) -> Batch:
     lengths = batch.sparse.lengths().view(len(schema.sparse), -1)
     jagged = batch.sparse.to_dict()
-    values = [jagged[f.name].values()[jagged[f.name].offsets()[row] : jagged[f.name].offsets()[row + 1]] for f in schema.sparse]
+    values = [jagged[feature.name].to_dense()[row] for feature in schema.sparse]
     sparse = KeyedJaggedTensor.from_lengths_sync(
         [f.name for f in schema.sparse], torch.cat(values), lengths[:, row].contiguous()
     )

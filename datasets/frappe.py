@@ -1,9 +1,10 @@
-"""Frappe_x1: mobile app usage in context, BARS' split (202,027 / 57,722 / 28,860 rows, 10 categorical fields, 33 % positive).
+"""Frappe_x1: mobile app usage in context, BARS' split: 202,027 / 57,722 / 28,860 rows, 10 categorical fields.
 
     python datasets/frappe.py --out data/frappe
 
-Source: L. Baltrunas et al., "Frappe: Understanding the Usage and Perception of Mobile App Recommendations In-The-Wild",
-2015, https://arxiv.org/abs/1505.03014; split and negatives: W. Cheng et al., AFN, AAAI 2020; archive and checksums: BARS.
+A third of the rows is positive. Source: L. Baltrunas et al., "Frappe: Understanding the Usage and Perception of Mobile
+App Recommendations In-The-Wild", 2015, https://arxiv.org/abs/1505.03014; split and negatives: W. Cheng et al., AFN,
+AAAI 2020; archive and checksums: BARS.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import ctrlib as ctr
 from ctrlib.data.download import DownloadError, download, extract
 
 URL = "https://zenodo.org/record/5700987/files/Frappe_x1.zip"
-FIELDS = "user item daytime weekday isweekend homework cost weather country city".split()
+FIELDS = ["user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"]
 # As BARS publishes them.
 MD5 = {
     "train": "ba7306e6c4fc19dd2cd84f2f0596d158",
@@ -45,7 +46,9 @@ def fetch(folder: Path) -> Path:
     for split, expected in MD5.items():
         got = hashlib.md5((folder / f"{split}.csv").read_bytes()).hexdigest()
         if got != expected:
-            raise DownloadError(f"{URL}: {split}.csv has md5 {got}, published is {expected}: delete {folder}, try again")
+            raise DownloadError(
+                f"{URL}: {split}.csv has md5 {got}, published is {expected}: delete {folder}, try again"
+            )
     return folder
 
 

@@ -89,7 +89,9 @@ def main(arguments: Arguments) -> None:
     note = ""
     person: list[ctr.Feature] = [ctr.Categorical(name) for name in ("gender", "age", "occupation", "zip")]
     if arguments.protocol == "ids":
-        data: pl.DataFrame | dict[str, pl.DataFrame] = rows.filter(pl.col("rating") != 3).drop("rating", "time", "genres", "year")
+        data: pl.DataFrame | dict[str, pl.DataFrame] = rows.filter(pl.col("rating") != 3).drop(
+            "rating", "time", "genres", "year"
+        )
         features: list[ctr.Feature] = [ctr.Categorical("user"), ctr.Categorical("movie"), *person]
     else:
         split_files = raw / "autoint_split"

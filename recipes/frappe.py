@@ -43,8 +43,8 @@ class Knobs:
     seed: int = 2021
     """Of initial weights, shuffle and dropout."""
     engine: Literal["exact", "fused"] = "exact"
-    """exact is what BARS means; fused is row-wise Adagrad through TorchRec, with width 12 (its kernels want multiples of
-    4) and no L2."""
+    """exact is what BARS means; fused is row-wise Adagrad through TorchRec, with width 12 (its kernels want multiples
+    of 4) and no L2."""
     epochs: int = 100
     """Upper limit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

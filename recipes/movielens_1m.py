@@ -2,8 +2,8 @@
 
     python recipes/movielens_1m.py --model dcnv2 --seed 1 [--protocol ids] [--raw DIR] [--engine fused] [--record]
 
-Published for `autoint` (W. Song et al., CIKM 2019, table 3, mean of 10 runs, test AUC): DCN .8446, DeepFM .8437; for `ids`
-(B. Coleman et al., NeurIPS 2023): DCN V2 collisionless .8872, and .8985 in a rerun by others.
+Published for `autoint` (W. Song et al., CIKM 2019, table 3, mean of 10 runs, test AUC): DCN .8446, DeepFM .8437; for
+`ids` (B. Coleman et al., NeurIPS 2023): DCN V2 collisionless .8872, and .8985 in a rerun by others.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def test_fused_engine_is_row_wise_adagrad_and_adam(name: str) -> None:
     model = PRESETS[name](**wide)
     reference = PRESETS[name]()  # one wide column: four equal ones must move like it
     state = {
-        key: value[:, :1] if "_wide" in key and value.shape[1] == 4 else value for key, value in model.state_dict().items()
+        key: value[:, :1] if "_wide" in key and value.shape[1] == 4 else value
+        for key, value in model.state_dict().items()
     }
     reference.load_state_dict(copy.deepcopy(state))
     engine = ctr.FusedEngine(model, learning_rate=0.01, embedding_learning_rate=0.05)
@@ -155,7 +156,9 @@ def test_a_non_finite_loss_changes_no_weight(engine_class: type) -> None:
     batch.dense[3, 0] = float("inf")
     assert not torch.isfinite(engine.step(batch))
     after = engine.weights()
-    assert all(torch.equal(before[name], after[name]) for name in before if "running_" not in name and "num_" not in name)
+    assert all(
+        torch.equal(before[name], after[name]) for name in before if "running_" not in name and "num_" not in name
+    )
 
 
 @pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine])
@@ -166,7 +169,7 @@ def test_weights_round_trip_and_refuse_other_keys(engine_class: type) -> None:
     engine.load_weights(kept)
     again = engine.weights()
     assert all(torch.equal(kept[name], again[name]) for name in kept)
-    kept.pop("head.linear.bias")
+    kept.pop("head.bias")
     with pytest.raises((ValueError, RuntimeError), match="bias"):
         engine.load_weights(kept)
 

@@ -65,7 +65,7 @@ def test_deepfm_logit_is_wide_plus_fm_plus_mlp() -> None:
     batch = ctr.testing.example_batch(schema, 8)
     fields = model.embedding(batch)
     fm, mlp = model.tower.towers
-    expected = model.wide(batch) + fm(fields) + model.head.linear(mlp(fields))
+    expected = model.wide(batch) + fm(fields) + model.head.linear(mlp(fields)) + model.head.bias
     torch.testing.assert_close(model(batch), expected)
 
 

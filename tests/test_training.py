@@ -196,7 +196,11 @@ def test_saved_model_scores_raw_rows_as_prepared_ones(
     # Every row of the raw data is in one of the splits, so the scores must be the same numbers.
     raw, counts = predictor.predict(frame.drop("label"))
     prepared = [
-        1 / (1 + np.exp(-ctr.predict(predictor.model, ctr.Loader(data, split, batch_size=999)).logits[:, 0].astype(float)))
+        1
+        / (
+            1
+            + np.exp(-ctr.predict(predictor.model, ctr.Loader(data, split, batch_size=999)).logits[:, 0].astype(float))
+        )
         for split in ("train", "valid", "test")
     ]
     np.testing.assert_allclose(np.sort(raw["label"].to_numpy()), np.sort(np.concatenate(prepared)), atol=1e-6)
@@ -282,11 +286,21 @@ def test_engines_refuse_arguments_they_would_ignore(data: Path) -> None:
 
 def test_several_labels_weight_and_group(tmp_path: Path, teacher: tuple[pl.DataFrame, np.ndarray]) -> None:
     rng = np.random.default_rng(0)
-    frame = teacher[0].head(6000).with_columns(
-        like=pl.col("label").sample(fraction=1, shuffle=True, seed=0), weight=pl.Series(rng.uniform(0.5, 2, 6000))
+    frame = (
+        teacher[0]
+        .head(6000)
+        .with_columns(
+            like=pl.col("label").sample(fraction=1, shuffle=True, seed=0), weight=pl.Series(rng.uniform(0.5, 2, 6000))
+        )
     )
     ctr.prepare(
-        frame, tmp_path / "d", features=TEACHER.features(), labels=("label", "like"), weight="weight", group="C1", log=None
+        frame,
+        tmp_path / "d",
+        features=TEACHER.features(),
+        labels=("label", "like"),
+        weight="weight",
+        group="C1",
+        log=None,
     )
     _, result = quick_run(tmp_path / "d", max_epochs=6)
     clicks, noise = result["test_tasks"]
@@ -317,7 +331,7 @@ def test_command_line_from_csv_to_scores(csv_file: Path, tmp_path: Path, capsys:
     assert ctr.Schema.load(prepared)["I1"].transform == "log"
     assert ctr.Schema.load(prepared)["history"].vocabulary == "C1"
 
-    training = ["--tower", "dcnv2", "--dim", "8", "--hidden", "16", "--batch-size", "256", "--epochs", "3"]
+    training = ["--tower", "dcnv2", "--dim", "8", "--hidden", "16", "--batch-size", "256", "--epochs", "8"]
     assert command("train", prepared, "--out", model, *training, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["test_auc"] > 0.6

@@ -30,7 +30,11 @@ def download(url: str, *, checksum: str | None, folder: Path) -> Path:
     pooch.get_logger().setLevel(logging.ERROR)  # its notice about a new file would say what the caller says
     try:
         path = pooch.retrieve(
-            url, known_hash=checksum, fname=url.rsplit("/", 1)[-1], path=folder, downloader=pooch.HTTPDownloader(timeout=20)
+            url,
+            known_hash=checksum,
+            fname=url.rsplit("/", 1)[-1],
+            path=folder,
+            downloader=pooch.HTTPDownloader(timeout=20),
         )
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError is a wrong checksum
         raise DownloadError(f"{url} could not be had: {str(error).splitlines()[0]}") from error

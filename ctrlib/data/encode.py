@@ -133,7 +133,7 @@ def _group(name: str, dtype: pl.DataType, groups: pl.Series | None) -> pl.Expr:
 
 
 def fit_groups(tables: Iterable[RawTable], group: str | None) -> pl.Series | None:
-    """None if all groups are integers; else their texts over all tables, sorted. Rows without group form one of their own.
+    """None if all groups are integers; else their texts over all tables, sorted. Rows without group form one group.
 
     Unlike ids, groups are no input of a model, so those of valid and test may be looked at.
     """

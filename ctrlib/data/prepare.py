@@ -16,14 +16,14 @@ import rich
 from rich import box
 from rich.table import Table
 
-from ctrlib.data.cells import check_columns, checks, shortened, text, without_bad_rows
+from ctrlib.data.cells import check_columns, checks, shortened, without_bad_rows
 from ctrlib.data.encode import count_ids, encode_checked, fit_groups
 from ctrlib.data.infer import infer_features
 from ctrlib.data.raw import RawData, RawTable, naming, read_raw
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, split_table
 from ctrlib.data.vocabulary import fit
-from ctrlib.schema import Categorical, Feature, Numeric, Schema, SchemaError, kind_of
+from ctrlib.schema import Feature, Numeric, Schema, SchemaError, kind_of
 
 ROWS_PER_GROUP = 65_536
 Log = Callable[[Any], None]

@@ -18,8 +18,8 @@ from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, SparseFeatu
 class TableEmbedding(nn.Module):
     """e_f = V_f[x_f] for ids, the mean (or sum) of rows for bags and histories, and x_f v_f for numbers.
 
-    Features of one vocabulary share one table. Rows start as N(0, init_std^2), the padding row at 0; numeric vectors v_f
-    start Xavier-normal, as a bias-free `Linear(1, D)` in FuxiCTR does. An empty bag gives the zero vector.
+    Features of one vocabulary share one table. Rows start as N(0, init_std^2), the padding row at 0; numeric vectors
+    v_f start Xavier-normal, as a bias-free `Linear(1, D)` in FuxiCTR does. An empty bag gives the zero vector.
 
     Shape: Batch -> (B, F, D), fields in the schema's order.
 
@@ -35,9 +35,7 @@ class TableEmbedding(nn.Module):
     torch.Size([2, 2, 4])
     """
 
-    def __init__(
-        self, features: Sequence[Feature], *, embedding_dim: int = 16, init_std: float = 1e-4
-    ) -> None:
+    def __init__(self, features: Sequence[Feature], *, embedding_dim: int = 16, init_std: float = 1e-4) -> None:
         super().__init__()
         self.out_shape = (len(features), embedding_dim)
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
@@ -74,9 +72,9 @@ class Wide(nn.Module):
 
     Bags and histories contribute their pooled weight. All weights start at N(0, init_std^2).
 
-    `columns`: fbgemm's fused kernels need widths that are multiples of 4, so the fused engine wants 4; the weight is then
-    the mean of 4 equal columns, which row-wise Adagrad moves exactly as it moves one column: each gets gradient g / 4,
-    the mean square over the row is (g / 4)^2, and the quarter cancels.
+    `columns`: fbgemm's fused kernels need widths that are multiples of 4, so the fused engine wants 4; the weight is
+    then the mean of 4 equal columns, which row-wise Adagrad moves exactly as it moves one column: each gets gradient
+    g / 4, the mean square over the row is (g / 4)^2, and the quarter cancels.
 
     Shape: Batch -> (B, T), T = `num_tasks`.
 

@@ -32,15 +32,12 @@ class LinearHead(nn.Module):
         self.in_shape = tuple(in_shape)
         self.out_shape = (num_tasks,)
         self.unweighted = unweighted
-        # A bare bias where nothing is weighted: torch warns about linear layers without inputs.
-        self.linear = nn.Linear(width - unweighted, num_tasks) if width > unweighted else None
-        self.bias = None if self.linear is not None else nn.Parameter(torch.zeros(num_tasks))
+        # No linear layer where nothing is weighted: torch warns about one without inputs.
+        self.linear = nn.Linear(width - unweighted, num_tasks, bias=False) if width > unweighted else None
+        self.bias = nn.Parameter(torch.zeros(num_tasks))
         init_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) -> (B, T) logits."""
-        logits = self.linear(x[:, self.unweighted :]) if self.linear is not None else self.bias
-        if self.unweighted:
-            logits = logits + x[:, : self.unweighted].sum(1, keepdim=True)
-        out: Tensor = logits
-        return out
+        logits = x[:, : self.unweighted].sum(1, keepdim=True) + self.bias
+        return logits if self.linear is None else logits + self.linear(x[:, self.unweighted :])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
     shape = getattr(module, name, None)
     if not isinstance(shape, tuple):
-        raise ValueError(f"{type(module).__name__} publishes no {name}: a tower must set it to a tuple in its constructor")
+        raise ValueError(
+            f"{type(module).__name__} publishes no {name}: a tower must set it to a tuple in its constructor"
+        )
     return shape
 
 
@@ -59,7 +63,7 @@ class Stack(nn.Module):
         super().__init__()
         if not towers:
             raise ValueError("Stack needs one or more towers, got none")
-        for before, after in zip(towers, towers[1:]):
+        for before, after in itertools.pairwise(towers):
             out_shape, in_shape = _shape(before, "out_shape"), _shape(after, "in_shape")
             if out_shape != in_shape:
                 raise ValueError(

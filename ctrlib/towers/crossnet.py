@@ -13,7 +13,8 @@ from ctrlib.layers import init_linear
 class CrossNetV2(nn.Module):
     """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l on the flattened fields x_0  (eq. 1), full-rank W_l.
 
-    The paper's parallel DCN-V2 is `Parallel(CrossNetV2(s), MLP(s))`; the stacked one `Stack(cross, MLP(cross.out_shape))`.
+    The paper's parallel DCN-V2 is `Parallel(CrossNetV2(s), MLP(s))`; the stacked one
+    `Stack(cross, MLP(cross.out_shape))`.
 
     Shape: (B, F, D) or (B, H) -> (B, F * D) or (B, H).
 

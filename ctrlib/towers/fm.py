@@ -28,7 +28,7 @@ class FM(nn.Module):
         self.in_shape = tuple(in_shape)
         self.out_shape = (1,)
 
-    def forward(self, x_BFD: Tensor) -> Tensor:  # noqa: N803 (shape suffix)
+    def forward(self, x_BFD: Tensor) -> Tensor:
         """(B, F, D) -> (B, 1)."""
         square_of_sum = x_BFD.sum(1).square()
         sum_of_squares = x_BFD.square().sum(1)

@@ -57,10 +57,11 @@ class ExactEngine:
         loss = binary_cross_entropy(self.model(batch), batch.labels, batch.weights)
         if not torch.isfinite(loss):
             return loss.detach()
-        loss.backward()
+        torch.autograd.backward(loss)
         if self.embedding_l2:
-            tables = [parameter for parameter in self._regularised if parameter.grad is not None]
-            torch._foreach_add_([p.grad for p in tables], [p.detach() for p in tables], alpha=self.embedding_l2)
+            pairs = [(table.grad, table.detach()) for table in self._regularised if table.grad is not None]
+            gradients, tables = zip(*pairs)
+            torch._foreach_add_(gradients, tables, alpha=self.embedding_l2)
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm, foreach=True)
         self._optimiser.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ class FusedEngine:
     """Tables move by row-wise Adagrad as gradients arrive, touching only the rows of the batch; the rest by Adam.
 
     For production and scale: a step costs the same for a thousand rows or a hundred million. It is a different
-    algorithm from `ExactEngine`, not a faster one: tune it anew and name it beside every number. `precision="bf16"` runs
-    tower and head in bfloat16 autocast (twice as fast on CPUs that have it); tables and optimisers stay fp32. Only the
-    network's gradients are clipped: the tables' never exist as a whole. The interface is that of `ExactEngine`.
+    algorithm from `ExactEngine`, not a faster one: tune it anew and name it beside every number. `precision="bf16"`
+    runs tower and head in bfloat16 autocast (twice as fast on CPUs that have it); tables and optimisers stay fp32. Only
+    the network's gradients are clipped: the tables' never exist as a whole. The interface is that of `ExactEngine`.
 
     Raises:
         ValueError: a table's width is not a multiple of 4.
@@ -46,7 +46,7 @@ class FusedEngine:
         self.max_grad_norm = max_grad_norm
         tables = {id(p) for m in model.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()}
         dense = {name for name, parameter in model.named_parameters() if id(parameter) not in tables}
-        self.model: nn.Module = shard(model, learning_rate=embedding_learning_rate, device=self.device)
+        self.model: Any = shard(model, learning_rate=embedding_learning_rate, device=self.device)
         # Which optimiser trains a table must not depend on the plan: those outside `dense` have theirs in the kernels.
         if len(self.model.fused_optimizer.params) != len(tables):
             raise RuntimeError(
@@ -64,7 +64,7 @@ class FusedEngine:
         loss = binary_cross_entropy(logits, batch.labels, batch.weights)
         if not torch.isfinite(loss):
             return loss.detach()
-        loss.backward()
+        torch.autograd.backward(loss)
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm, foreach=True)
         self._optimiser.step()

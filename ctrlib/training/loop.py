@@ -44,7 +44,7 @@ class Engine(Protocol):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss of a batch is NaN or infinite. Raised before that batch touches a weight; the message says where it is."""
+    """The loss of a batch is NaN or infinite. Raised before that batch touches a weight; says where."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def fit(
     """Train until validation AUC stops rising, and leave the best epoch's weights in the model.
 
     The schedule is BARS': validate after every epoch; an epoch that does not beat the best AUC by more than `min_delta`
-    multiplies the learning rate by `cut_factor`, and `patience` such epochs in a row end the run. With several labels the
-    mean of their AUCs decides. `out` receives log.jsonl, a line an epoch (and, with `tensorboard`, event files).
+    multiplies the learning rate by `cut_factor`, and `patience` such epochs in a row end the run. With several labels
+    the mean of their AUCs decides. `out` receives log.jsonl, a line an epoch (and, with `tensorboard`, event files).
 
     Args:
         engine: holds model and optimisers.
@@ -117,7 +117,9 @@ def fit(
             rows, train_seconds = rows + epoch_rows, train_seconds + epoch_seconds
             scored = evaluate(engine.model, valid, device=engine.device, quick=True)
             if np.isnan(scored["auc"]):
-                raise ValueError("validation holds one class only (or no known label), so AUC is undefined: use more rows")
+                raise ValueError(
+                    "validation holds one class only (or no known label), so AUC is undefined: use more rows"
+                )
             line = Epoch(
                 epoch=epoch,
                 train_loss=loss,
@@ -131,7 +133,7 @@ def fit(
             log.write(line)
             better = scored["auc"] > best + min_delta
             console.print(
-                f"epoch {epoch:3d}  loss {loss:.5f}  valid AUC {line.valid_auc:.6f}  log-loss {line.valid_log_loss:.5f}  "
+                f"epoch {epoch:3d}  loss {loss:.5f}  valid AUC {line.valid_auc:.6f}  "
                 f"lr {line.learning_rate:.0e}  {line.samples_per_second:,.0f} samples/s{'  *' if better else ''}",
                 highlight=False,
                 soft_wrap=True,
@@ -272,7 +274,9 @@ class _Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ImportError(f"TensorBoard is not installed ({error}): pip install 'ctrlib[tensorboard]'") from error
+                raise ImportError(
+                    f"TensorBoard is not installed ({error}): pip install 'ctrlib[tensorboard]'"
+                ) from error
             self._events = SummaryWriter(str(out))
 
     def write(self, line: Epoch) -> None:

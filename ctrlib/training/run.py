@@ -190,10 +190,29 @@ def draw_curve(history: History, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-RECORD_COLUMNS = (
-    "date data model engine precision seed valid_auc test_auc test_logloss test_gauc parameters network_parameters "
-    "embedding_bytes samples_per_second seconds epochs hardware versions commit data_hash note"
-).split()
+RECORD_COLUMNS = [
+    "date",
+    "data",
+    "model",
+    "engine",
+    "precision",
+    "seed",
+    "valid_auc",
+    "test_auc",
+    "test_logloss",
+    "test_gauc",
+    "parameters",
+    "network_parameters",
+    "embedding_bytes",
+    "samples_per_second",
+    "seconds",
+    "epochs",
+    "hardware",
+    "versions",
+    "commit",
+    "data_hash",
+    "note",
+]
 
 
 def _note(data: Path) -> str:
@@ -229,7 +248,9 @@ def record(result: dict[str, Any], path: Path, *, data: str, model: str) -> None
         with path.open(encoding="utf-8", newline="") as file:
             header = next(csv.reader(file), [])
         if header != RECORD_COLUMNS:
-            raise ValueError(f"{path} has columns {header}, expected {RECORD_COLUMNS}: move it away, or name another file")
+            raise ValueError(
+                f"{path} has columns {header}, expected {RECORD_COLUMNS}: move it away, or name another file"
+            )
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, RECORD_COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
         if is_new:

@@ -24,7 +24,7 @@ def init_process_group(device: torch.device) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
 
 
 def shard(
@@ -56,10 +56,7 @@ def shard(
             module,
             # The kernel is named, since under the planner's favourite for small tables (data_parallel) TorchRec would
             # silently drop the in-backward optimiser.
-            {
-                config.name: table_wise(rank=0, compute_kernel="fused")
-                for config in module.embedding_bag_configs()
-            },
+            {config.name: table_wise(rank=0, compute_kernel="fused") for config in module.embedding_bag_configs()},
             local_size=1,
             world_size=1,
             device_type=device.type,
