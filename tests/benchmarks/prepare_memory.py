@@ -70,8 +70,9 @@ def main() -> None:
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             wall, cpu, before, peak = map(float, printed.split())
             size, load, cores = path.stat().st_size / 2**20, os.getloadavg()[0], os.cpu_count()
+            speed = num_rows / wall
             print(
-                f"{num_rows:>12,} rows, {size:,.0f} MiB: {wall:.0f} s ({num_rows / wall:,.0f} rows/s), {cpu:.0f} s CPU, "
+                f"{num_rows:>12,} rows, {size:,.0f} MiB: {wall:.0f} s ({speed:,.0f} rows/s), {cpu:.0f} s CPU, "
                 f"peak {peak:,.0f} MiB ({before:,.0f} before); load {load:.1f} on {cores} cores",
                 flush=True,
             )

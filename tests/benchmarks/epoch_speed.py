@@ -1,0 +1,97 @@
+"""Samples per second of whole training epochs, loading included and validation not: a script to read, not a test.
+
+    python tests/benchmarks/epoch_speed.py data/frappe --model deepfm --embedding-dim 10 --batch-norm --dropout 0.2 --l2 0.05
+    python tests/benchmarks/epoch_speed.py data/criteo_synthetic --engine fused --precision bf16
+
+Compare ratios of runs made one after the other on a quiet machine, never figures of different days.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional
+
+import ctrlib as ctr
+from ctrlib.training.run import make_engine
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time training epochs."""
+
+    data: Positional[Path]
+    """Prepared folder."""
+    model: Literal["mlp", "fm", "deepfm", "dcnv2"] = "deepfm"
+    """Which preset."""
+    engine: Literal["exact", "fused"] = "exact"
+    """Which engine."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the fused engine."""
+    embedding_dim: int = 16
+    """Width of the embeddings."""
+    hidden: tuple[int, ...] = (400, 400, 400)
+    """Widths of the MLP."""
+    batch_norm: bool = False
+    """Batch normalisation in the MLP."""
+    dropout: float = 0.0
+    """Dropout of the MLP."""
+    l2: float = 0.0
+    """L2 on whole tables."""
+    batch_size: int = 4096
+    """Rows per step."""
+    epochs: int = 3
+    """How many to time; the median counts. The first includes decoding the files."""
+    workers: int = 1
+    """Threads of the loader."""
+    evaluate: bool = False
+    """Also score valid and test after every epoch, outside the timing."""
+
+
+def main(arguments: Arguments) -> None:
+    """Run and print one JSON object."""
+    schema = ctr.Schema.load(arguments.data)
+    torch.manual_seed(0)
+    config: dict[str, Any] = {"preset": arguments.model, "embedding_dim": arguments.embedding_dim}
+    if arguments.model != "fm":
+        config |= {name: getattr(arguments, name) for name in ("hidden", "batch_norm", "dropout")}
+    if arguments.engine == "fused" and arguments.model in ("fm", "deepfm"):
+        config["wide_columns"] = 4
+    engine = make_engine(
+        ctr.presets.build(config, schema),
+        arguments.engine,
+        embedding_l2=arguments.l2,
+        precision=arguments.precision,
+    )
+    train = ctr.Loader(arguments.data, "train", batch_size=arguments.batch_size, shuffle=True, workers=arguments.workers)
+    seconds, scores = [], []
+    for _ in range(arguments.epochs):
+        engine.model.train()
+        started = time.perf_counter()
+        for batch in train:
+            engine.step(batch)
+        seconds.append(time.perf_counter() - started)
+        if arguments.evaluate:
+            splits = {split: ctr.Loader(arguments.data, split, batch_size=8192) for split in ("valid", "test")}
+            scores.append({split: ctr.evaluate(engine.model, part, quick=True)["auc"] for split, part in splits.items()})
+    result = {
+        "engine": arguments.engine,
+        "precision": arguments.precision,
+        "model": arguments.model,
+        "threads": torch.get_num_threads(),
+        "samples_per_second": round(train.num_rows / statistics.median(seconds)),
+        "epoch_seconds": [round(value, 2) for value in seconds],
+        **({"auc": scores} if scores else {}),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, config=(FlagCreatePairsOff,)))
