@@ -43,6 +43,8 @@ class Prepare:
     """File with the test rows."""
     label: tuple[str, ...] = ("label",)
     """Column(s) that hold the 0/1 label(s)."""
+    positive: tuple[str, ...] = ()
+    """For labels that are text, the text of the positive class: income=>50K"""
     weight: str | None = None
     """Column that holds the sample weight."""
     group: str | None = None
@@ -107,6 +109,9 @@ class Prepare:
         """Run the command; the exit status."""
         from ctrlib.data.prepare import prepare
 
+        unclear = [text for text in self.positive if "=" not in text]
+        if unclear:
+            raise ValueError(f"--positive {unclear[0]}: expected LABEL=TEXT, such as income=>50K")
         if (self.valid is None) != (self.test is None):
             raise ValueError("--valid and --test go together: give both, or neither to split DATA")
         data: Any = self.data
@@ -129,6 +134,7 @@ class Prepare:
             columns=self.columns or None,
             missing_values=self.missing,
             missing_labels=self.missing_labels,
+            label_positive=dict(text.split("=", 1) for text in self.positive),
             on_bad_row=self.on_bad_row,
             overwrite=self.overwrite,
             log=Console(stderr=True).print,

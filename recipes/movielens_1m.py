@@ -24,11 +24,8 @@ HERE = Path(__file__).parent
 
 # Everything in which the variants differ.
 VARIANTS: dict[str, dict[str, Any]] = {"mlp": {}, "deepfm": {}, "dcnv2": {"num_cross_layers": 3}}
-# Chosen on validation, per protocol: L2 on the tables, dropout.
-PROTOCOLS: dict[str, dict[str, float]] = {
-    "autoint": {"embedding_l2": 1e-5, "dropout": 0.2},
-    "ids": {"embedding_l2": 1e-4, "dropout": 0.2},
-}
+# L2 on the tables, chosen on validation.
+EMBEDDING_L2 = {"autoint": 1e-5, "ids": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,13 @@ def main(knobs: Knobs) -> None:
         script = [sys.executable, str(HERE.parent / "datasets" / "movielens_1m.py"), "--protocol", knobs.protocol]
         script += ["--out", str(data)] + (["--raw", str(knobs.raw)] if knobs.raw else [])
         subprocess.run(script, check=True, stdout=sys.stderr)
-    protocol = PROTOCOLS[knobs.protocol]
     fused = knobs.engine == "fused"
     config = {
         "preset": knobs.model,
         "embedding_dim": 16,
-        "hidden": (400, 400, 400),
+        "hidden": (400, 400),
         "batch_norm": True,
-        "dropout": protocol["dropout"],
+        "dropout": 0.2,
         **VARIANTS[knobs.model],
         **({"wide_columns": 4} if fused and knobs.model == "deepfm" else {}),
     }
@@ -77,9 +73,9 @@ def main(knobs: Knobs) -> None:
         data,
         lambda schema: ctr.presets.build(config, schema),
         engine=knobs.engine,
-        batch_size=4096,
+        batch_size=1024,
         learning_rate=1e-3,
-        embedding_l2=0.0 if fused else protocol["embedding_l2"],
+        embedding_l2=0.0 if fused else EMBEDDING_L2[knobs.protocol],
         max_epochs=knobs.epochs,
         seed=knobs.seed,
         device=knobs.device,

@@ -50,9 +50,14 @@ def test_movielens_1m_in_both_protocols(tmp_path: Path) -> None:
     assert report["rows"] == {"train": 591_209, "valid": 73_901, "test": 73_902}
     assert report["label_mean"]["train"]["label"] == pytest.approx(0.778, abs=1e-3)
     schema = ctr.Schema.load(tmp_path / "autoint")
-    assert [feature.name for feature in schema.features] == "gender age occupation zip genres year time".split()
+    names = [feature.name for feature in schema.features]
+    assert names == ["gender", "age", "occupation", "zip", "genres", "year", "time"]
     # The paper counts 3,529 features over all rows, time as one; 2 gender + 7 + 21 + 18 genres + years + zip codes.
-    assert (schema["gender"].num_embeddings, schema["age"].num_embeddings, schema["genres"].num_embeddings) == (5, 10, 21)
+    assert (schema["gender"].num_embeddings, schema["age"].num_embeddings, schema["genres"].num_embeddings) == (
+        5,
+        10,
+        21,
+    )
     assert 3_480 < rows_in_tables(tmp_path / "autoint") - 18 <= 3_528
     frame = pl.read_parquet(tmp_path / "autoint" / "train")
     assert (frame["time"].min(), frame["time"].max()) == (0.0, 1.0)
@@ -124,14 +129,19 @@ def test_a_model_on_movielens_100k_ranks_well(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("file", "flags"),
     [
-        ("avazu_8k/train.csv.gz", ["--label", "click"]),
-        ("amazon_grocery/item_meta.csv.gz", ["--label", "i_category", "--categorical", "item_id", "--ignore", "r_complement", "r_substitute"]),
+        ("avazu_8k/train.csv.gz", "--label click".split()),
+        (
+            "amazon_grocery/item_meta.csv.gz",
+            "--label i_category --categorical item_id --ignore r_complement r_substitute".split(),
+        ),
     ],
 )
 def test_other_files_prepare_or_are_refused_clearly(
     file: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = cli.main(["prepare", str(raw(file.split("/")[0]) / file.split("/")[1]), "--out", str(tmp_path / "d"), *flags])
+    status = cli.main(
+        ["prepare", str(raw(file.split("/")[0]) / file.split("/")[1]), "--out", str(tmp_path / "d"), *flags]
+    )
     if file.startswith("avazu"):
         assert status == 0
         schema = ctr.Schema.load(tmp_path / "d")

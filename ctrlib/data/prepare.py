@@ -88,6 +88,7 @@ def prepare(
         DataError: the data is damaged; the message names file, row and column.
 
     >>> import tempfile
+    >>> from ctrlib.schema import Categorical
     >>> frame = pl.DataFrame({"item": ["a", "b", "a", None], "price": [1.0, 2.5, 4.0, 2.5], "click": [1, 0, 0, 1]})
     >>> folder = Path(tempfile.mkdtemp()) / "prepared"
     >>> schema = prepare({"train": frame}, folder, features=[Categorical("item")], labels="click", log=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,21 +47,23 @@ class TableEmbedding(nn.Module):
         if self.numeric_vectors is not None:
             # The Xavier scale of Linear(1, D), per field: sqrt(2 / (1 + D)).
             nn.init.normal_(self.numeric_vectors, std=(2 / (1 + embedding_dim)) ** 0.5)
-        # Looked-up and numeric fields come in two blocks; `order` puts them back into the schema's order.
-        blocks = [f for f in features if not isinstance(f, Numeric)] + [f for f in features if isinstance(f, Numeric)]
-        order = [blocks.index(feature) for feature in features]
-        self.order = None if order == sorted(order) else order
+        # Looked-up and numeric fields come in two blocks. The schema's order takes runs of fields from either: (is the
+        # run numeric, its first field in the block, its last + 1). Copying runs is cheaper than permuting fields.
+        self.runs: list[tuple[bool, int, int]] = []
+        for is_numeric, run in itertools.groupby(features, key=lambda feature: isinstance(feature, Numeric)):
+            start = sum(stop - first for kind, first, stop in self.runs if kind == is_numeric)
+            self.runs.append((is_numeric, start, start + len(list(run))))
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch -> (B, F, D)."""
-        blocks = []
+        blocks: dict[bool, Tensor] = {}
         if self.tables is not None:
             pooled = regroup(self.tables(batch.sparse), self.names)
-            blocks.append(pooled.view(batch.size, len(self.names), self.out_shape[1]))
+            blocks[False] = pooled.view(batch.size, len(self.names), self.out_shape[1])
         if self.numeric_vectors is not None:
-            blocks.append(batch.dense.unsqueeze(2) * self.numeric_vectors)
-        fields = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
-        return fields if self.order is None else fields[:, self.order]
+            blocks[True] = batch.dense.unsqueeze(2) * self.numeric_vectors
+        fields = [blocks[is_numeric][:, start:stop] for is_numeric, start, stop in self.runs]
+        return fields[0] if len(fields) == 1 else torch.cat(fields, dim=1)
 
     def num_bytes(self) -> int:
         """Bytes of all weights in this module, optimiser state not counted."""

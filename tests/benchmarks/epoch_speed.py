@@ -1,6 +1,6 @@
 """Samples per second of whole training epochs, loading included and validation not: a script to read, not a test.
 
-    python tests/benchmarks/epoch_speed.py data/frappe --model deepfm --embedding-dim 10 --batch-norm --dropout 0.2 --l2 0.05
+    python tests/benchmarks/epoch_speed.py data/frappe --embedding-dim 10 --batch-norm --dropout 0.2 --l2 0.05
     python tests/benchmarks/epoch_speed.py data/criteo_synthetic --engine fused --precision bf16
 
 Compare ratios of runs made one after the other on a quiet machine, never figures of different days.
@@ -70,7 +70,9 @@ def main(arguments: Arguments) -> None:
         embedding_l2=arguments.l2,
         precision=arguments.precision,
     )
-    train = ctr.Loader(arguments.data, "train", batch_size=arguments.batch_size, shuffle=True, workers=arguments.workers)
+    train = ctr.Loader(
+        arguments.data, "train", batch_size=arguments.batch_size, shuffle=True, workers=arguments.workers
+    )
     seconds, scores = [], []
     for _ in range(arguments.epochs):
         engine.model.train()
@@ -80,7 +82,9 @@ def main(arguments: Arguments) -> None:
         seconds.append(time.perf_counter() - started)
         if arguments.evaluate:
             splits = {split: ctr.Loader(arguments.data, split, batch_size=8192) for split in ("valid", "test")}
-            scores.append({split: ctr.evaluate(engine.model, part, quick=True)["auc"] for split, part in splits.items()})
+            scores.append(
+                {split: ctr.evaluate(engine.model, part, quick=True)["auc"] for split, part in splits.items()}
+            )
     result = {
         "engine": arguments.engine,
         "precision": arguments.precision,

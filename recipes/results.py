@@ -1,0 +1,163 @@
+"""The README's table of results, made from results.csv: mean and sd over seeds, beside what was published.
+
+    python recipes/results.py
+
+One run repeats another if data (and the hash of its schema), model, engine, precision and note are the same. If one seed
+was run twice, the later row counts: results.csv is append-only. Data of the same name but another hash is other data, so
+each hash has a row of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).parent
+BEGIN = "<!-- results: made by recipes/results.py from recipes/results.csv, do not edit -->"
+END = "<!-- end of results -->"
+
+BARS = "BARS, mean of 5 seeds"
+AUTOINT = "AutoInt, CIKM 2019, mean of 10 runs"
+UNIFIED = "Unified Embedding, NeurIPS 2023, collisionless tables"
+# (data, model) of results.csv -> test AUC as published, and by whom. Where the model is not quite ours, it is named.
+PUBLISHED: dict[tuple[str, str], str] = {
+    ("frappe_x1", "mlp"): f"0.98405 ({BARS})",
+    ("frappe_x1", "deepfm"): f"0.98395 ({BARS})",
+    ("frappe_x1", "dcnv2"): f"0.98382 ({BARS})",
+    ("movielens_1m_autoint", "dcnv2"): f"DCN: 0.8446 ({AUTOINT})",
+    ("movielens_1m_autoint", "deepfm"): f"0.8437 ({AUTOINT})",
+    ("movielens_1m_ids", "dcnv2"): f"0.8872 ({UNIFIED}); 0.8985 (rerun by others)",
+}
+
+KEY = ("data", "data_hash", "model", "engine", "precision", "note")
+VALUES = ("test_auc", "test_logloss", "network_parameters", "embedding_bytes", "samples_per_second")
+NEEDED = (*KEY, "seed", *VALUES, "hardware")
+HEADINGS = (
+    *("data", "model", "engine", "seeds", "test AUC", "log-loss (nats)"),
+    *("network parameters", "embedding bytes", "samples/s", "published test AUC"),
+)
+EMPTY = (
+    "No run is recorded yet. `python recipes/frappe.py --record` appends one to recipes/results.csv, and "
+    "`python recipes/results.py` makes this table from that file."
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Rewrite the README's table of results."""
+
+    results: Path = HERE / "results.csv"
+    """What `--record` of the recipes has appended to."""
+    readme: Path = HERE.parent / "README.md"
+    """File with the two markers between which the table stands."""
+
+
+def read(path: Path) -> list[list[dict[str, str]]]:
+    """The runs in groups of repeats, in the order in which each group first comes up; nothing if there is no file.
+
+    Raises:
+        ValueError: a column is missing, or a row has too few cells or too many.
+    """
+    if not path.exists():
+        return []
+    groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} has no columns {missing}: expected what `--record` of the recipes writes")
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells")
+            groups.setdefault(tuple(row[name] for name in KEY), {})[row["seed"]] = row
+    return [list(by_seed.values()) for by_seed in groups.values()]
+
+
+def make_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, str], str]) -> str:
+    """The markdown between the markers.
+
+    A published number stands beside every engine, but not beside data whose note says that they differ.
+    """
+    if not groups:
+        return EMPTY
+    data_names = list(dict.fromkeys(runs[0]["data"] for runs in groups))
+    groups = sorted(groups, key=lambda runs: data_names.index(runs[0]["data"]))
+    notes = list(dict.fromkeys(runs[0]["note"] for runs in groups if runs[0]["note"]))
+    lines = [" | ".join(HEADINGS), " | ".join(["---"] * 3 + ["--:"] * 6 + ["---"])]
+    for runs in groups:
+        first = runs[0]
+        note = f" [{notes.index(first['note']) + 1}]" if first["note"] else ""
+        engine = first["engine"] + ("" if first["precision"] in ("", "fp32") else f", {first['precision']}")
+        source = published.get((first["data"], first["model"]), "")
+        cells = (
+            first["data"] + note,
+            first["model"],
+            engine,
+            str(len(runs)),
+            _mean_and_sd(runs, "test_auc"),
+            _mean_and_sd(runs, "test_logloss"),
+            _whole(runs, "network_parameters"),
+            _whole(runs, "embedding_bytes"),
+            _speed(runs),
+            "not comparable" if source and first["note"] else source,
+        )
+        lines.append(" | ".join(cells))
+    table = "\n".join(f"| {line} |" for line in lines)
+    said = [f"[{number}] {note}" for number, note in enumerate(notes, start=1)]
+    hashes = ", ".join(f"{name} {', '.join(_distinct(groups, name, 'data_hash'))}" for name in data_names)
+    hardware = "; ".join(dict.fromkeys(run["hardware"] for runs in groups for run in runs))
+    said.append(
+        "Mean ± standard deviation over seeds; each run's epoch was chosen by validation. Samples/s: training alone, "
+        f"loading included, median over seeds ({hardware}). Schema hashes: {hashes}."
+    )
+    return "\n\n".join([table, *said])
+
+
+def _distinct(groups: list[list[dict[str, str]]], data: str, column: str) -> list[str]:
+    return list(dict.fromkeys(runs[0][column] for runs in groups if runs[0]["data"] == data))
+
+
+def _mean_and_sd(runs: list[dict[str, str]], column: str) -> str:
+    values = [float(run[column]) for run in runs]
+    mean = f"{statistics.fmean(values):.5f}"
+    return f"{mean} ± {statistics.stdev(values):.5f}" if len(values) > 1 else mean
+
+
+def _whole(runs: list[dict[str, str]], column: str) -> str:
+    return " or ".join(dict.fromkeys(f"{int(run[column]):,}" for run in runs))
+
+
+def _speed(runs: list[dict[str, str]]) -> str:
+    """Nothing where the runs come from different machines: their mean would be the speed of none."""
+    if len({run["hardware"] for run in runs}) > 1:
+        return "several machines"
+    return f"{statistics.median(float(run['samples_per_second']) for run in runs):,.0f}"
+
+
+def rewritten(text: str, table: str) -> str:
+    """The text with `table` between the markers.
+
+    Raises:
+        ValueError: a marker is missing or not there once.
+    """
+    for marker in (BEGIN, END):
+        if text.count(marker) != 1:
+            raise ValueError(f"expected the line {marker!r} once, found it {text.count(marker)} times")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main(arguments: Arguments) -> None:
+    """Rewrite the table."""
+    groups = read(arguments.results)
+    text = arguments.readme.read_text(encoding="utf-8")
+    arguments.readme.write_text(rewritten(text, make_table(groups, PUBLISHED)), encoding="utf-8")
+    print(f"{arguments.readme}: {len(groups)} rows from {sum(map(len, groups))} runs")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
