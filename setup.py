@@ -35,7 +35,7 @@ setup(
         "tqdm",
         # What ctrlib uses.
         "numpy>=1.26",
-        "polars>=1.30",
+        "polars>=2.0",
         "pyarrow>=17",
         "pandas>=2.2",
         "scikit-learn>=1.4",

@@ -332,6 +332,8 @@ class Predict:
                 unseen, missing = counts["unseen"][name], counts["missing"][name]
                 if unseen or missing:
                     print(f"  {name}: {unseen:,} unseen and {missing:,} missing ids")
+            if counts["ignored"]:
+                print(f"  columns that the model does not know were ignored: {', '.join(counts['ignored'])}")
         return 0
 
 

@@ -215,10 +215,13 @@ def test_unseen_and_missing_ids_score_normally_and_are_counted(
 ) -> None:
     frame = teacher[0].head(4).drop("label")
     odd = frame.with_columns(
-        C1=pl.Series([None, "never seen", "nor this", frame["C1"][3]]), C2=pl.Series([None, *frame["C2"][1:]])
+        surplus=pl.lit("x"),
+        C1=pl.Series([None, "never seen", "nor this", frame["C1"][3]]),
+        C2=pl.Series([None, *frame["C2"][1:]]),
     )
     scores, counts = ctr.Predictor.load(saved).predict(odd)
     assert (counts["unseen"]["C1"], counts["missing"]["C1"], counts["missing"]["C2"]) == (2, 1, 1)
+    assert counts["ignored"] == ["surplus"]
     assert np.isfinite(scores["label"].to_numpy()).all()
     normal = ctr.Predictor.load(saved).predict(frame)[0]
     assert scores["label"][3] == normal["label"][3]

@@ -89,15 +89,15 @@ class Predictor:
             batch_size: rows per step.
 
         Returns:
-            The probabilities, and the counts: "rows", and per id feature how many ids were "unseen" in train and how
-            many were "missing". Both score normally.
+            The probabilities, and the counts: "rows", per id feature how many ids were "unseen" in train and how many
+            were "missing" (both score normally), and the columns "ignored" because the model does not know them.
 
         Raises:
             SchemaError: a column is missing or has another type than in training.
             DataError: a cell or row is damaged; the message names it.
         """
-        with self._encoded(data, with_labels=False) as folder:
-            counts = self._count(folder)
+        with self._encoded(data, with_labels=False) as (folder, ignored):
+            counts = {**self._count(folder), "ignored": ignored}
             scores = predict(self.model, Loader(folder, "rows", batch_size=batch_size))
         probabilities = 1 / (1 + np.exp(-scores.logits.astype(np.float64)))
         return pl.DataFrame(dict(zip(self.schema.labels, probabilities.T))), counts
@@ -108,7 +108,7 @@ class Predictor:
         Raises:
             SchemaError, DataError: as in `predict`, labels included.
         """
-        with self._encoded(data, with_labels=True) as folder:
+        with self._encoded(data, with_labels=True) as (folder, _):
             loader = Loader(folder, "rows", batch_size=batch_size, with_group=self.schema.group is not None)
             return evaluate(self.model, loader)
 
@@ -129,8 +129,8 @@ class Predictor:
         return evaluate(self.model, loader)
 
     @contextlib.contextmanager
-    def _encoded(self, data: RawData, *, with_labels: bool) -> Iterator[Path]:
-        """A temporary prepared folder with the split "rows"."""
+    def _encoded(self, data: RawData, *, with_labels: bool) -> Iterator[tuple[Path, list[str]]]:
+        """A temporary prepared folder with the split "rows", and the columns that are not in it."""
         reading = dict(self.schema.raw_format or {})
         positive = reading.pop("label_positive", None)
         with tempfile.TemporaryDirectory() as name:
@@ -147,7 +147,9 @@ class Predictor:
             (folder / "rows").mkdir()
             rows.sink_parquet(folder / "rows" / "part-00000.parquet")
             self.schema.save(folder / "schema.json")
-            yield folder
+            known = {feature.name for feature in self.schema.features} | set(self.schema.labels)
+            known |= {name for name in (self.schema.weight, self.schema.group) if name is not None}
+            yield folder, [name for name in raw.dtypes if name not in known]
 
     def _count(self, folder: Path) -> dict[str, Any]:
         rows = pl.scan_parquet(folder / "rows" / "*.parquet")
