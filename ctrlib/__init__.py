@@ -15,6 +15,7 @@ from typing import Any
 _EXPORTS = {
     "schema": ("Categorical", "Feature", "MultiValued", "Numeric", "Schema", "SchemaError", "Sequence"),
     "data.prepare": ("prepare",),
+    "data.scan": ("DataError",),
     "data.loader": ("Loader",),
     "batch": ("Batch",),
     "embeddings.table": ("TableEmbedding", "Wide"),
@@ -27,7 +28,7 @@ _EXPORTS = {
     "losses": ("binary_cross_entropy",),
     "training.exact": ("ExactEngine",),
     "training.fused": ("FusedEngine",),
-    "training.loop": ("evaluate", "fit", "predict"),
+    "training.loop": ("NonFiniteLossError", "evaluate", "fit", "predict"),
     "training.run": ("record", "run"),
     "training.shard": ("shard",),
     "serving.predictor": ("Predictor", "save_model"),

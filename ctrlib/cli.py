@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import tyro
 from rich.console import Console
@@ -52,8 +51,8 @@ class Prepare:
     categorical: tuple[str, ...] = ()
     """Columns with one id per row."""
     numeric: tuple[str, ...] = ()
-    """Columns with one number per row; a transform may follow: price:log, age:minmax (none, log, log_squared, minmax,
-    standard)."""
+    """Columns with one number per row; a transform may follow: price:log, age:minmax (none, log, log_standard,
+    log_squared, minmax, standard)."""
     multi: tuple[str, ...] = ()
     """Columns with several ids per row; the separator may follow: genres:|"""
     sequence: tuple[str, ...] = ()
@@ -93,7 +92,7 @@ class Prepare:
         features: list[Feature] = [Categorical(name, **rare) for name in self.categorical]
         for text in self.numeric:
             name, _, transform = text.partition(":")
-            known = ("none", "log", "log_squared", "minmax", "standard")
+            known = get_args(NumericTransform)
             if transform and transform not in known:
                 raise ValueError(f"--numeric {text}: unknown transform {transform!r}, expected one of {known}")
             features.append(Numeric(name, transform=cast(NumericTransform, transform or "standard")))
@@ -182,8 +181,8 @@ class Train:
     """L2 on whole tables (exact engine)."""
     embedding_learning_rate: float = 0.02
     """Row-wise Adagrad's step (fused engine)."""
-    batch_size: int = 4096
-    """Rows per step."""
+    batch_size: int | None = None
+    """Rows per step; otherwise 4096, or less on small data, so that an epoch has about 100 steps."""
     epochs: int = 100
     """Upper limit; training stops when validation AUC has stopped rising."""
     patience: int = 2
@@ -196,6 +195,8 @@ class Train:
     """Where to compute."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
+    overwrite: bool = False
+    """Replace the model in --out if there is one."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -232,12 +233,14 @@ class Train:
         from ctrlib.training.run import run
 
         out = self.out or Path("runs") / f"{self.data.name}-{self.tower}"
+        if (out / "model.json").exists() and not self.overwrite:
+            raise ValueError(f"{out} holds a model already: give another --out, or --overwrite to replace it")
         config = self.config()
         model, result = run(
             self.data,
             lambda schema: presets.build(config, schema),
             engine=self.engine,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size or sensible_batch_size(self.data),
             learning_rate=self.learning_rate,
             embedding_l2=self.l2,
             embedding_learning_rate=self.embedding_learning_rate,
@@ -254,7 +257,7 @@ class Train:
         if self.json:
             print(json.dumps({"out": str(out), **result}))
         else:
-            print_scores(result, f"{self.tower} on {self.data.name}")
+            print_scores(result, f"{self.tower} on {self.data}")
             print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
         return 0
 
@@ -272,8 +275,8 @@ class Evaluate:
     """Model folder, as `ctrlib train` writes it."""
     data: Positional[Path]
     """Prepared folder, or raw CSV, TSV or parquet file."""
-    split: str = "test"
-    """Which split of a prepared folder."""
+    split: str | None = None
+    """Which split of a prepared folder; otherwise test."""
     batch_size: int = 8192
     """Rows per step."""
     json: bool = False
@@ -285,13 +288,17 @@ class Evaluate:
 
         predictor = Predictor.load(self.model)
         if self.data.is_dir():
-            scores = predictor.evaluate_prepared(self.data, self.split, batch_size=self.batch_size)
-        else:
+            name = self.split or "test"
+            scores = predictor.evaluate_prepared(self.data, name, batch_size=self.batch_size)
+        elif self.split is None:
+            name = "rows"
             scores = predictor.evaluate(self.data, batch_size=self.batch_size)
+        else:
+            raise ValueError(f"--split {self.split}: {self.data} is a file, only prepared folders have splits")
         if self.json:
             print(json.dumps(scores))
         else:
-            print_scores(scores, f"{self.model.name} on {self.data.name}")
+            print_scores(scores, f"{self.model} on {self.data}, {name}")
         return 0
 
 
@@ -351,30 +358,47 @@ class Doctor:
         return doctor(json=self.json)
 
 
+def sensible_batch_size(data: Path) -> int:
+    """4096, or the power of two, not below 64, that makes about 100 steps of an epoch on smaller data."""
+    from ctrlib.data.loader import Loader
+
+    num_rows = Loader(data, "train", batch_size=1).num_rows
+    steps: int = num_rows // 100
+    return max(64, min(4096, 1 << max(0, steps.bit_length() - 1)))
+
+
+# What a person wants to know first: name in the result, label, format.
+SCORES: tuple[tuple[str, str, str], ...] = (
+    ("test_auc", "test AUC", ".5f"),
+    ("test_auc_se", "  standard error (DeLong)", ".5f"),
+    ("test_logloss", "test log-loss (nats)", ".5f"),
+    ("test_gauc", "test GAUC", ".5f"),
+    ("test_calibration", "test calibration (predicted / observed)", ".4f"),
+    ("valid_auc", "validation AUC", ".5f"),
+    ("auc", "AUC", ".5f"),
+    ("auc_se", "  standard error (DeLong)", ".5f"),
+    ("log_loss", "log-loss (nats)", ".5f"),
+    ("gauc", "GAUC", ".5f"),
+    ("calibration", "calibration (predicted / observed)", ".4f"),
+    ("rows", "rows", ",.0f"),
+    ("embedding_bytes", "embedding bytes", ",.0f"),
+    ("parameters", "parameters", ",.0f"),
+    ("samples_per_second", "training samples/s", ",.0f"),
+    ("best_epoch", "best epoch", ".0f"),
+    ("seconds", "seconds in all", ".1f"),
+)
+
+
 def print_scores(scores: dict[str, Any], title: str) -> None:
-    """One table of what a person wants to know first."""
-    rows: list[tuple[str, str, Callable[[float], str]]] = [
-        ("test_auc", "test AUC", "{:.5f}".format),
-        ("test_auc_se", "  standard error (DeLong)", "{:.5f}".format),
-        ("test_logloss", "test log-loss (nats)", "{:.5f}".format),
-        ("test_gauc", "test GAUC", "{:.5f}".format),
-        ("test_calibration", "test calibration (predicted / observed)", "{:.4f}".format),
-        ("valid_auc", "validation AUC", "{:.5f}".format),
-        ("embedding_bytes", "embedding bytes", "{:,.0f}".format),
-        ("parameters", "parameters", "{:,.0f}".format),
-        ("samples_per_second", "training samples/s", "{:,.0f}".format),
-        ("best_epoch", "best epoch", "{:.0f}".format),
-        ("seconds", "seconds in all", "{:.1f}".format),
-    ]
-    # `evaluate` gives metrics of one split, by their own names.
-    scores = {"test_auc": scores.get("auc"), "test_logloss": scores.get("log_loss"), **scores}
-    scores |= {f"test_{name}": scores[name] for name in ("auc_se", "gauc", "calibration") if name in scores}
+    """One table."""
     table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for key, label, text in rows:
-        if scores.get(key) is not None:
-            table.add_row(label, text(scores[key]))
+    for key, label, form in SCORES:
+        if key in scores:
+            table.add_row(label, format(scores[key], form))
+    for task, metrics in enumerate(scores.get("test_tasks", scores.get("tasks", ()))):
+        table.add_row(f"label {task + 1}: AUC, log-loss", f"{metrics['auc']:.5f}, {metrics['log_loss']:.5f}")
     Console().print(table)
 
 

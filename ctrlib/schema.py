@@ -32,7 +32,7 @@ NUM_RESERVED_IDS = 3
 
 SCHEMA_VERSION = 1
 
-NumericTransform = Literal["none", "log", "log_squared", "minmax", "standard"]
+NumericTransform = Literal["none", "log", "log_standard", "log_squared", "minmax", "standard"]
 Pooling = Literal["mean", "sum"]
 
 
@@ -95,8 +95,8 @@ class Numeric:
     """One number per row, transformed; parameters are fitted on train and stored in `parameters`.
 
     `transform`: "none"; "log": sign(x) log(1 + |x|); "log_squared": log(x)^2 if x > 2 else x (AutoInt, section 5.1);
-    "minmax": (x - min) / (max - min); "standard": (x - mean) / sd. A missing cell becomes `parameters["fill"]`, the
-    train mean *after* the transform (0 for "standard").
+    "minmax": (x - min) / (max - min); "standard": (x - mean) / sd; "log_standard": "log", then "standard". A missing
+    cell becomes `parameters["fill"]`, the train mean *after* the transform (0 for the standardised ones).
     """
 
     name: str
@@ -271,7 +271,7 @@ class Schema:
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Schema:
+    def load(cls, path: str | Path) -> Schema:
         """Read schema.json, or the schema.json inside a prepared folder.
 
         Raises:

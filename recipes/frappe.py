@@ -55,6 +55,8 @@ class Knobs:
 
 def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
+    if knobs.record and knobs.epochs != Knobs.epochs:
+        raise SystemExit("--record takes whole runs only: leave --epochs out")
     if not knobs.data.exists():
         script = [sys.executable, str(HERE.parent / "datasets" / "frappe.py"), "--out", str(knobs.data)]
         subprocess.run(script + (["--raw", str(knobs.raw)] if knobs.raw else []), check=True, stdout=sys.stderr)

@@ -54,6 +54,8 @@ class Knobs:
 
 def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
+    if knobs.record and knobs.epochs != Knobs.epochs:
+        raise SystemExit("--record takes whole runs only: leave --epochs out")
     data = knobs.data or HERE.parent / "data" / f"movielens_1m_{knobs.protocol}"
     if not data.exists():
         script = [sys.executable, str(HERE.parent / "datasets" / "movielens_1m.py"), "--protocol", knobs.protocol]

@@ -2,9 +2,9 @@
 
     python recipes/results.py
 
-One run repeats another if data (and the hash of its schema), model, engine, precision and note are the same. If one seed
-was run twice, the later row counts: results.csv is append-only. Data of the same name but another hash is other data, so
-each hash has a row of its own.
+Runs are repeats if data (and the hash of its schema), model, engine, precision and note are the same. If one seed was
+run twice, the later row counts: results.csv is append-only. Data of the same name but another hash is other data, so it
+has a row of its own.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def test_weights_round_trip_and_refuse_other_keys(engine_class: type) -> None:
 
 
 def test_fused_engine_refuses_widths_its_kernels_cannot_do() -> None:
-    with pytest.raises(ValueError, match="use embedding_dim 12"):
+    with pytest.raises(ValueError, match="use embedding_dim=12"):
         ctr.FusedEngine(presets.mlp(SCHEMA, embedding_dim=10, hidden=(4,)))
     with pytest.raises(ValueError, match="columns=4"):
         ctr.FusedEngine(presets.fm(SCHEMA, embedding_dim=8))

@@ -95,7 +95,12 @@ def test_imports_point_down(module):
 
 def test_init_imports_nothing_until_asked():
     """`import ctrlib` is lazy, so the names at the top of ctrlib/__init__.py are the standard library's."""
-    names = imported(MODULES["ctrlib"].read_text(encoding="utf-8"), "ctrlib", is_package=True)
+    top = [
+        node
+        for node in ast.parse(MODULES["ctrlib"].read_text(encoding="utf-8")).body
+        if "Import" in type(node).__name__
+    ]
+    names = imported("\n".join(map(ast.unparse, top)), "ctrlib", is_package=True)
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 

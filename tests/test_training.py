@@ -342,7 +342,9 @@ def test_command_line_from_csv_to_scores(csv_file: Path, tmp_path: Path, capsys:
     assert command("evaluate", model, prepared, "--json") == 0
     assert json.loads(capsys.readouterr().out)["auc"] == pytest.approx(result["test_auc"], abs=1e-9)
     assert command("evaluate", model, csv_file) == 0
-    assert "test AUC" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "6,000" in table
+    assert "test AUC" not in table  # these rows are train and test alike
 
     assert command("predict", model, csv_file, "--out", scores) == 0
     assert "6,000 rows scored" in capsys.readouterr().out

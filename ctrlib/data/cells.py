@@ -74,7 +74,7 @@ def _scalar_text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
 
 def transformed(x: pl.Expr, transform: NumericTransform) -> pl.Expr:
     """The part of a numeric transform that needs no parameters."""
-    if transform == "log":
+    if transform in ("log", "log_standard"):
         return x.sign() * x.abs().log1p()
     if transform == "log_squared":
         return pl.when(x > 2).then(x.clip(lower_bound=2).log().pow(2)).otherwise(x)
@@ -132,7 +132,7 @@ def shortened(names: list[str], most: int = 20) -> str:
 def _hint(dtypes: Mapping[str, pl.DataType]) -> str:
     if len(dtypes) > 1:
         return ": name columns that it has, or mend the data"
-    return ": there is only one, so the separator is probably another; say separator=..."
+    return ": there is only one, so the separator is probably another; say separator=... (--separator)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,13 +185,19 @@ def checks(
         missing = _is_missing(name, dtypes[name])
         if missing_labels == "raise":
             found.append(
-                Check(name, missing, "label is missing", '0 or 1 (or pass missing_labels="mask")', missing=True)
+                Check(
+                    name,
+                    missing,
+                    "label is missing",
+                    '0 or 1 (or keep such rows with missing_labels="mask", --missing-labels mask)',
+                    missing=True,
+                )
             )
         if positive is None:
             bad = ~missing & ~value.is_in([0.0, 1.0]).fill_null(False)
             hint = (
-                f'0 or 1: map text with label_positive={{"{name}": "the positive value"}}, or make a column of 0 and 1 '
-                "(such as rating > 3)"
+                f'0 or 1: map text with label_positive={{"{name}": "TEXT"}} (--positive "{name}=TEXT"), '
+                "or make a column of 0 and 1 (such as rating > 3)"
             )
             found.append(Check(name, bad, "label is not 0 or 1", hint))
     if schema.weight is not None:

@@ -119,7 +119,7 @@ def _number(feature: Numeric, dtype: pl.DataType) -> pl.Expr:
     parameters = feature.parameters
     assert parameters is not None
     x = transformed(number(feature.name, dtype), feature.transform)
-    if feature.transform == "standard":
+    if feature.transform in ("standard", "log_standard"):
         x = (x - parameters["mean"]) / parameters["sd"]
     elif feature.transform == "minmax":
         x = (x - parameters["min"]) / ((parameters["max"] - parameters["min"]) or 1.0)

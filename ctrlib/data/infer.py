@@ -126,7 +126,7 @@ def _guess_integers(name: str, numbers: pl.Series, num_distinct: int) -> Guess:
 def _numeric(name: str, numbers: pl.Series, why: str) -> Guess:
     # The logarithm is defined for negatives as well (with their sign), so a few small ones do not forbid it.
     if _skewness(numbers) > SKEWED and float(numbers.quantile(0.05) or 0) >= -10:
-        return Guess(name, Numeric(name, transform="log"), f"{why}; skewed")
+        return Guess(name, Numeric(name, transform="log_standard"), f"{why}; skewed")
     return Guess(name, Numeric(name), why)
 
 

@@ -156,7 +156,7 @@ def _folder_in_the_making(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place if all goes well, and is removed if not."""
     if out.exists():
         if not overwrite:
-            raise FileExistsError(f"{out} exists: give another folder, or overwrite=True to replace it")
+            raise FileExistsError(f"{out} exists: give another folder, or replace it with overwrite=True (--overwrite)")
         if not out.is_dir() or (any(out.iterdir()) and not (out / "schema.json").is_file()):
             raise FileExistsError(f"{out} is not a prepared folder and will not be overwritten: give another")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def _describe(
     wanted: list[str] = [*names, *labels, *(name for name in (weight, group) if name is not None)]
     unknown = [name for name in dict.fromkeys([*wanted, *ignore]) if name not in table.dtypes]
     if unknown:
-        hint = "; it has one column only, so say separator=..." if len(table.dtypes) == 1 else ""
+        hint = "; it has one column only, so say separator=... (--separator)" if len(table.dtypes) == 1 else ""
         raise SchemaError(
             f"{table.name} has no columns {unknown}, expected some of {shortened(list(table.dtypes))}{hint}"
         )

@@ -236,7 +236,7 @@ def _read_parquet(path: Path, missing_values: Sequence[str], on_bad_row: OnBadRo
                 if on_bad_row == "raise":
                     raise DataError(
                         f"{file}: row group {number} has no rows, so its writer may have failed: write the file again, "
-                        'or leave such row groups out with on_bad_row="skip"'
+                        'or leave such row groups out with on_bad_row="skip" (--on-bad-row skip)'
                     )
                 skipped["row group without rows"] += 1
     if not num_rows:

@@ -210,7 +210,7 @@ class RowScanner:
             what = f"{cells} cells (separated by {self.separator.decode()!r})"
         raise DataError(
             f"{self.name}: row {row} (line {line} of the file) has {what}, expected {self.num_cells} cells of UTF-8 "
-            'text: mend the row, or leave such rows out with on_bad_row="skip"'
+            'text: mend the row, or leave such rows out with on_bad_row="skip" (--on-bad-row skip)'
         )
 
 
@@ -250,5 +250,7 @@ def find_separator(path: Path, head: bytes) -> bytes:
     alike = {mark: count.pop() for mark, count in counts.items() if len(count) == 1}
     best = max(alike, key=lambda mark: alike[mark], default=b"")
     if not best or alike[best] == 0:
-        raise DataError(f'{path}: cannot tell what separates the cells: say separator="," (or whatever one byte it is)')
+        raise DataError(
+            f'{path}: cannot tell what separates the cells: say separator="," (--separator; or whatever one byte it is)'
+        )
     return best

@@ -91,7 +91,7 @@ def fit_numbers(
     fitted = {}
     for feature in features:
         mean, sd, low, high = (float(found[f"{feature.name} {what}"] or 0.0) for what in ("mean", "sd", "min", "max"))
-        if feature.transform == "standard":
+        if feature.transform in ("standard", "log_standard"):
             # A constant column has no scale: 1 maps it to 0, and what differs from it in other splits stays finite.
             fitted[feature.name] = {"fill": 0.0, "mean": mean, "sd": sd if sd > 0 and math.isfinite(sd) else 1.0}
         elif feature.transform == "minmax":

@@ -29,7 +29,7 @@ from ctrlib.schema import MISSING_ID, OOV_ID, Categorical, Schema, SchemaError
 from ctrlib.training.loop import evaluate, predict
 
 
-def save_model(model: nn.Module, config: dict[str, Any], data: Path, out: Path) -> None:
+def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path) -> None:
     """Write a model folder.
 
     Args:
@@ -38,6 +38,7 @@ def save_model(model: nn.Module, config: dict[str, Any], data: Path, out: Path) 
         data: the prepared folder it was trained on; schema and vocabularies are copied from it.
         out: the folder; made if missing, other files in it are left alone.
     """
+    data, out = Path(data), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     schema = Schema.load(data)
     schema.save(out / "schema.json")
@@ -49,7 +50,11 @@ def save_model(model: nn.Module, config: dict[str, Any], data: Path, out: Path) 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A loaded model folder: raw rows in, probabilities out."""
+    """A loaded model folder: raw rows in, probabilities out.
+
+    A model composed by hand works too: `Predictor(model.eval(), schema, folder)`, with the prepared folder it was
+    trained on (all that is read there is `vocab`).
+    """
 
     model: nn.Module
     schema: Schema
@@ -112,7 +117,7 @@ class Predictor:
             loader = Loader(folder, "rows", batch_size=batch_size, with_group=self.schema.group is not None)
             return evaluate(self.model, loader)
 
-    def evaluate_prepared(self, folder: Path, split: str, *, batch_size: int = 8192) -> dict[str, Any]:
+    def evaluate_prepared(self, folder: str | Path, split: str, *, batch_size: int = 8192) -> dict[str, Any]:
         """Metrics on a split of a prepared folder.
 
         Raises:

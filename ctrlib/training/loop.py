@@ -79,7 +79,7 @@ def fit(
     patience: int = 2,
     cut_factor: float = 0.1,
     min_delta: float = 1e-6,
-    out: Path | None = None,
+    out: str | Path | None = None,
     tensorboard: bool = False,
     console: Console | None = None,
 ) -> History:
@@ -105,6 +105,7 @@ def fit(
         NonFiniteLossError: a loss is NaN or infinite; the batch is saved under `out` and no weight has seen it.
         ValueError: validation holds one class only, so that no epoch can be chosen.
     """
+    out = None if out is None else Path(out)
     console = console or Console(stderr=True)
     history = History()
     best, best_weights, stale, rows, train_seconds = float("-inf"), engine.weights(), 0, 0, 0.0

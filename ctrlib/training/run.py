@@ -75,7 +75,7 @@ def make_engine(
 
 
 def run(
-    data: Path,
+    data: str | Path,
     build: Callable[[Schema], Model],
     *,
     engine: EngineName = "exact",
@@ -89,7 +89,7 @@ def run(
     seed: int = 0,
     workers: int = 1,
     device: Device = "auto",
-    out: Path | None = None,
+    out: str | Path | None = None,
     tensorboard: bool = False,
     console: Console | None = None,
 ) -> tuple[Model, dict[str, Any]]:
@@ -102,6 +102,7 @@ def run(
     Two runs with the same arguments give the same bits on a CPU, whatever `workers` is.
     """
     started = time.perf_counter()
+    data, out = Path(data), None if out is None else Path(out)
     console = console or Console(stderr=True)
     schema = Schema.load(data)
     torch.manual_seed(seed)

@@ -49,8 +49,8 @@ def shard(
             if config.embedding_dim % 4:
                 raise ValueError(
                     f"the fused engine needs table widths that are multiples of 4, table {config.name!r} has "
-                    f"{config.embedding_dim}: use embedding_dim {-(-config.embedding_dim // 4) * 4} (for a wide part "
-                    "columns=4), or the exact engine"
+                    f"{config.embedding_dim}: use embedding_dim={-(-config.embedding_dim // 4) * 4}, for a wide part "
+                    "columns=4 (wide_columns=4 in presets), or the exact engine"
                 )
         plan[path] = construct_module_sharding_plan(
             module,
