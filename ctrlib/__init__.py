@@ -28,8 +28,8 @@ _EXPORTS = {
     "losses": ("binary_cross_entropy",),
     "training.exact": ("ExactEngine",),
     "training.fused": ("FusedEngine",),
-    "training.loop": ("NonFiniteLossError", "evaluate", "fit", "predict"),
-    "training.run": ("record", "run"),
+    "training.loop": ("NonFiniteLossError", "evaluate", "fit", "predict", "to_json"),
+    "training.run": ("make_engine", "record", "run"),
     "training.shard": ("shard",),
     "serving.predictor": ("Predictor", "save_model"),
 }

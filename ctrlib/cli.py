@@ -204,7 +204,7 @@ class Train:
         """What `presets.build` needs to make this model."""
         import inspect
 
-        from ctrlib.presets import PRESETS
+        from ctrlib.presets import PRESETS, for_engine
 
         takes = inspect.signature(PRESETS[self.tower]).parameters
         flags = {
@@ -222,21 +222,20 @@ class Train:
             )
         config: dict[str, Any] = {"preset": self.tower}
         config |= {argument: getattr(self, name) for name, argument in flags.items() if argument in takes}
-        if self.engine == "fused" and "wide_columns" in takes:
-            config["wide_columns"] = 4
-        return config
+        return for_engine(config, self.engine)
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
         from ctrlib import presets
         from ctrlib.serving.predictor import save_model
+        from ctrlib.training.loop import to_json
         from ctrlib.training.run import run
 
         out = self.out or Path("runs") / f"{self.data.name}-{self.tower}"
         if (out / "model.json").exists() and not self.overwrite:
             raise ValueError(f"{out} holds a model already: give another --out, or --overwrite to replace it")
         config = self.config()
-        model, result = run(
+        _, result = run(
             self.data,
             lambda schema: presets.build(config, schema),
             engine=self.engine,
@@ -252,10 +251,10 @@ class Train:
             device=self.device,
             out=out,
             tensorboard=self.tensorboard,
+            on_trained=lambda model: save_model(model, config, self.data, out),
         )
-        save_model(model, config, self.data, out)
         if self.json:
-            print(json.dumps({"out": str(out), **result}))
+            print(to_json({"out": str(out), **result}))
         else:
             print_scores(result, f"{self.tower} on {self.data}")
             print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")

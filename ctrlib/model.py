@@ -38,6 +38,11 @@ class Model(nn.Module):
                     f"{type(after).__name__} expects {after.in_shape}, but {type(before).__name__} gives "
                     f"{before.out_shape}: build {type(after).__name__} with in_shape={before.out_shape}"
                 )
+        if wide is not None and wide.out_shape != head.out_shape:
+            raise ValueError(
+                f"{type(wide).__name__} gives {wide.out_shape} logits, {type(head).__name__} {head.out_shape}: "
+                "build both for the same number of tasks"
+            )
         self.embedding, self.tower, self.head, self.wide = embedding, tower, head, wide
 
     def forward(self, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ Each function reads like the paper's figure. Build your own the same way; nothin
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,6 +81,16 @@ def dcnv2(
 
 # The names of the command line, in snake case.
 PRESETS: dict[str, Callable[..., Model]] = {"mlp": mlp, "fm": fm, "deepfm": deepfm, "dcnv2": dcnv2}
+
+
+def for_engine(config: dict[str, Any], engine: str) -> dict[str, Any]:
+    """The config with what an engine's kernels need: tables of the fused engine are multiples of 4 wide.
+
+    >>> for_engine({"preset": "deepfm"}, "fused"), for_engine({"preset": "mlp"}, "fused")
+    ({'preset': 'deepfm', 'wide_columns': 4}, {'preset': 'mlp'})
+    """
+    takes = inspect.signature(PRESETS[config["preset"]]).parameters
+    return {**config, "wide_columns": 4} if engine == "fused" and "wide_columns" in takes else config
 
 
 def build(config: dict[str, Any], schema: Schema) -> Model:

@@ -22,7 +22,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 # Three reserved ids in every vocabulary, distinct from each other and from every value of the data.
 PADDING_ID = 0  # no value at all: never looked up, only there so that padded layouts have a neutral id
@@ -171,6 +171,8 @@ class Schema:
             raise SchemaError(
                 f"columns {twice} are used more than once among features, labels and weight: use each column once"
             )
+        for feature in self.features:
+            _check_arguments(feature)
         sizes: dict[str, int | None] = {}
         for feature in self.sparse:
             vocabulary = vocabulary_of(feature)
@@ -304,6 +306,23 @@ class Schema:
             if getattr(self, field) != getattr(other, field):
                 lines.append(f"{field} is {getattr(other, field)!r}, expected {getattr(self, field)!r}")
         return lines
+
+
+# Argument -> what it may be; "at least 1" for whole numbers. A misspelt choice must not select another behaviour.
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "transform": get_args(NumericTransform),
+    "pooling": get_args(Pooling),
+    "bucket": (None, "log_squared"),
+}
+_COUNTS = ("min_count", "max_values", "max_length")
+
+
+def _check_arguments(feature: Feature) -> None:
+    for name, value in dataclasses.asdict(feature).items():
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise SchemaError(f"feature {feature.name!r}: {name} is {value!r}, expected one of {_CHOICES[name]}")
+        if name in _COUNTS and value is not None and value < 1:
+            raise SchemaError(f"feature {feature.name!r}: {name} is {value}, expected 1 or more")
 
 
 def _hash(body: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ all rows there: width 10, batch 4096, Adam 1e-3, batch normalisation, learning r
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Knobs:
     model: Literal["mlp", "deepfm", "dcnv2"] = "deepfm"
     """Which variant."""
     raw: Path | None = None
-    """Folder with the raw files; otherwise they are downloaded."""
+    """Folder with the raw files, to prepare them (anew); otherwise they are downloaded."""
     data: Path = HERE.parent / "data" / "frappe"
     """Prepared folder; made first if it does not exist."""
     seed: int = 2021
@@ -57,7 +56,7 @@ def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
     if knobs.record and knobs.epochs != Knobs.epochs:
         raise SystemExit("--record takes whole runs only: leave --epochs out")
-    if not knobs.data.exists():
+    if knobs.raw or not knobs.data.exists():
         script = [sys.executable, str(HERE.parent / "datasets" / "frappe.py"), "--out", str(knobs.data)]
         subprocess.run(script + (["--raw", str(knobs.raw)] if knobs.raw else []), check=True, stdout=sys.stderr)
     variant = VARIANTS[knobs.model]
@@ -68,11 +67,10 @@ def main(knobs: Knobs) -> None:
         "hidden": (400, 400, 400),
         "batch_norm": True,
         **variant["model"],
-        **({"wide_columns": 4} if fused and knobs.model == "deepfm" else {}),
     }
     _, result = ctr.run(
         knobs.data,
-        lambda schema: ctr.presets.build(config, schema),
+        lambda schema: ctr.presets.build(ctr.presets.for_engine(config, knobs.engine), schema),
         engine=knobs.engine,
         batch_size=4096,
         learning_rate=1e-3,
@@ -83,7 +81,7 @@ def main(knobs: Knobs) -> None:
     )
     if knobs.record:
         ctr.record(result, HERE / "results.csv", data="frappe_x1", model=knobs.model)
-    print(json.dumps({"data": "frappe_x1", "model": knobs.model, **result}))
+    print(ctr.to_json({"data": "frappe_x1", "model": knobs.model, **result}))
 
 
 if __name__ == "__main__":

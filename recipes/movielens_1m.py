@@ -8,7 +8,6 @@ Published for `autoint` (W. Song et al., CIKM 2019, table 3, mean of 10 runs, te
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Knobs:
     protocol: Literal["autoint", "ids"] = "autoint"
     """Which published protocol; datasets/movielens_1m.py describes both."""
     raw: Path | None = None
-    """Folder with the raw files; otherwise they are downloaded."""
+    """Folder with the raw files, to prepare them (anew); otherwise they are downloaded."""
     data: Path | None = None
     """Prepared folder, made first if it does not exist; otherwise data/movielens_1m_PROTOCOL."""
     seed: int = 1
@@ -57,7 +56,7 @@ def main(knobs: Knobs) -> None:
     if knobs.record and knobs.epochs != Knobs.epochs:
         raise SystemExit("--record takes whole runs only: leave --epochs out")
     data = knobs.data or HERE.parent / "data" / f"movielens_1m_{knobs.protocol}"
-    if not data.exists():
+    if knobs.raw or not data.exists():
         script = [sys.executable, str(HERE.parent / "datasets" / "movielens_1m.py"), "--protocol", knobs.protocol]
         script += ["--out", str(data)] + (["--raw", str(knobs.raw)] if knobs.raw else [])
         subprocess.run(script, check=True, stdout=sys.stderr)
@@ -69,11 +68,10 @@ def main(knobs: Knobs) -> None:
         "batch_norm": True,
         "dropout": 0.2,
         **VARIANTS[knobs.model],
-        **({"wide_columns": 4} if fused and knobs.model == "deepfm" else {}),
     }
     _, result = ctr.run(
         data,
-        lambda schema: ctr.presets.build(config, schema),
+        lambda schema: ctr.presets.build(ctr.presets.for_engine(config, knobs.engine), schema),
         engine=knobs.engine,
         batch_size=1024,
         learning_rate=1e-3,
@@ -85,7 +83,7 @@ def main(knobs: Knobs) -> None:
     name = f"movielens_1m_{knobs.protocol}"
     if knobs.record:
         ctr.record(result, HERE / "results.csv", data=name, model=knobs.model)
-    print(json.dumps({"data": name, "model": knobs.model, **result}))
+    print(ctr.to_json({"data": name, "model": knobs.model, **result}))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_exact_engine_is_adam_on_bce_plus_l2_with_clipping(name: str) -> None:
 
 def test_exact_engine_decays_rows_that_no_batch_touches() -> None:
     model = PRESETS["mlp"]()
-    table = model.embedding.tables.embedding_bags["user"].weight
+    table = model.embedding.tables.embedding_bags["table_user"].weight
     row = table[1].detach().abs().sum().item()  # id 1 (missing) never occurs in example batches
     engine = ctr.ExactEngine(model, embedding_l2=0.1, learning_rate=1e-5)
     for step in range(3):
@@ -138,7 +138,7 @@ def test_fused_engine_keeps_the_weights_of_the_model_it_is_given() -> None:
 def test_cutting_the_learning_rate_to_zero_freezes_everything(engine_class: type) -> None:
     engine = engine_class(PRESETS["mlp"](), max_grad_norm=None)
     engine.step(example_batch(SCHEMA, 16))
-    engine.cut_learning_rate(0.0, minimum=0.0)
+    engine.scale_learning_rate(0.0)
     before = engine.weights()
     engine.step(example_batch(SCHEMA, 16, seed=1))
     after = engine.weights()
@@ -156,9 +156,39 @@ def test_a_non_finite_loss_changes_no_weight(engine_class: type) -> None:
     batch.dense[3, 0] = float("inf")
     assert not torch.isfinite(engine.step(batch))
     after = engine.weights()
-    assert all(
-        torch.equal(before[name], after[name]) for name in before if "running_" not in name and "num_" not in name
-    )
+    assert all(torch.equal(before[name], after[name]) for name in before)  # running statistics too
+
+
+def test_frozen_tables_stay_frozen_with_l2_and_after_a_cut() -> None:
+    model = PRESETS["mlp"]()
+    for parameter in model.embedding.parameters():
+        parameter.requires_grad_(False)
+    engine = ctr.ExactEngine(model, embedding_l2=0.1)
+    before = engine.weights()
+    engine.step(example_batch(SCHEMA, 16))
+    fused = ctr.FusedEngine(PRESETS["mlp"](), embedding_learning_rate=0.0)
+    kept = fused.weights()
+    fused.scale_learning_rate(0.1, minimum=1e-6)  # must not raise 0 to the minimum
+    fused.step(example_batch(SCHEMA, 16))
+    for start, end in ((before, engine.weights()), (kept, fused.weights())):
+        assert all(torch.equal(start[name], end[name]) for name in start if ".embedding_bags." in name)
+
+
+@pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine])
+def test_several_processes_are_refused(engine_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="one process"):
+        engine_class(PRESETS["mlp"]())
+
+
+def test_a_loss_of_ones_own() -> None:
+    def squared(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return ((logits - labels).square() * weights[:, None]).mean()
+
+    batch = example_batch(SCHEMA, 16)
+    model = PRESETS["fm"]()
+    expected = squared(model(batch), batch.labels, batch.weights)
+    torch.testing.assert_close(ctr.ExactEngine(model, loss=squared).step(batch), expected.detach())
 
 
 @pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine])

@@ -109,6 +109,14 @@ def test_frappe_rows_are_values_plus_three_reserved_ids_per_field() -> None:
     assert sum(feature.num_embeddings or 0 for feature in frappe_schema().sparse) == 5_379 + 10 * 3
 
 
+def test_any_column_name_makes_a_table() -> None:
+    names = ["type", "items", "training", "user.id", "a%2Eb"]
+    schema = Schema(tuple(Categorical(name, num_embeddings=9) for name in names), ("y",))
+    batch = ctr.testing.example_batch(schema, 8)
+    for engine in (ctr.ExactEngine, ctr.FusedEngine):
+        assert torch.isfinite(engine(presets.deepfm(schema, embedding_dim=4, hidden=(4,), wide_columns=4)).step(batch))
+
+
 def test_fm_preset_is_bias_first_order_and_pairs() -> None:
     model = presets.fm(movielens_latest_schema(), embedding_dim=10)
     assert model.num_parameters() == {"embedding": 303 * 11, "network": 1}
@@ -158,6 +166,18 @@ def test_hidden_layer_order_is_linear_norm_relu_dropout() -> None:
             r"in_shape=\(1, 4\)",
         ),
         (lambda: ctr.TableEmbedding([Categorical("a")]), "ctrlib.prepare"),
+        (lambda: ctr.TableEmbedding([Categorical("a", num_embeddings=4)], embedding_dim=0), "1 or more"),
+        (lambda: ctr.Schema((ctr.Numeric("a", transform="sqrt"),), ("y",)), "expected one of"),  # type: ignore[arg-type]
+        (lambda: ctr.Schema((ctr.MultiValued("a", max_length=0),), ("y",)), "expected 1 or more"),
+        (
+            lambda: ctr.Model(
+                ctr.TableEmbedding([Categorical("a", num_embeddings=4)], embedding_dim=4),
+                ctr.MLP((1, 4), hidden=(4,)),
+                ctr.LinearHead((4,)),
+                wide=ctr.Wide([Categorical("a", num_embeddings=4)], num_tasks=2),
+            ),
+            "same number of tasks",
+        ),
         (
             lambda: ctr.TableEmbedding(
                 [
@@ -199,7 +219,8 @@ def test_embedding_gives_the_right_rows_in_schema_order() -> None:
     embedding = ctr.TableEmbedding(schema.features, embedding_dim=4)
     batch = ctr.testing.example_batch(schema, 16)
     out = embedding(batch)
-    weights = {name: bag.weight for name, bag in embedding.tables.embedding_bags.items()}
+    bags = embedding.tables.embedding_bags
+    weights = {name.removeprefix("table_"): bag.weight for name, bag in bags.items()}
     jagged = batch.sparse.to_dict()
     dense = {feature.name: batch.dense[:, i] for i, feature in enumerate(schema.dense)}
     for position, feature in enumerate(schema.features):

@@ -58,7 +58,7 @@ class Scripted:
     def step(self, batch: Any) -> Tensor:
         return torch.tensor(0.5)
 
-    def cut_learning_rate(self, factor: float, *, minimum: float = 1e-6) -> None:
+    def scale_learning_rate(self, factor: float, *, minimum: float = 0.0) -> None:
         self.learning_rate = max(self.learning_rate * factor, minimum)
 
     def weights(self) -> dict[str, Tensor]:
@@ -139,6 +139,29 @@ def test_validation_of_one_class_is_refused() -> None:
     engine = ctr.ExactEngine(presets.mlp(schema, embedding_dim=4, hidden=(4,)))
     with pytest.raises(ValueError, match="one class only"):
         ctr.fit(engine, [batch], [batch], console=QUIET)
+
+
+def test_ctrl_c_keeps_the_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, aucs = Scripted(), [0.7, 0.8, 0.75]
+
+    def scripted(*_: Any, **__: Any) -> dict[str, float]:
+        engine.epoch += 1
+        if engine.epoch > 3:
+            raise KeyboardInterrupt
+        return {"auc": aucs[engine.epoch - 1], "log_loss": 0.5}
+
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    batches = [example_batch(example_schema(), 4)]
+    history = ctr.fit(engine, batches, batches, console=QUIET)
+    assert (history.best_epoch, engine.epoch, len(history.epochs)) == (2, 2, 3)
+
+
+def test_undefined_metrics_are_null_in_json() -> None:
+    assert json.loads(ctr.to_json({"a": float("nan"), "b": [1.5, float("inf")], "c": "NaN"})) == {
+        "a": None,
+        "b": [1.5, None],
+        "c": "NaN",
+    }
 
 
 def test_evaluate_masks_missing_labels_and_padding_per_task() -> None:
@@ -280,6 +303,11 @@ def test_record_appends_and_refuses_other_columns(tmp_path: Path, data: Path) ->
 def test_engines_refuse_arguments_they_would_ignore(data: Path) -> None:
     with pytest.raises(ValueError, match="no L2"):
         quick_run(data, engine="fused", embedding_l2=0.1)
+    for argument, value in {"engine": "Exact", "precision": "fp16", "device": "gpu"}.items():
+        with pytest.raises(ValueError, match=r"expected one of|fp32 only"):
+            quick_run(data, **{argument: value})
+    with pytest.raises(ValueError, match="0 or more"):
+        quick_run(data, learning_rate=-1.0)
     with pytest.raises(ValueError, match="fp32 only"):
         quick_run(data, precision="bf16")
     if not torch.cuda.is_available():

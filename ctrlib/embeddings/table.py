@@ -29,8 +29,8 @@ class TableEmbedding(nn.Module):
 
     >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
     >>> embedding = TableEmbedding([Categorical("item", num_embeddings=5), Numeric("price")], embedding_dim=4)
-    >>> embedding.out_shape, embedding.num_bytes()
-    ((2, 4), 96)
+    >>> embedding.out_shape
+    (2, 4)
     >>> kjt = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([3, 4]), torch.tensor([1, 1]))
     >>> embedding(Batch(kjt, torch.ones(2, 1), torch.ones(2, 1), torch.ones(2))).shape
     torch.Size([2, 2, 4])
@@ -38,6 +38,11 @@ class TableEmbedding(nn.Module):
 
     def __init__(self, features: Sequence[Feature], *, embedding_dim: int = 16, init_std: float = 1e-4) -> None:
         super().__init__()
+        if not features or embedding_dim < 1:
+            raise ValueError(
+                f"an embedding needs one or more features and embedding_dim of 1 or more, got {len(features)} features "
+                f"and embedding_dim={embedding_dim}"
+            )
         self.out_shape = (len(features), embedding_dim)
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         num_dense = len(features) - len(sparse)
@@ -65,10 +70,6 @@ class TableEmbedding(nn.Module):
         fields = [blocks[is_numeric][:, start:stop] for is_numeric, start, stop in self.runs]
         return fields[0] if len(fields) == 1 else torch.cat(fields, dim=1)
 
-    def num_bytes(self) -> int:
-        """Bytes of all weights in this module, optimiser state not counted."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
-
 
 class Wide(nn.Module):
     """First-order term sum_f w_f[x_f] (+ sum_f w_f x_f for numbers): the linear part of FM, DeepFM and Wide & Deep.
@@ -93,6 +94,7 @@ class Wide(nn.Module):
     ) -> None:
         super().__init__()
         self.num_tasks, self.columns = num_tasks, columns
+        self.out_shape = (num_tasks,)
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         num_dense = len(features) - len(sparse)
         self.tables = (
@@ -113,10 +115,6 @@ class Wide(nn.Module):
         if self.numeric_weights is not None:
             total = total + batch.dense @ self.numeric_weights
         return total
-
-    def num_bytes(self) -> int:
-        """Bytes of all weights in this module, optimiser state not counted."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
 
 def make_tables(
@@ -146,7 +144,7 @@ def make_tables(
             )
         configs.append(
             EmbeddingBagConfig(
-                name=vocabulary + suffix,
+                name=_table_name(vocabulary) + suffix,
                 num_embeddings=rows,
                 embedding_dim=embedding_dim,
                 feature_names=[member.name for member in members],
@@ -155,6 +153,15 @@ def make_tables(
             )
         )
     return EmbeddingBagCollection(tables=configs)
+
+
+def _table_name(vocabulary: str) -> str:
+    """A name that torch accepts for a module: without dots, and not that of one of its own attributes.
+
+    >>> _table_name("type"), _table_name("user.id")
+    ('table_type', 'table_user%2Eid')
+    """
+    return "table_" + vocabulary.replace("%", "%25").replace(".", "%2E")
 
 
 def regroup(pooled: Any, names: Sequence[str]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ctrlib.batch import Batch
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
+from ctrlib.training.guard import Loss, guarded_loss, refuse_several_processes
 
 
 class ExactEngine:
@@ -19,7 +20,11 @@ class ExactEngine:
     embedding_l2 * W is added directly, since the graph of ||W||^2 costs as much as the tables are large.
 
     `step` takes a Batch and returns the mean loss (without the regulariser) as a detached scalar; `model` is the module
-    to call for predictions.
+    to call for predictions; `loss` is any function of logits, labels and weights. "Tables" are all weights of embedding
+    and wide part, vectors of numeric features included.
+
+    Raises:
+        RuntimeError: more than one process was started.
 
     >>> from ctrlib.testing import example_batch, example_schema
     >>> from ctrlib import presets
@@ -39,12 +44,16 @@ class ExactEngine:
         learning_rate: float = 1e-3,
         embedding_l2: float = 0.0,
         max_grad_norm: float | None = 10.0,
+        loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
+        refuse_several_processes()
         self.device = torch.device(device)
         self.model: nn.Module = model.to(self.device)
         self.embedding_l2 = embedding_l2
         self.max_grad_norm = max_grad_norm
+        self.loss = loss
+        self._buffers = [buffer for part in (model.tower, model.head) for buffer in part.buffers()]
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         network = {id(p) for part in (model.tower, model.head) for p in part.parameters()}
         self._regularised = [parameter for parameter in self._parameters if id(parameter) not in network]
@@ -54,14 +63,14 @@ class ExactEngine:
     def step(self, batch: Batch) -> Tensor:
         """One optimisation step; returns the batch's loss. Nothing is updated if the loss is not finite."""
         self._optimiser.zero_grad(set_to_none=True)
-        loss = binary_cross_entropy(self.model(batch), batch.labels, batch.weights)
+        loss = guarded_loss(self.model, batch.to(self.device), self.loss, self._buffers)
         if not torch.isfinite(loss):
             return loss.detach()
         torch.autograd.backward(loss)
         if self.embedding_l2:
             pairs = [(table.grad, table.detach()) for table in self._regularised if table.grad is not None]
-            gradients, tables = zip(*pairs)
-            torch._foreach_add_(gradients, tables, alpha=self.embedding_l2)
+            if pairs:  # none where all tables are frozen
+                torch._foreach_add_(*zip(*pairs), alpha=self.embedding_l2)
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm, foreach=True)
         self._optimiser.step()
@@ -72,10 +81,10 @@ class ExactEngine:
         """The current learning rate."""
         return float(self._optimiser.param_groups[0]["lr"])
 
-    def cut_learning_rate(self, factor: float, *, minimum: float = 1e-6) -> None:
-        """Multiply every learning rate by `factor`, not below `minimum`."""
+    def scale_learning_rate(self, factor: float, *, minimum: float = 0.0) -> None:
+        """Multiply every learning rate by `factor`; none is brought below `minimum`, or raised to it."""
         for group in self._optimiser.param_groups:
-            group["lr"] = max(group["lr"] * factor, minimum)
+            group["lr"] = max(group["lr"] * factor, min(group["lr"], minimum))
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of all weights and buffers, by the names of the plain `Model`."""

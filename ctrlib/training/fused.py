@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from ctrlib.batch import Batch
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
+from ctrlib.training.guard import Loss, guarded_loss, refuse_several_processes
 from ctrlib.training.shard import load_weights, local, shard
 
 Precision = Literal["fp32", "bf16"]
@@ -26,7 +27,8 @@ class FusedEngine:
     the network's gradients are clipped: the tables' never exist as a whole. The interface is that of `ExactEngine`.
 
     Raises:
-        ValueError: a table's width is not a multiple of 4.
+        ValueError: a table's width is not a multiple of 4, or the precision is unknown.
+        RuntimeError: more than one process was started.
     """
 
     name = "fused"
@@ -39,11 +41,17 @@ class FusedEngine:
         embedding_learning_rate: float = 0.02,
         max_grad_norm: float | None = 10.0,
         precision: Precision = "fp32",
+        loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
+        refuse_several_processes()
+        if precision not in get_args(Precision):
+            raise ValueError(f"unknown precision {precision!r}, expected one of {get_args(Precision)}")
         self.device = torch.device(device)
         self.precision = precision
         self.max_grad_norm = max_grad_norm
+        self.loss = loss
+        self._buffers = [buffer for part in (model.tower, model.head) for buffer in part.buffers()]
         tables = {id(p) for m in model.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()}
         dense = {name for name, parameter in model.named_parameters() if id(parameter) not in tables}
         self.model: Any = shard(model, learning_rate=embedding_learning_rate, device=self.device)
@@ -60,8 +68,7 @@ class FusedEngine:
         """One optimisation step; returns the batch's loss. Nothing is updated if the loss is not finite."""
         self._optimiser.zero_grad(set_to_none=True)
         with self._autocast():
-            logits = self.model(batch)
-        loss = binary_cross_entropy(logits, batch.labels, batch.weights)
+            loss = guarded_loss(self.model, batch.to(self.device), self.loss, self._buffers)
         if not torch.isfinite(loss):
             return loss.detach()
         torch.autograd.backward(loss)
@@ -80,11 +87,11 @@ class FusedEngine:
         """The network's current learning rate."""
         return float(self._optimiser.param_groups[0]["lr"])
 
-    def cut_learning_rate(self, factor: float, *, minimum: float = 1e-6) -> None:
-        """Multiply every learning rate, the tables' included, by `factor`, not below `minimum`."""
+    def scale_learning_rate(self, factor: float, *, minimum: float = 0.0) -> None:
+        """Multiply every learning rate, the tables' included; none is brought below `minimum`, or raised to it."""
         fused = self.model.fused_optimizer
         for group in (*self._optimiser.param_groups, *fused.param_groups):
-            group["lr"] = max(group["lr"] * factor, minimum)
+            group["lr"] = max(group["lr"] * factor, min(group["lr"], minimum))
         fused.step()  # hands the new rates to the kernels; updates nothing, that happened in backward
 
     def weights(self) -> dict[str, Tensor]:

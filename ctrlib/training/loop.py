@@ -38,7 +38,7 @@ class Engine(Protocol):
     @property
     def learning_rate(self) -> float: ...  # noqa: D102
     def step(self, batch: Batch) -> Tensor: ...  # noqa: D102
-    def cut_learning_rate(self, factor: float, *, minimum: float = 1e-6) -> None: ...  # noqa: D102
+    def scale_learning_rate(self, factor: float, *, minimum: float = 0.0) -> None: ...  # noqa: D102
     def weights(self) -> dict[str, Tensor]: ...  # noqa: D102
     def load_weights(self, weights: dict[str, Tensor]) -> None: ...  # noqa: D102
 
@@ -87,7 +87,8 @@ def fit(
 
     The schedule is BARS': validate after every epoch; an epoch that does not beat the best AUC by more than `min_delta`
     multiplies the learning rate by `cut_factor`, and `patience` such epochs in a row end the run. With several labels
-    the mean of their AUCs decides. `out` receives log.jsonl, a line an epoch (and, with `tensorboard`, event files).
+    the mean of their AUCs decides. Ctrl-C ends the run, and the best epoch so far is kept. `out` receives log.jsonl, a
+    line an epoch (and, with `tensorboard`, event files).
 
     Args:
         engine: holds model and optimisers.
@@ -113,10 +114,16 @@ def fit(
     with _Log(out, tensorboard) as log:
         for epoch in range(1, max_epochs + 1):
             epoch_started = time.perf_counter()
-            loss, epoch_rows = _train_epoch(engine, train, f"epoch {epoch}", out, console)
-            epoch_seconds = time.perf_counter() - epoch_started
+            try:
+                loss, epoch_rows = _train_epoch(engine, train, f"epoch {epoch}", out, console)
+                epoch_seconds = time.perf_counter() - epoch_started
+                scored = evaluate(engine.model, valid, device=engine.device, quick=True)
+            except KeyboardInterrupt:
+                if not history.best_epoch:
+                    raise
+                console.print(f"stopped by hand in epoch {epoch}; epoch {history.best_epoch} is kept")
+                break
             rows, train_seconds = rows + epoch_rows, train_seconds + epoch_seconds
-            scored = evaluate(engine.model, valid, device=engine.device, quick=True)
             if np.isnan(scored["auc"]):
                 raise ValueError(
                     "validation holds one class only (or no known label), so AUC is undefined: use more rows"
@@ -132,18 +139,19 @@ def fit(
             )
             history.epochs.append(line)
             log.write(line)
-            better = scored["auc"] > best + min_delta
+            better = line.valid_auc > best + min_delta
             console.print(
                 f"epoch {epoch:3d}  loss {loss:.5f}  valid AUC {line.valid_auc:.6f}  "
-                f"lr {line.learning_rate:.0e}  {line.samples_per_second:,.0f} samples/s{'  *' if better else ''}",
+                f"log-loss {line.valid_log_loss:.5f}  lr {line.learning_rate:.0e}  "
+                f"{line.samples_per_second:,.0f} samples/s{'  *' if better else ''}",
                 highlight=False,
                 soft_wrap=True,
             )
             if better:
-                best, best_weights, stale, history.best_epoch = scored["auc"], engine.weights(), 0, epoch
+                best, best_weights, stale, history.best_epoch = line.valid_auc, engine.weights(), 0, epoch
             else:
                 stale += 1
-                engine.cut_learning_rate(cut_factor)
+                engine.scale_learning_rate(cut_factor, minimum=1e-6)
                 if stale >= patience:
                     break
     engine.load_weights(best_weights)
@@ -167,7 +175,6 @@ def _train_epoch(engine: Engine, train: Batches, title: str, out: Path | None, c
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=len(train), loss="")
         for index, batch in enumerate(train):
-            batch = batch.to(engine.device)
             loss = engine.step(batch).item()
             if not np.isfinite(loss):
                 where = _save_batch(batch, out)
@@ -260,6 +267,23 @@ def _evaluate_task(scores: Scores, task: int, quick: bool) -> dict[str, Any]:
     return dict(metrics.evaluate_binary(labels, logits, groups=groups, weights=sample_weights))
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as the standard has it: an undefined metric (NaN), which JSON cannot say, is null.
+
+    >>> to_json({"auc": float("nan"), "rows": [1, 2.5]})
+    '{"auc": null, "rows": [1, 2.5]}'
+    """
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: plain(part) for key, part in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(part) for part in item]
+        return None if isinstance(item, float) and not np.isfinite(item) else item
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
 class _Log:
     """log.jsonl, and TensorBoard events if asked for."""
 
@@ -283,7 +307,7 @@ class _Log:
     def write(self, line: Epoch) -> None:
         values = dataclasses.asdict(line)
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(to_json(values) + "\n")
             self._file.flush()
         if self._events is not None:
             for name, value in values.items():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Console
@@ -20,7 +21,7 @@ from ctrlib.model import Model
 from ctrlib.schema import Schema
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.fused import FusedEngine, Precision
-from ctrlib.training.loop import Engine, History, evaluate, fit
+from ctrlib.training.loop import Engine, History, evaluate, fit, to_json
 
 EngineName = Literal["exact", "fused"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -35,6 +36,8 @@ def choose_device(device: Device) -> torch.device:
     >>> choose_device("cpu")
     device(type='cpu')
     """
+    if device not in get_args(Device):
+        raise ValueError(f"unknown device {device!r}, expected one of {get_args(Device)}")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ValueError("device 'cuda' was asked for, but torch sees none: use --device cpu, or run `ctrlib doctor`")
@@ -54,8 +57,18 @@ def make_engine(
     """The engine of that name, given the arguments that concern it.
 
     Raises:
-        ValueError: an argument is given that the engine would ignore.
+        ValueError: there is no such engine, a rate is negative, or an argument is given that the engine would ignore.
     """
+    if engine not in get_args(EngineName):
+        raise ValueError(f"unknown engine {engine!r}, expected one of {get_args(EngineName)}")
+    rates = {
+        "learning_rate": learning_rate,
+        "embedding_l2": embedding_l2,
+        "embedding_learning_rate": embedding_learning_rate,
+    }
+    for name, rate in rates.items():
+        if not rate >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {rate}")
     if engine == "exact":
         if precision != "fp32":
             raise ValueError("the exact engine computes in fp32 only: drop --precision, or use --engine fused")
@@ -91,13 +104,15 @@ def run(
     device: Device = "auto",
     out: str | Path | None = None,
     tensorboard: bool = False,
+    on_trained: Callable[[Model], None] | None = None,
     console: Console | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Train `build(schema)` on a prepared folder with train, valid and test; returns the model and the result.
 
     The epoch is chosen by validation AUC, then validation and test are each scored once. The result has at least
     valid_auc, test_auc, test_logloss, parameters, embedding_bytes, samples_per_second, seconds (of everything, loading
-    and evaluation included), engine and seed. `out` receives log.jsonl, metrics.json and curve.png.
+    and evaluation included), engine and seed. `out` receives log.jsonl, metrics.json and curve.png. `on_trained` gets
+    the trained model, on the CPU, before anything is scored: the place to save it.
 
     Two runs with the same arguments give the same bits on a CPU, whatever `workers` is.
     """
@@ -135,8 +150,15 @@ def run(
         tensorboard=tensorboard,
         console=console,
     )
+    # The engine may have wrapped the model or moved it: a plain one with the trained weights, for saving and serving.
+    plain = build(schema)
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in trainer.weights().items()})
+    if on_trained is not None:
+        on_trained(plain)
     valid_scores = evaluate(trainer.model, valid, device=chosen_device)
     test_scores = evaluate(trainer.model, test, device=chosen_device)
+    if math.isnan(test_scores["auc"]):
+        console.print("warning: test holds one class only (or no known label), so its AUC is undefined (NaN)")
     result = {
         "valid_auc": valid_scores["auc"],
         "valid_logloss": valid_scores["log_loss"],
@@ -157,12 +179,9 @@ def run(
         "note": _note(data),
     }
     if out is not None:
-        (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (out / "metrics.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         draw_curve(history, out / "curve.png")
-    # The fused engine wraps the model; hand back a plain one with the trained weights, for saving and serving.
-    plain = build(schema) if isinstance(trainer, FusedEngine) else model
-    plain.load_state_dict({name: tensor.cpu() for name, tensor in trainer.weights().items()})
-    return plain.cpu(), result
+    return plain, result
 
 
 def draw_curve(history: History, path: Path) -> None:

@@ -62,8 +62,7 @@ def main(arguments: Arguments) -> None:
     config: dict[str, Any] = {"preset": arguments.model, "embedding_dim": arguments.embedding_dim}
     if arguments.model != "fm":
         config |= {name: getattr(arguments, name) for name in ("hidden", "batch_norm", "dropout")}
-    if arguments.engine == "fused" and arguments.model in ("fm", "deepfm"):
-        config["wide_columns"] = 4
+    config = ctr.presets.for_engine(config, arguments.engine)
     engine = make_engine(
         ctr.presets.build(config, schema),
         arguments.engine,
