@@ -278,12 +278,15 @@ class Evaluate:
     """Which split of a prepared folder; otherwise test."""
     batch_size: int = 8192
     """Rows per step."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """Damaged rows of a raw file: stop and name the first, or leave them out and count them."""
     json: bool = False
     """Print the metrics as JSON."""
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
         from ctrlib.serving.predictor import Predictor
+        from ctrlib.training.loop import to_json
 
         predictor = Predictor.load(self.model)
         if self.data.is_dir():
@@ -291,13 +294,14 @@ class Evaluate:
             scores = predictor.evaluate_prepared(self.data, name, batch_size=self.batch_size)
         elif self.split is None:
             name = "rows"
-            scores = predictor.evaluate(self.data, batch_size=self.batch_size)
+            scores = predictor.evaluate(self.data, batch_size=self.batch_size, on_bad_row=self.on_bad_row)
         else:
             raise ValueError(f"--split {self.split}: {self.data} is a file, only prepared folders have splits")
         if self.json:
-            print(json.dumps(scores))
+            print(to_json(scores))
         else:
             print_scores(scores, f"{self.model} on {self.data}, {name}")
+            print_counts(scores)
         return 0
 
 
@@ -318,6 +322,8 @@ class Predict:
     """File to write: .csv or .parquet, a column per label."""
     batch_size: int = 8192
     """Rows per step."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """Damaged rows: stop and name the first, or leave them out (the file then has fewer rows) and say which."""
     json: bool = False
     """Print the counts as JSON."""
 
@@ -327,20 +333,32 @@ class Predict:
 
         if self.out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"--out must end in .csv or .parquet, got {self.out.name!r}")
-        frame, counts = Predictor.load(self.model).predict(self.data, batch_size=self.batch_size)
+        predictor = Predictor.load(self.model)
+        frame, counts = predictor.predict(self.data, batch_size=self.batch_size, on_bad_row=self.on_bad_row)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         frame.write_csv(self.out) if self.out.suffix == ".csv" else frame.write_parquet(self.out)
         if self.json:
             print(json.dumps({"out": str(self.out), **counts}))
         else:
             print(f"{counts['rows']:,} rows scored into {self.out}")
-            for name in counts["unseen"]:
-                unseen, missing = counts["unseen"][name], counts["missing"][name]
-                if unseen or missing:
-                    print(f"  {name}: {unseen:,} unseen and {missing:,} missing ids")
-            if counts["ignored"]:
-                print(f"  columns that the model does not know were ignored: {', '.join(counts['ignored'])}")
+            print_counts(counts)
         return 0
+
+
+def print_counts(counts: dict[str, Any]) -> None:
+    """What was odd about raw rows; nothing for a prepared folder."""
+    for name, unseen in counts.get("unseen", {}).items():
+        missing = counts["missing"][name]
+        if unseen or missing:
+            print(f"  {name}: {unseen:,} unseen and {missing:,} missing ids")
+    if counts.get("ignored"):
+        print(f"  columns that the model does not know were ignored: {', '.join(counts['ignored'])}")
+    for remark in counts.get("remarks", ()):
+        print(f"  {remark}", file=sys.stderr)
+    if rows := counts.get("skipped_rows"):
+        reasons = ", ".join(f"{reason}: {number:,}" for reason, number in counts["skipped"].items())
+        which = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5:,} more" if len(rows) > 5 else "")
+        print(f"  {len(rows):,} bad rows were left out ({reasons}): rows {which}")
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ def test_a_row_counts_once_under_its_first_reason(tmp_path):
         (b"label,it\xffem,price\n1,a,2\n", DataError, "line 1, the header, is not UTF-8"),
         (b'label,"item,price\n1,a,2\n', DataError, "line 1, the header, opens a quote"),
         (b"label,it\0em,price\n1,a,2\n", DataError, "line 1, the header, has a NUL byte"),
+        (b"label,item,price\r1,a,2\r0,b,3\r", DataError, "lines end in CR only; convert them"),
+        (b"label,it\rem,price\n1,a,2\n", DataError, "line 1, the header, cannot be read"),
     ],
 )
 def test_bad_files(tmp_path, content, error, message):
@@ -121,6 +123,16 @@ def test_bad_files(tmp_path, content, error, message):
     with pytest.raises(error, match=message) as caught:
         run(tmp_path, path)
     assert str(path) in str(caught.value)
+
+
+def test_skipped_rows_of_a_file_that_is_split_are_counted_once(tmp_path):
+    lines = ["label,item,price"] + [f"{i % 2},i{i % 5},{i}" for i in range(200)]
+    lines[7], lines[60], lines[150] = "1,a", "1,a,dear", "1,a,cheap"
+    path = raw_file(tmp_path, "\n".join(lines).encode())
+    prepare(path, tmp_path / "out", features=FEATURES, on_bad_row="skip", log=None)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["skipped"] == {"data": {"too few cells": 1, "price: not a finite number": 2}}
+    assert sum(report["rows"].values()) == 197
 
 
 def test_when_every_row_is_skipped(tmp_path):

@@ -455,7 +455,7 @@ def test_raw_rows_are_encoded_by_name(fitted, tmp_path):
     path.write_text("note,price,user\nhi,3,2\n,,99\n,1,\n")
     encoded = encode(read_raw(path, tmp_path / "t"), schema, vocab)
     assert encoded.collect().rows() == [(4, 1.0), (2, 0.5), (1, 0.0)]
-    assert count_ids(encoded, schema) == {"user": {"missing": pytest.approx(1 / 3), "oov": pytest.approx(1 / 3)}}
+    assert count_ids(encoded, schema) == {"user": {"missing": 1, "unseen": 1, "ids": 3}}
 
 
 @pytest.mark.parametrize(
@@ -484,3 +484,96 @@ def test_a_vocabulary_of_other_data_is_refused(fitted, tmp_path):
     (vocab / "user.parquet").unlink()
     with pytest.raises(SchemaError, match="is missing"):
         encode(read_raw(pl.DataFrame({"user": [1], "price": [1.0]}), tmp_path / "t"), schema, vocab)
+
+
+# ------------------------------------------------------------------------------------------------- names and arguments
+
+
+def with_history(number: int = 300) -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    price = rng.integers(1, 10_000, number)  # distinct integers, so inferred as numeric
+    return pl.DataFrame(
+        {
+            "item_price": price,
+            "shop": ["a", "b", "c"] * (number // 3),
+            "seen": [f"{a}|{b}" for a, b in zip(price, np.roll(price, 1))],
+            "label": [0, 1] * (number // 2),
+        }
+    )
+
+
+def test_a_shared_vocabulary_makes_its_column_categorical(tmp_path):
+    frame = {"train": with_history()}
+    assert isinstance(run(frame, tmp_path / "p")[0]["item_price"], Numeric)
+    sequence = Sequence("seen", vocabulary="item_price", min_count=2)
+    schema, _, report = run(frame, tmp_path / "p", features=[sequence])
+    assert isinstance(schema["item_price"], Categorical)
+    assert (schema["item_price"].min_count, schema["shop"].min_count) == (2, 1)
+    assert list(schema.vocabularies) == ["item_price", "shop"]
+    assert report["features"]["item_price"]["reason"] == "'seen' shares its vocabulary"
+    schema, *_ = run(frame, tmp_path / "p", features=[sequence], ignore="item_price")
+    assert list(schema.vocabularies) == ["item_price", "shop"]
+
+
+def test_a_misspelt_vocabulary_is_refused(tmp_path):
+    frame = {"train": with_history()}
+    with pytest.raises(SchemaError, match=r"'seen' has vocabulary='shpo', which is neither .* did you mean \['shop'\]"):
+        run(frame, tmp_path / "p", features=[Sequence("seen", vocabulary="shpo")])
+    with pytest.raises(SchemaError, match=r"vocabulary='item_price', which is numeric"):
+        run(frame, tmp_path / "p", features=[Sequence("seen", vocabulary="item_price"), Numeric("item_price")])
+    both = [Sequence("seen", vocabulary="things"), Categorical("item_price", vocabulary="things")]
+    assert list(run(frame, tmp_path / "p", features=both)[0].vocabularies) == ["things", "shop"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"label_positive": {"clik": "yes"}}, SchemaError, r"label_positive names \['clik'\].*\['label'\]"),
+        ({"on_bad_row": "ignore"}, ValueError, r"on_bad_row is 'ignore', expected one of \('raise', 'skip'\)"),
+        ({"missing_labels": "error"}, ValueError, r"missing_labels is 'error', expected one of \('raise', 'mask'\)"),
+        ({"min_count": 0}, ValueError, "min_count is 0, expected at least 1"),
+        ({"max_values": 0}, ValueError, "max_values is 0"),
+        ({"features": [Categorical("shop", min_count=0)]}, ValueError, "min_count of feature 'shop' is 0"),
+        ({"features": [MultiValued("seen", max_length=0)]}, ValueError, "max_length of feature 'seen' is 0"),
+    ],
+)
+def test_arguments_are_checked_before_work_begins(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        run(tmp_path / "nowhere.csv", tmp_path / "p", **options)
+
+
+def test_an_empty_cell_is_missing_whatever_the_missing_values(tmp_path):
+    path = tmp_path / "raw.csv"
+    path.write_text('label,item,shop\n1,"",a\n0,,b\n1,NA,c\n0,x,d\n')
+    features = [Categorical("item"), Categorical("shop")]
+    _, splits, _ = run({"train": path}, tmp_path / "p", features=features, missing_values=("NA",))
+    assert splits["train"]["item"].to_list() == [1, 1, 1, 3]
+    frame = pl.DataFrame({"item": ["", " ", None, "x"], "shop": list("abcd"), "label": [0, 1, 0, 1]})
+    _, splits, _ = run({"train": frame}, tmp_path / "p", features=features, missing_values=("NA",))
+    assert splits["train"]["item"].to_list() == [1, 1, 1, 3]
+
+
+def test_types_are_inferred_from_train_alone(tmp_path):
+    # In the newest tenth, which is test, `code` has fractions and `late` its only second value.
+    frame = pl.DataFrame(
+        {
+            "time": range(1000),
+            "code": [float(i % 30) for i in range(900)] + [0.5] * 100,
+            "late": ["a"] * 900 + ["b"] * 100,
+            "shop": ["a", "b"] * 500,
+            "label": [0, 1] * 500,
+        }
+    )
+    with pytest.raises(SchemaError, match=r"row 901, column 'code' holds 0.5"):
+        run(frame, tmp_path / "p", split_by="time")
+    frame = frame.with_columns(code=pl.col("code").floor())
+    schema, _, report = run(frame, tmp_path / "p", split_by="time")
+    assert isinstance(schema["code"], Categorical)
+    assert report["left_out"]["late"].startswith("ignored: always")
+
+
+def test_shares_are_of_cells_and_ids(tmp_path):
+    frame = pl.DataFrame({"seen": ["a|b", "", None, "a|c"], "label": [0, 1, 0, 1]})
+    _, _, report = run({"train": frame}, tmp_path / "p", features=[Sequence("seen", min_count=2)])
+    assert report["features"]["seen"]["missing"] == {"train": 0.5}
+    assert report["features"]["seen"]["oov"] == {"train": 0.5}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import polars as pl
 
 from ctrlib.data.raw import ROW, RawTable, naming
@@ -79,6 +80,18 @@ def transformed(x: pl.Expr, transform: NumericTransform) -> pl.Expr:
     if transform == "log_squared":
         return pl.when(x > 2).then(x.clip(lower_bound=2).log().pow(2)).otherwise(x)
     return x
+
+
+def fitted_number(feature: Numeric, dtype: pl.DataType) -> pl.Expr:
+    """The number as a model sees it, in float64."""
+    parameters = feature.parameters
+    assert parameters is not None
+    x = transformed(number(feature.name, dtype), feature.transform)
+    if feature.transform in ("standard", "log_standard"):
+        x = (x - parameters["mean"]) / parameters["sd"]
+    elif feature.transform == "minmax":
+        x = (x - parameters["min"]) / ((parameters["max"] - parameters["min"]) or 1.0)
+    return x.fill_null(parameters["fill"])
 
 
 def label(name: str, dtype: pl.DataType, positive: str | None) -> pl.Expr:
@@ -164,13 +177,16 @@ def checks(
     for feature in schema.features:
         name, dtype = feature.name, dtypes[feature.name]
         if isinstance(feature, Numeric) or (isinstance(feature, Categorical) and feature.bucket):
-            if dtype.is_integer() or dtype == pl.Boolean:
-                continue
-            # NaN counts as missing; text that is no number has become null, other than the cell itself.
-            value = pl.col(name).cast(pl.Float64, strict=False).fill_nan(0.0)
-            bad = (value.abs() > FLOAT32_MAX).fill_null(pl.col(name).is_not_null())
-            expected = "a finite number that fits into 32 bits, or nothing"
-            found.append(Check(name, bad, "not a finite number", expected))
+            if not (dtype.is_integer() or dtype == pl.Boolean):
+                # NaN counts as missing; text that is no number has become null, other than the cell itself.
+                value = pl.col(name).cast(pl.Float64, strict=False).fill_nan(0.0)
+                bad = (value.abs() > FLOAT32_MAX).fill_null(pl.col(name).is_not_null())
+                expected = "a finite number that fits into 32 bits, or nothing"
+                found.append(Check(name, bad, "not a finite number", expected))
+            if isinstance(feature, Numeric) and feature.parameters is not None:
+                bad = (fitted_number(feature, dtype).abs() > FLOAT32_MAX).fill_null(False)
+                expected = f"a number that fits into 32 bits after the transform {feature.transform!r}"
+                found.append(Check(name, bad, "too large after its transform", expected))
         elif dtype.is_float():
             found.append(_integral(name, pl.col(name)))
         elif isinstance(dtype, pl.List | pl.Array) and _inner(dtype).is_float():
@@ -263,4 +279,6 @@ def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) ->
             check = list(failed)[i]
             counts[f"{check.column}: {check.reason}"] += count
     raw.skipped.update(counts)
+    unfit = raw.frame.filter(pl.any_horizontal(check.bad for check in failed)).select(ROW).collect(engine="streaming")
+    raw.unfit = unfit[ROW].to_numpy().astype(np.int64)
     return raw.frame.filter(~pl.any_horizontal(check.bad for check in failed))

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ctrlib.schema import Categorical, Schema, SchemaError, SparseFeature
 
-GROUP_COLUMN = "__group__"
+GROUP_COLUMN = "__group__"  # not the raw column's name: the group may be a feature as well
 Array = npt.NDArray[Any]
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 
-from ctrlib.data.cells import check_columns, checks, label, number, text, transformed, without_bad_rows
+from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, text, without_bad_rows
+from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.raw import RawTable, naming
 from ctrlib.data.scan import OnBadRow
-from ctrlib.data.vocabulary import load_vocabularies
+from ctrlib.data.vocabulary import load_vocabularies, load_vocabulary
 from ctrlib.schema import (
     MISSING_ID,
     NUM_RESERVED_IDS,
@@ -25,7 +27,7 @@ from ctrlib.schema import (
     vocabulary_of,
 )
 
-GROUP = "__group__"  # not the raw column's name: the group may be a feature as well
+MIN_UNSEEN = 10  # cells that have to be unseen, all of them, before a column is taken for a wrong one
 
 
 def encode(
@@ -60,7 +62,7 @@ def encode(
     options: dict[str, Any] = {"missing_labels": missing_labels, "label_positive": label_positive}
     found = checks(schema, raw.dtypes, with_labels=require_labels, **options)
     frame = without_bad_rows(raw, found, on_bad_row)
-    checked = RawTable(frame, raw.name, raw.first_line)
+    checked = dataclasses.replace(raw, frame=frame)
     groups = fit_groups([checked], schema.group) if require_labels else None
     return encode_checked(
         checked, schema, vocab_folder, with_labels=require_labels, label_positive=label_positive, groups=groups
@@ -82,12 +84,13 @@ def encode_checked(
     dtypes = raw.dtypes
     vocabularies = load_vocabularies(vocab_folder, schema)
     _refuse_ids_as_floats(raw, schema, vocabularies)
+    _refuse_retyped(raw, schema)
     enums = {name: pl.Enum(values) for name, values in vocabularies.items()}
     columns = []
     for feature in schema.features:
         dtype = dtypes[feature.name]
         if isinstance(feature, Numeric):
-            columns.append(_number(feature, dtype).alias(feature.name))
+            columns.append(fitted_number(feature, dtype).cast(pl.Float32).alias(feature.name))
         else:
             columns.append(_ids(feature, dtype, enums[vocabulary_of(feature)]).alias(feature.name))
     if with_labels:
@@ -97,7 +100,7 @@ def encode_checked(
         if schema.weight is not None:
             columns.append(number(schema.weight, dtypes[schema.weight]).cast(pl.Float32).alias(schema.weight))
         if schema.group is not None:
-            columns.append(_group(schema.group, dtypes[schema.group], groups).alias(GROUP))
+            columns.append(_group(schema.group, dtypes[schema.group], groups).alias(GROUP_COLUMN))
     return raw.frame.select(columns)
 
 
@@ -113,17 +116,6 @@ def _id(value: pl.Expr, values: pl.Enum) -> pl.Expr:
     # A cast to an enumeration of the vocabulary is a hash look-up that keeps the order of rows; unknown text is null.
     position = value.cast(values, strict=False).to_physical().cast(pl.Int32)
     return (position + NUM_RESERVED_IDS).fill_null(OOV_ID)
-
-
-def _number(feature: Numeric, dtype: pl.DataType) -> pl.Expr:
-    parameters = feature.parameters
-    assert parameters is not None
-    x = transformed(number(feature.name, dtype), feature.transform)
-    if feature.transform in ("standard", "log_standard"):
-        x = (x - parameters["mean"]) / parameters["sd"]
-    elif feature.transform == "minmax":
-        x = (x - parameters["min"]) / ((parameters["max"] - parameters["min"]) or 1.0)
-    return x.fill_null(parameters["fill"]).cast(pl.Float32)
 
 
 def _group(name: str, dtype: pl.DataType, groups: pl.Series | None) -> pl.Expr:
@@ -177,20 +169,78 @@ def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocabularies: Mapping[s
         )
 
 
-def count_ids(encoded: pl.LazyFrame, schema: Schema) -> dict[str, dict[str, float]]:
-    """Sparse feature -> its share of missing cells and of out-of-vocabulary ids (for lists: of all their ids)."""
-    shares: list[pl.Expr] = []
+def _refuse_retyped(raw: RawTable, schema: Schema) -> None:
+    """True for ids that were "1", or 2139 for a postcode that was "02139": unseen values that nobody meant."""
+    expected, types = (schema.raw_format or {}).get("types", {}), raw.types
+    for feature in schema.sparse:
+        name = feature.name
+        pair = {types[name], expected.get(name, types[name])}
+        if not isinstance(feature, Categorical) or feature.bucket or len(pair) == 1 or pair & {"parsed", "null"}:
+            continue
+        present = text(feature, raw.dtypes[name]).is_not_null().any()  # pandas makes floats of a column without values
+        with naming(raw.name):
+            if not raw.frame.select(present).collect(engine="streaming").item():
+                continue
+        raise SchemaError(
+            f"{raw.name}: column {name!r} holds values of kind {types[name]} ({raw.dtypes[name]}), in training they "
+            f"were of kind {expected[name]}: cast the column to what it was"
+        )
+
+
+def check_unknown(
+    raw: RawTable, counts: Mapping[str, Mapping[str, int]], schema: Schema, vocab_folder: Path
+) -> list[str]:
+    """Look at single-valued columns of which no value at all is known to the vocabulary.
+
+    New users or items are normal and score; but where all values of train are integers and none of these is, or all
+    are "true" and "false" and none of these is, the column is another one, or is written otherwise.
+
+    Args:
+        raw: the rows.
+        counts: of `count_ids`.
+        schema: fitted.
+        vocab_folder: the `vocab` folder that lies beside the schema.
+
+    Returns:
+        A sentence for each such column that may be right, for a person to judge.
+
+    Raises:
+        SchemaError: a column cannot be right; the message shows values that came and values that were expected.
+    """
+    remarks = []
+    for feature in schema.sparse:
+        found = counts[feature.name]
+        if not isinstance(feature, Categorical) or found["unseen"] < max(MIN_UNSEEN, found["ids"] - found["missing"]):
+            continue
+        known = load_vocabulary(vocab_folder, vocabulary_of(feature), schema)
+        value = text(feature, raw.dtypes[feature.name]).alias("value")
+        came = raw.frame.select(value.drop_nulls()).unique(maintain_order=True).head(MIN_UNSEEN).collect()["value"]
+        remark = (
+            f"{raw.name}: column {feature.name!r} holds {found['unseen']:,} values and train knew none of them: "
+            f"it has {came.head(3).to_list()}, train has values such as {known.head(3).to_list()}"
+        )
+        for form in (r"^-?\d+$", r"^(true|false)$"):
+            if len(known) and known.str.contains(form).all() and not came.str.contains(form).any():
+                raise SchemaError(f"{remark}: give the right column, written as in training")
+        remarks.append(f"{remark}; is it the right column, written as in training?")
+    return remarks
+
+
+def count_ids(encoded: pl.LazyFrame, schema: Schema) -> dict[str, dict[str, int]]:
+    """Sparse feature -> numbers of "missing" cells (empty lists too), of "unseen" ids, and of all "ids"."""
+    columns: list[pl.Expr] = []
     for feature in schema.sparse:
         column = pl.col(feature.name)
         ids = column if isinstance(feature, Categorical) else column.list.explode(empty_as_null=False, keep_nulls=False)
         if isinstance(feature, Categorical | MultiValued):
             first = column if isinstance(feature, Categorical) else column.list.first()
-            missing = (first == MISSING_ID).mean()
+            missing = (first == MISSING_ID).sum()
         else:
-            missing = (column.list.len() == 0).mean()
-        shares += [missing.alias(f"{feature.name} missing"), (ids == OOV_ID).mean().alias(f"{feature.name} oov")]
-    found: dict[str, Any] = encoded.select(shares).collect(engine="streaming").row(0, named=True) if shares else {}
+            missing = (column.list.len() == 0).sum()
+        counts = {"missing": missing, "unseen": (ids == OOV_ID).sum(), "ids": ids.len()}
+        columns += [count.alias(f"{feature.name} {what}") for what, count in counts.items()]
+    found: dict[str, Any] = encoded.select(columns).collect(engine="streaming").row(0, named=True) if columns else {}
     return {
-        feature.name: {what: float(found[f"{feature.name} {what}"] or 0.0) for what in ("missing", "oov")}
+        feature.name: {what: int(found[f"{feature.name} {what}"] or 0) for what in ("missing", "unseen", "ids")}
         for feature in schema.sparse
     }

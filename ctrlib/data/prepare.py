@@ -16,9 +16,9 @@ import rich
 from rich import box
 from rich.table import Table
 
-from ctrlib.data.cells import check_columns, checks, shortened, without_bad_rows
+from ctrlib.data.cells import check_columns, checks, without_bad_rows
+from ctrlib.data.describe import check_arguments, describe
 from ctrlib.data.encode import count_ids, encode_checked, fit_groups
-from ctrlib.data.infer import infer_features
 from ctrlib.data.raw import RawData, RawTable, naming, read_raw
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, split_table
@@ -98,13 +98,16 @@ def prepare(
     [3, 4, 3, 1]
     """
     out = Path(out)
+    given = tuple(features or ())
     labels = (labels,) if isinstance(labels, str) else tuple(labels)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    check_arguments(given, labels, min_count, max_values, on_bad_row, missing_labels, label_positive)
     options: dict[str, Any] = {"missing_labels": missing_labels, "label_positive": label_positive}
     raw_format = {
         "separator": separator,
         "columns": list(columns) if columns else None,
         "missing_values": list(missing_values),
+        "missing_labels": missing_labels,
         "label_positive": dict(label_positive) if label_positive else None,
     }
     with _folder_in_the_making(out, overwrite) as folder:
@@ -114,20 +117,26 @@ def prepare(
             for name, part in _parts(data).items()
         }  # fmt: skip
         rare = {"min_count": min_count, "max_values": max_values}
-        schema, reasons = _describe(
-            next(iter(tables.values())), features, labels, weight, group, split_by, ignore, rare
-        )
-        _refuse_other_columns(tables, schema, reasons, ignore)
+        if isinstance(data, Mapping):
+            rows_of, train = {}, tables["train"]
+        else:
+            # Before anything is looked at: types, too, are inferred from train alone.
+            rows_of = split_table(tables["data"], split, split_by=split_by, seed=seed)
+            train = _part(tables["data"], rows_of["train"])
+        schema, reasons = describe(train, given, labels, weight, group, split_by, ignore, rare)
+        _refuse_other_columns(tables, reasons)
         for table in tables.values():
             check_columns(table, schema, with_labels=True)
             found = checks(schema, table.dtypes, with_labels=True, **options)
             table.frame = without_bad_rows(table, found, on_bad_row)
         skipped = {name: dict(table.skipped) for name, table in tables.items() if table.skipped}
-        if not isinstance(data, Mapping):
-            tables = _split(tables["data"], split, split_by, seed)
+        if rows_of:
+            tables = {name: _part(tables["data"], rows) for name, rows in rows_of.items()}
 
         with naming(tables["train"].name):
             schema = fit(tables["train"].frame, schema, tables["train"].dtypes, folder / "vocab")
+            types = tables["train"].types
+            raw_format["types"] = {feature.name: types[feature.name] for feature in schema.sparse}
             schema = dataclasses.replace(schema, raw_format=raw_format)
             groups = fit_groups(tables.values(), group)
             if groups is not None:
@@ -141,7 +150,7 @@ def prepare(
             part_path.parent.mkdir()
             with naming(table.name):
                 encoded.sink_parquet(part_path, compression="snappy", row_group_size=ROWS_PER_GROUP)
-            report.add(name, pl.scan_parquet(part_path), label_positive)
+            report.add(name, pl.scan_parquet(part_path, glob=False), label_positive)
         schema.save(folder / "schema.json")
         shutil.rmtree(folder / "raw", ignore_errors=True)
         report.content["note"] = note
@@ -187,50 +196,7 @@ def _parts(data: RawData | Mapping[str, RawData]) -> dict[str, RawData]:
     return {name: data[name] for name in SPLITS if name in data}
 
 
-def _describe(
-    table: RawTable,
-    features: Iterable[Feature] | None,
-    labels: tuple[str, ...],
-    weight: str | None,
-    group: str | None,
-    split_by: str | None,
-    ignore: tuple[str, ...],
-    rare: Mapping[str, Any],
-) -> tuple[Schema, dict[str, str]]:
-    """The schema to fit, and column -> why it is what it is, for every column of the table."""
-    given = tuple(features or ())
-    names = [feature.name for feature in given]
-    wanted: list[str] = [*names, *labels, *(name for name in (weight, group) if name is not None)]
-    unknown = [name for name in dict.fromkeys([*wanted, *ignore]) if name not in table.dtypes]
-    if unknown:
-        hint = "; it has one column only, so say separator=... (--separator)" if len(table.dtypes) == 1 else ""
-        raise SchemaError(
-            f"{table.name} has no columns {unknown}, expected some of {shortened(list(table.dtypes))}{hint}"
-        )
-    ignored_twice = sorted({*names, *labels, weight or ""} & set(ignore))
-    if ignored_twice:
-        raise SchemaError(f"columns {ignored_twice} are named in ignore and also as feature, label or weight")
-    not_features = {**dict.fromkeys(labels, "label"), **dict.fromkeys(ignore, "ignored: as told")}
-    if weight is not None:
-        not_features[weight] = "weight"
-    if split_by is not None and split_by not in names:
-        not_features[split_by] = "ignored: the split goes by it"
-    to_infer = [name for name in table.dtypes if name not in not_features and name not in names]
-    with naming(table.name):
-        inferred = infer_features(table.frame, to_infer) if to_infer else []
-    reasons = {**dict.fromkeys(names, "as told"), **not_features, **{name: reason for name, _, reason in inferred}}
-    found = tuple(
-        feature if isinstance(feature, Numeric) else dataclasses.replace(feature, **rare)
-        for _, feature, _ in inferred
-        if feature is not None
-    )
-    schema = Schema((*given, *found), labels, weight, group)
-    return schema, {name: reasons[name] for name in table.dtypes}
-
-
-def _refuse_other_columns(
-    tables: Mapping[str, RawTable], schema: Schema, reasons: Mapping[str, str], ignore: tuple[str, ...]
-) -> None:
+def _refuse_other_columns(tables: Mapping[str, RawTable], reasons: Mapping[str, str]) -> None:
     for name, table in tables.items():
         extra = [column for column in table.dtypes if column not in reasons]
         if extra:
@@ -239,9 +205,8 @@ def _refuse_other_columns(
             )
 
 
-def _split(table: RawTable, ratio: Sequence[float], split_by: str | None, seed: int) -> dict[str, RawTable]:
-    parts = split_table(table, ratio, split_by=split_by, seed=seed)
-    return {name: RawTable(table.frame.filter(rows), table.name) for name, rows in parts.items()}
+def _part(table: RawTable, rows: pl.Expr) -> RawTable:
+    return dataclasses.replace(table, frame=table.frame.filter(rows))
 
 
 class _Report:
@@ -278,9 +243,10 @@ class _Report:
                 )
         self.content["rows"][split] = num_rows
         self.content["label_mean"][split] = found
-        for name, shares in count_ids(encoded, self._schema).items():
-            for what, share in shares.items():
-                self.content["features"][name][what][split] = share
+        for name, counts in count_ids(encoded, self._schema).items():
+            entry = self.content["features"][name]
+            entry["missing"][split] = counts["missing"] / num_rows
+            entry["oov"][split] = counts["unseen"] / max(1, counts["ids"])
 
     def show(self, out: Path, log: Log) -> None:
         table = Table(

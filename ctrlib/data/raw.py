@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import errno
 import gzip
 import io
@@ -22,15 +23,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ctrlib.data.scan import DataError, OnBadRow, RowScanner, find_separator
 from ctrlib.schema import SchemaError
 
 ROW = "__row__"  # a row's number in the raw data, counted from 0: for messages and for the random split
 RawData = str | Path | pl.DataFrame | pl.LazyFrame
+Ints = NDArray[np.int64]
 
 
 @dataclass
@@ -38,13 +42,18 @@ class RawTable:
     """A lazy table with what is needed to speak about its rows.
 
     `frame` has a first column `__row__`. `name` is the file's, for messages. `first_line` is the line of the file that
-    holds row 1, or None where rows and lines do not go together. `skipped` counts the rows left out, by reason.
+    holds row 1, or None where rows and lines do not go together. `skipped` counts the rows left out, by reason;
+    `malformed` holds the numbers (from 0) of those that are not in `frame`, `unfit` the `__row__` of those that failed
+    a check later. `parsed`: all columns are text, from a text file.
     """
 
     frame: pl.LazyFrame
     name: str
     first_line: int | None = None
     skipped: Counter[str] = field(default_factory=Counter)
+    malformed: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    unfit: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    parsed: bool = False
 
     @property
     def dtypes(self) -> dict[str, pl.DataType]:
@@ -52,10 +61,44 @@ class RawTable:
         with naming(self.name):
             return {name: dtype for name, dtype in self.frame.collect_schema().items() if name != ROW}
 
+    @property
+    def types(self) -> dict[str, str]:
+        """Column name -> kind of its values (see `family`), "parsed" for those of a text file."""
+        return {name: "parsed" if self.parsed else family(dtype) for name, dtype in self.dtypes.items()}
+
+    @property
+    def skipped_rows(self) -> list[int]:
+        """The numbers in the raw data (from 1) of the rows left out."""
+        numbers: list[int] = np.sort(np.concatenate([self.malformed + 1, self._numbers(self.unfit)])).tolist()
+        return numbers
+
+    def _numbers(self, rows: Ints) -> Ints:
+        """The numbers in the raw data (from 1) of the rows with these `__row__`."""
+        before = self.malformed - np.arange(len(self.malformed))  # how many good rows there are before each bad one
+        return rows + 1 + np.searchsorted(before, rows, side="right")
+
     def place(self, row: int) -> str:
-        """How to speak of the row with number `row` (from 0)."""
+        """How to speak of the row whose `__row__` is `row`."""
         line = "" if self.first_line is None else f" (line {row + self.first_line} of the file)"
-        return f"{self.name}: row {row + 1}{line}"
+        return f"{self.name}: row {self._numbers(np.array([row]))[0]}{line}"
+
+
+def family(dtype: pl.DataType) -> str:
+    """The kind of values that ids of a type are: within one kind the same id has the same text.
+
+    >>> family(pl.Int8()), family(pl.Float64()), family(pl.List(pl.String())), family(pl.Boolean())
+    ('integer', 'integer', 'text', 'boolean')
+    """
+    if isinstance(dtype, pl.List | pl.Array):
+        assert isinstance(dtype.inner, pl.DataType)
+        return family(dtype.inner)
+    if dtype.is_numeric():  # ids that come as floats are integral, which `ctrlib.data.cells` checks
+        return "integer"
+    if dtype == pl.Boolean:
+        return "boolean"
+    if dtype.is_temporal():
+        return "time"
+    return "text" if dtype in (pl.String, pl.Categorical, pl.Enum) else str(dtype)
 
 
 def read_raw(
@@ -67,6 +110,7 @@ def read_raw(
     columns: Sequence[str] | None = None,
     missing_values: Sequence[str] = ("",),
     on_bad_row: OnBadRow = "raise",
+    may_lack: Sequence[Sequence[str]] = (),
 ) -> RawTable:
     """Open a CSV, TSV or parquet file (or a folder of parquet files, or a polars frame) and check its form.
 
@@ -78,6 +122,7 @@ def read_raw(
         columns: names for a text file without header.
         missing_values: what a cell without value holds.
         on_bad_row: "raise" at the first bad row, or "skip" and count them.
+        may_lack: sets of `columns`; the first that makes the others as many as the file's cells is left out.
 
     Raises:
         DataError: the file is damaged or empty; the message names the row.
@@ -94,13 +139,13 @@ def read_raw(
         if path.is_dir() or path.suffix in (".parquet", ".pq"):
             table = _read_parquet(path, missing_values, on_bad_row)
         else:
-            table = _read_text(path, temporary, separator, columns, missing_values, on_bad_row)
+            table = _read_text(path, temporary, separator, columns, missing_values, on_bad_row, may_lack)
     else:
         raise TypeError(
             f"{name} is a {type(data).__name__}, expected a path or a polars DataFrame or LazyFrame "
             "(from pandas: polars.from_pandas(frame))"
         )
-    return RawTable(table.frame.with_row_index(ROW), table.name, table.first_line, table.skipped)
+    return dataclasses.replace(table, frame=table.frame.with_row_index(ROW))
 
 
 @contextlib.contextmanager
@@ -128,6 +173,7 @@ def _read_text(
     columns: Sequence[str] | None,
     missing_values: Sequence[str],
     on_bad_row: OnBadRow,
+    may_lack: Sequence[Sequence[str]],
 ) -> RawTable:
     temporary.mkdir(parents=True, exist_ok=True)
     try:
@@ -135,6 +181,8 @@ def _read_text(
             head = stream.peek(1 << 16)[: 1 << 16].removeprefix(b"\xef\xbb\xbf")
             if not head.strip():
                 raise DataError(f"{path} is empty: expected a header and rows")
+            if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
+                raise DataError(f"{path}: lines end in CR only; convert them to LF or CRLF (such as: tr '\\r' '\\n')")
             mark = separator.encode() if separator is not None else find_separator(path, head)
             if len(mark) != 1 or mark in b'"\r\n':
                 raise DataError(
@@ -143,7 +191,10 @@ def _read_text(
                 )
             if stream.peek(3).startswith(b"\xef\xbb\xbf"):
                 stream.read(3)
-            names = [str(column) for column in columns] if columns is not None else _header(path, stream, mark)
+            if columns is None:
+                names = _header(path, stream, mark)
+            else:
+                names = _fitting([str(column) for column in columns], may_lack, head, mark)
             _check_names(str(path), names, has_header=columns is None)
             first_line = 1 if columns is not None else 2
             scanner = RowScanner(str(path), mark, num_cells=len(names), on_bad_row=on_bad_row, first_line=first_line)
@@ -166,9 +217,18 @@ def _read_text(
     if not scanner.num_rows:
         skipped = f" but {dict(scanner.skipped)}, which were skipped" if scanner.skipped else ""
         raise DataError(f"{path} has no rows{skipped}: expected at least one row of {len(names)} cells")
-    frame = pl.scan_parquet(temporary / "*.parquet", glob=True)
-    one_line_per_row = scanner.one_line_per_row and not scanner.skipped
-    return RawTable(frame, str(path), first_line if one_line_per_row else None, scanner.skipped)
+    # Not a pattern: brackets in the folder's name would be read as part of it.
+    frame = pl.scan_parquet(sorted(temporary.glob("*.parquet")), glob=False)
+    line = first_line if scanner.one_line_per_row and not scanner.skipped else None
+    return RawTable(frame, str(path), line, scanner.skipped, np.array(scanner.bad_rows, np.int64), parsed=True)
+
+
+def _fitting(columns: list[str], may_lack: Sequence[Sequence[str]], head: bytes, separator: bytes) -> list[str]:
+    """The names of the columns of a file without header, as many as its first row has cells if that can be."""
+    lines = head.decode(errors="replace").replace("\0", "").splitlines()[:1]
+    num_cells = len(next(csv.reader(lines, delimiter=separator.decode()), []))
+    choices = [columns, *([name for name in columns if name not in lacking] for lacking in may_lack)]
+    return next((names for names in choices if len(names) == num_cells), columns)
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -189,7 +249,10 @@ def _header(path: Path, stream: BinaryIO, separator: bytes) -> list[str]:
         raise DataError(f"{path}: line 1, the header, has a NUL byte: is this a text file?")
     if text.count('"') % 2:
         raise DataError(f"{path}: line 1, the header, opens a quote that it does not close: mend the header")
-    names = next(csv.reader([text], delimiter=separator.decode()), [])
+    try:
+        names = next(csv.reader([text], delimiter=separator.decode()), [])
+    except csv.Error as error:  # such as a carriage return in the middle
+        raise DataError(f"{path}: line 1, the header, cannot be read ({error}): mend the header") from None
     # pandas leaves the name of its index column empty.
     return [name.strip() or f"column_{position}" for position, name in enumerate(names, start=1)]
 
@@ -241,7 +304,7 @@ def _read_parquet(path: Path, missing_values: Sequence[str], on_bad_row: OnBadRo
                 skipped["row group without rows"] += 1
     if not num_rows:
         raise DataError(f"{path} has no rows: expected at least one")
-    return RawTable(_clean(pl.scan_parquet(files), missing_values), str(path), None, skipped)
+    return RawTable(_clean(pl.scan_parquet(files, glob=False), missing_values), str(path), None, skipped)
 
 
 def _clean(frame: pl.LazyFrame, missing_values: Sequence[str]) -> pl.LazyFrame:
@@ -255,5 +318,5 @@ def _clean(frame: pl.LazyFrame, missing_values: Sequence[str]) -> pl.LazyFrame:
 
 def _clean_text(text: pl.Expr, missing_values: Sequence[str], *, strip: bool = True) -> pl.Expr:
     text = text.str.strip_chars(" \t\r\n") if strip else text
-    tokens = list(dict.fromkeys(missing_values))
-    return pl.when(~text.is_in(tokens)).then(text) if tokens else text
+    tokens = list(dict.fromkeys(["", *missing_values]))  # an empty cell is missing, whether it stands in quotes or not
+    return pl.when(~text.is_in(tokens)).then(text)

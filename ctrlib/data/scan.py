@@ -19,10 +19,11 @@ Counter({'too few cells': 1})
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,8 +62,8 @@ class RowScanner:
         on_bad_row: "raise" a `DataError` at the first bad row, or "skip" it and count it in `skipped`.
         first_line: number of the line at which the stream starts, 2 after a header.
 
-    `num_rows` is the number of good rows so far. `one_line_per_row` stays true while no cell holds a newline, so while
-    line numbers can be told from row numbers.
+    `num_rows` is the number of good rows so far, `bad_rows` are the numbers (from 0) of those left out.
+    `one_line_per_row` stays true while no cell holds a newline, so while line numbers can be told from row numbers.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class RowScanner:
         self.name, self.separator, self.num_cells, self.on_bad_row = name, separator, num_cells, on_bad_row
         self.skipped: Counter[str] = Counter()
         self.num_rows = 0
+        self.bad_rows: array[int] = array("q")
         self.one_line_per_row = True
         self._line = first_line  # of the first row not yet taken
         self._rows_taken = 0  # bad ones and blank lines included
@@ -184,6 +186,7 @@ class RowScanner:
             line = self._line + data.count(b"\n", 0, int(starts[first]))
             reason = list(REASONS)[problems[first] - 1]
             self._report(self._rows_taken + first + 1, line, reason, int(cells[first]), 1)
+        self.bad_rows.extend((bad + self._rows_taken).tolist())
         for reason, code in _CODES.items():
             if number := int((problems[:num_taken] == code).sum()):
                 self.skipped[reason] += number
@@ -204,6 +207,7 @@ class RowScanner:
     def _report(self, row: int, line: int, reason: str, cells: int, number: int) -> None:
         if self.on_bad_row == "skip":
             self.skipped[reason] += number
+            self.bad_rows.extend(range(row - 1, row - 1 + number))
             return
         what = REASONS[reason]
         if reason.endswith("cells"):
@@ -212,6 +216,16 @@ class RowScanner:
             f"{self.name}: row {row} (line {line} of the file) has {what}, expected {self.num_cells} cells of UTF-8 "
             'text: mend the row, or leave such rows out with on_bad_row="skip" (--on-bad-row skip)'
         )
+
+
+def check_on_bad_row(value: str) -> None:
+    """Refuse what is not an `OnBadRow`.
+
+    Raises:
+        ValueError: as said.
+    """
+    if value not in get_args(OnBadRow):
+        raise ValueError(f"on_bad_row is {value!r}, expected one of {get_args(OnBadRow)}")
 
 
 def _invalid_utf8(data: bytes) -> list[int]:

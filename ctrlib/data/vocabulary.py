@@ -120,19 +120,28 @@ def load_vocabularies(folder: Path, schema: Schema) -> dict[str, pl.Series]:
     """Vocabulary name -> its values in the order of their ids.
 
     Raises:
-        SchemaError: a vocabulary is missing or is not the one that the schema was fitted with.
+        SchemaError: as in `load_vocabulary`.
     """
-    vocabularies = {}
-    for name in schema.vocabularies:
-        path = vocabulary_path(folder, name)
-        if not path.is_file():
-            raise SchemaError(f"{path} is missing, expected the vocabulary {name!r}: prepare the data again")
-        values = pl.read_parquet(path)["value"]
-        expected = (schema.vocabulary_hashes or {}).get(name)
-        if hash_values(values) != expected:
-            raise SchemaError(
-                f"{path} has hash {hash_values(values)}, the schema expects {expected}: it belongs to other data or "
-                "was changed; use the folder that the schema came with"
-            )
-        vocabularies[name] = values
-    return vocabularies
+    return {name: load_vocabulary(folder, name, schema) for name in schema.vocabularies}
+
+
+def load_vocabulary(folder: Path, name: str, schema: Schema) -> pl.Series:
+    """The values of one vocabulary in the order of their ids.
+
+    Raises:
+        SchemaError: it is missing or is not the one that the schema was fitted with.
+    """
+    path = vocabulary_path(folder, name)
+    if not path.is_file():
+        raise SchemaError(f"{path} is missing, expected the vocabulary {name!r}: prepare the data again")
+    try:
+        values = pl.read_parquet(path, glob=False)["value"]
+    except pl.exceptions.PolarsError as error:
+        raise SchemaError(f"{path} cannot be read ({error}): copy it, or prepare the data, again") from error
+    expected = (schema.vocabulary_hashes or {}).get(name)
+    if hash_values(values) != expected:
+        raise SchemaError(
+            f"{path} has hash {hash_values(values)}, the schema expects {expected}: it belongs to other data or "
+            "was changed; use the folder that the schema came with"
+        )
+    return values

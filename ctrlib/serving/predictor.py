@@ -17,15 +17,17 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ctrlib import presets
-from ctrlib.data.encode import GROUP, encode
+from ctrlib.data.columns import GROUP_COLUMN
+from ctrlib.data.encode import check_unknown, count_ids, encode
 from ctrlib.data.loader import Loader
-from ctrlib.data.raw import RawData, read_raw
-from ctrlib.schema import MISSING_ID, OOV_ID, Categorical, Schema, SchemaError
+from ctrlib.data.raw import RawData, naming, read_raw
+from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
+from ctrlib.schema import Schema, SchemaError
 from ctrlib.training.loop import evaluate, predict
 
 
@@ -72,11 +74,19 @@ class Predictor:
             if not (folder / name).is_file():
                 raise SchemaError(f"{folder} is not a model folder, it has no {name}: `ctrlib train --out` writes one")
         schema = Schema.load(folder)
-        model = presets.build(json.loads((folder / "model.json").read_text(encoding="utf-8")), schema)
+        model = _build(folder / "model.json", schema)
+        path = folder / "model.safetensors"
         try:
-            weights = load_file(str(folder / "model.safetensors"))
+            with safe_open(str(path), "pt") as file:
+                trained_with = (file.metadata() or {}).get("schema_hash")
+            weights = load_file(str(path))
         except SafetensorError as error:
-            raise SchemaError(f"{folder / 'model.safetensors'} is damaged ({error}): copy or train it again") from error
+            raise SchemaError(f"{path} is damaged ({error}): copy or train it again") from error
+        if trained_with != schema.hash:
+            raise SchemaError(
+                f"{path} was trained with a schema of hash {trained_with}, {folder / 'schema.json'} has {schema.hash}: "
+                "the files are of different models; copy the whole folder again"
+            )
         expected = model.state_dict()
         unfit = sorted(set(weights) ^ set(expected)) or sorted(
             name for name in expected if expected[name].shape != weights[name].shape
@@ -86,36 +96,41 @@ class Predictor:
         model.load_state_dict(weights)
         return cls(model.eval(), schema, folder)
 
-    def predict(self, data: RawData, *, batch_size: int = 8192) -> tuple[pl.DataFrame, dict[str, Any]]:
+    def predict(
+        self, data: RawData, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise"
+    ) -> tuple[pl.DataFrame, dict[str, Any]]:
         """Probabilities for raw rows, a column per label, in the order of the rows; labels are not needed.
 
         Args:
             data: a CSV, TSV or parquet file, or a polars frame, with the raw feature columns in any order.
             batch_size: rows per step.
+            on_bad_row: "raise" at the first damaged row, or "skip": such rows get no probability and are counted.
 
         Returns:
             The probabilities, and the counts: "rows", per id feature how many ids were "unseen" in train and how many
-            were "missing" (both score normally), and the columns "ignored" because the model does not know them.
+            cells were "missing" (both score normally), the columns "ignored" because the model does not know them, and
+            how many rows were "skipped" for which reason and which they are ("skipped_rows", counted from 1), and
+            "remarks" on columns of which train knew no value at all.
 
         Raises:
-            SchemaError: a column is missing or has another type than in training.
+            SchemaError: a column is missing, or has another type than in training.
             DataError: a cell or row is damaged; the message names it.
         """
-        with self._encoded(data, with_labels=False) as (folder, ignored):
-            counts = {**self._count(folder), "ignored": ignored}
+        with self._encoded(data, on_bad_row, with_labels=False) as (folder, counts):
             scores = predict(self.model, Loader(folder, "rows", batch_size=batch_size))
         probabilities = 1 / (1 + np.exp(-scores.logits.astype(np.float64)))
-        return pl.DataFrame(dict(zip(self.schema.labels, probabilities.T))), counts
+        frame = pl.DataFrame(dict(zip(self.schema.labels, probabilities.T)))
+        return frame, {"rows": frame.height, **counts}
 
-    def evaluate(self, data: RawData, *, batch_size: int = 8192) -> dict[str, Any]:
-        """Metrics on raw rows with labels, as `ctrlib.evaluate` gives them.
+    def evaluate(self, data: RawData, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise") -> dict[str, Any]:
+        """Metrics on raw rows with labels, as `ctrlib.evaluate` gives them, and the counts that `predict` gives.
 
         Raises:
             SchemaError, DataError: as in `predict`, labels included.
         """
-        with self._encoded(data, with_labels=True) as (folder, _):
+        with self._encoded(data, on_bad_row, with_labels=True) as (folder, counts):
             loader = Loader(folder, "rows", batch_size=batch_size, with_group=self.schema.group is not None)
-            return evaluate(self.model, loader)
+            return {**evaluate(self.model, loader), **counts}
 
     def evaluate_prepared(self, folder: str | Path, split: str, *, batch_size: int = 8192) -> dict[str, Any]:
         """Metrics on a split of a prepared folder.
@@ -134,37 +149,74 @@ class Predictor:
         return evaluate(self.model, loader)
 
     @contextlib.contextmanager
-    def _encoded(self, data: RawData, *, with_labels: bool) -> Iterator[tuple[Path, list[str]]]:
-        """A temporary prepared folder with the split "rows", and the columns that are not in it."""
-        reading = dict(self.schema.raw_format or {})
-        positive = reading.pop("label_positive", None)
+    def _encoded(
+        self, data: RawData, on_bad_row: OnBadRow, *, with_labels: bool
+    ) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """A temporary prepared folder with the split "rows", and what is to be said about the rows."""
+        check_on_bad_row(on_bad_row)
+        schema = self.schema
+        raw_format = schema.raw_format or {}
+        reading = {name: raw_format[name] for name in ("separator", "columns", "missing_values") if name in raw_format}
+        known = {feature.name for feature in schema.features}
+        only_labels = [name for name in (*schema.labels, schema.weight, schema.group) if name and name not in known]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            raw = read_raw(data, folder / "raw", **reading)
-            rows = encode(raw, self.schema, self.folder / "vocab", require_labels=with_labels, label_positive=positive)
+            raw = read_raw(
+                data,
+                folder / "raw",
+                on_bad_row=on_bad_row,
+                may_lack=() if with_labels else (schema.labels, only_labels),
+                **reading,
+            )
+            rows = encode(
+                raw,
+                schema,
+                self.folder / "vocab",
+                require_labels=with_labels,
+                missing_labels=raw_format.get("missing_labels", "raise"),
+                label_positive=raw_format.get("label_positive"),
+                on_bad_row=on_bad_row,
+            )
             if not with_labels:
                 # The loader wants every column of the schema; what is not known is not used either.
                 rows = rows.with_columns(
-                    *(pl.lit(float("nan"), pl.Float32).alias(label) for label in self.schema.labels),
-                    *([pl.lit(1.0, pl.Float32).alias(self.schema.weight)] if self.schema.weight else []),
-                    *([pl.lit(0, pl.Int64).alias(GROUP)] if self.schema.group else []),
+                    *(pl.lit(float("nan"), pl.Float32).alias(label) for label in schema.labels),
+                    *([pl.lit(1.0, pl.Float32).alias(schema.weight)] if schema.weight else []),
+                    *([pl.lit(0, pl.Int64).alias(GROUP_COLUMN)] if schema.group else []),
                 )
             (folder / "rows").mkdir()
-            rows.sink_parquet(folder / "rows" / "part-00000.parquet")
-            self.schema.save(folder / "schema.json")
-            known = {feature.name for feature in self.schema.features} | set(self.schema.labels)
-            known |= {name for name in (self.schema.weight, self.schema.group) if name is not None}
-            yield folder, [name for name in raw.dtypes if name not in known]
+            path = folder / "rows" / "part-00000.parquet"
+            with naming(raw.name):
+                rows.sink_parquet(path)
+            encoded = pl.scan_parquet(path, glob=False)
+            if not encoded.select(pl.len()).collect().item():
+                skipped = f" but {dict(raw.skipped)}, which were skipped" if raw.skipped else ""
+                raise DataError(f"{raw.name} has no rows{skipped}: expected at least one")
+            ids = count_ids(encoded, schema)
+            remarks = check_unknown(raw, ids, schema, self.folder / "vocab")
+            schema.save(folder / "schema.json")
+            yield (
+                folder,
+                {
+                    "unseen": {name: counts["unseen"] for name, counts in ids.items()},
+                    "missing": {name: counts["missing"] for name, counts in ids.items()},
+                    "ignored": [name for name in raw.dtypes if name not in known and name not in only_labels],
+                    "skipped": dict(raw.skipped),
+                    "skipped_rows": raw.skipped_rows,
+                    "remarks": remarks,
+                },
+            )
 
-    def _count(self, folder: Path) -> dict[str, Any]:
-        rows = pl.scan_parquet(folder / "rows" / "*.parquet")
-        ids = {
-            feature.name: pl.col(feature.name) if isinstance(feature, Categorical) else pl.col(feature.name).explode()
-            for feature in self.schema.sparse
-        }
-        unseen, missing = (
-            rows.select((column == reserved).sum().alias(name) for name, column in ids.items()).collect().to_dicts()
-            for reserved in (OOV_ID, MISSING_ID)
-        )
-        num_rows = rows.select(pl.len()).collect().item()
-        return {"rows": num_rows, "unseen": (unseen or [{}])[0], "missing": (missing or [{}])[0]}
+
+def _build(path: Path, schema: Schema) -> nn.Module:
+    """The model that model.json describes, with fresh weights."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SchemaError(f"{path} is not JSON ({error}): copy it or train the model again") from error
+    if not isinstance(config, dict) or "preset" not in config:
+        raise SchemaError(f'{path} does not name a "preset": copy it or train the model again')
+    try:
+        return presets.build(config, schema)
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"{path} describes no model that can be built ({error}): copy it again") from error

@@ -1,0 +1,227 @@
+"""A saved model and raw rows that are not quite what it was trained on: said, counted or refused, never swallowed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+import ctrlib as ctr
+from ctrlib import cli, presets
+from ctrlib.data.scan import DataError
+from ctrlib.schema import Categorical, Numeric, SchemaError, Sequence
+
+CONFIG: dict[str, Any] = {"preset": "fm", "embedding_dim": 4}
+
+
+def rows(number: int = 60) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "item": [f"i{i % 12}" for i in range(number)],
+            "member": [i % 3 == 0 for i in range(number)],
+            "shop": [i % 20 for i in range(number)],
+            "price": [float(i % 7) for i in range(number)],
+            "history": ["" if i % 4 == 0 else "i1|i2" for i in range(number)],
+            "label": [i % 2 for i in range(number)],
+        }
+    )
+
+
+FEATURES = [
+    Categorical("item"), Categorical("member"), Categorical("shop"), Numeric("price", "minmax"),
+    Sequence("history", vocabulary="item"),
+]  # fmt: skip
+
+
+def model_of(data: Any, folder: Path, **options: Any) -> ctr.Predictor:
+    """A model folder with fresh weights; how good it is does not matter here."""
+    options = {"features": FEATURES, "log": None, **options}
+    schema = ctr.prepare({"train": data}, folder / "p", **options)
+    ctr.save_model(presets.build(CONFIG, schema), CONFIG, folder / "p", folder / "m")
+    return ctr.Predictor.load(folder / "m")
+
+
+@pytest.fixture
+def predictor(tmp_path: Path) -> ctr.Predictor:
+    return model_of(rows(), tmp_path)
+
+
+def csv_of(path: Path, frame: pl.DataFrame, **options: Any) -> Path:
+    frame.write_csv(path, **options)
+    return path
+
+
+def test_evaluation_counts_as_prediction_does(predictor, tmp_path, capsys):
+    odd = rows().with_columns(surplus=pl.lit(1), item=pl.Series(["new", None, *rows()["item"][2:]]))
+    scores, counts = predictor.predict(odd)
+    assert counts["unseen"] == {"item": 1, "member": 0, "shop": 0, "history": 0}
+    assert counts["missing"] == {"item": 1, "member": 0, "shop": 0, "history": 15}
+    assert counts["ignored"] == ["surplus"]
+    assert counts["rows"] == len(scores) == 60
+    metrics = predictor.evaluate(odd)
+    assert {key: metrics[key] for key in counts} == counts
+    path = csv_of(tmp_path / "odd.csv", odd)
+    assert cli.main(["evaluate", str(tmp_path / "m"), str(path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {key: printed[key] for key in ("unseen", "missing", "ignored")} == {
+        key: counts[key] for key in ("unseen", "missing", "ignored")
+    }
+    assert cli.main(["evaluate", str(tmp_path / "m"), str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "item: 1 unseen and 1 missing ids" in printed
+    assert "ignored: surplus" in printed
+
+
+def test_a_column_without_one_known_value_is_remarked_on_or_refused(predictor, tmp_path, capsys):
+    # A batch of new items is normal, so it scores; but a person should look at it.
+    shifted = rows().with_columns(item=pl.Series([f"x{i % 12}" for i in range(60)]))
+    scores, counts = predictor.predict(shifted)
+    assert scores["label"].is_between(0, 1).all()
+    assert counts["unseen"]["item"] == 60
+    assert re.search(r"'item' holds 60 values and train knew none.*'x0'.*such as \['i1'", counts["remarks"][0])
+    assert predictor.evaluate(shifted)["remarks"] == counts["remarks"]
+    path = csv_of(tmp_path / "shifted.csv", shifted)
+    assert cli.main(["predict", str(tmp_path / "m"), str(path), "--out", str(tmp_path / "s.csv")]) == 0
+    assert "train knew none" in capsys.readouterr().err
+    assert predictor.predict(rows())[1]["remarks"] == []
+    # Text where train has integers is no new item.
+    retyped = csv_of(tmp_path / "b.csv", rows().with_columns(shop=pl.Series([f"s{i}" for i in range(60)])))
+    with pytest.raises(SchemaError, match=r"b.csv: column 'shop' .*'s0'"):
+        predictor.predict(retyped)
+    flags = csv_of(tmp_path / "a.csv", rows().with_columns(member=pl.Series(["True", "False"] * 30)))
+    with pytest.raises(SchemaError, match=r"a.csv: column 'member' .*'True'.*'false'"):
+        predictor.predict(flags)
+    # Few rows, or one new user with many, are no evidence.
+    predictor.predict(shifted.head(9))
+    _, counts = predictor.predict(rows().with_columns(item=pl.lit("new")))
+    assert counts["unseen"]["item"] == 60
+
+
+def test_a_column_of_another_type_is_refused(predictor, tmp_path):
+    for retyped, kind in ((pl.col("member").cast(pl.Int8), "integer"), (pl.col("member").cast(pl.String), "text")):
+        with pytest.raises(SchemaError, match=f"'member' holds values of kind {kind} .*were of kind boolean: cast"):
+            predictor.predict(rows().with_columns(retyped))
+    with pytest.raises(SchemaError, match=r"'shop' holds values of kind text .*integer"):
+        predictor.predict(rows().with_columns(pl.col("shop").cast(pl.String)))
+    expected = predictor.predict(rows())[0]
+    assert predictor.predict(rows().with_columns(pl.col("shop").cast(pl.Float64)))[0].equals(expected)
+    assert predictor.predict(csv_of(tmp_path / "a.csv", rows()))[0].equals(expected)
+    # pandas makes floats of a column that has no value at all
+    _, counts = predictor.predict(rows().with_columns(item=pl.lit(float("nan"))))
+    assert counts["missing"]["item"] == 60
+    parsed = model_of(tmp_path / "a.csv", tmp_path / "q")
+    assert parsed.schema.raw_format["types"]["shop"] == "parsed"
+    parsed.predict(rows())
+
+
+def test_files_of_two_models_are_refused(predictor, tmp_path):
+    other = model_of(rows().with_columns(price=pl.col("price") * 2), tmp_path / "other")
+    shutil.copy(other.folder / "schema.json", predictor.folder / "schema.json")
+    with pytest.raises(SchemaError, match=r"model.safetensors was trained with a schema of hash .*different models"):
+        ctr.Predictor.load(predictor.folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", 'does not name a "preset"'),
+        ('{"embedding_dim": 4}', 'does not name a "preset"'),
+        ('{"preset": "dcnv9"}', "describes no model .*dcnv9"),
+        ('{"preset": "fm", "colour": 1}', "describes no model .*colour"),
+        ('{"preset": "fm", "embedding_dim": "4"}', "describes no model"),
+        ('{"preset": ["fm"]}', "describes no model"),
+    ],
+)
+def test_a_damaged_description_is_named(predictor, content, message):
+    (predictor.folder / "model.json").write_text(content)
+    with pytest.raises(SchemaError, match=rf"model.json {message}"):
+        ctr.Predictor.load(predictor.folder)
+
+
+def test_missing_labels_are_masked_as_in_preparation(tmp_path):
+    holes = rows().with_columns(label=pl.Series([None, *rows()["label"][1:]]))
+    predictor = model_of(holes, tmp_path, missing_labels="mask")
+    assert predictor.evaluate(holes)["rows"] == 59
+    with pytest.raises(DataError, match="label"):
+        model_of(rows(), tmp_path / "strict").evaluate(holes)
+
+
+def test_bad_rows_can_be_skipped(predictor, tmp_path, capsys):
+    lines = csv_of(tmp_path / "good.csv", rows()).read_text().splitlines()
+    lines[3] = "one,cell,too,few"
+    lines[10] = ""
+    lines[20] = lines[20].replace(lines[20].split(",")[3], "dear")
+    path = tmp_path / "bad.csv"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"row 3 .*on-bad-row skip"):
+        predictor.predict(path)
+    with pytest.raises(ValueError, match="on_bad_row is 'ignore'"):
+        predictor.predict(path, on_bad_row="ignore")
+    scores, counts = predictor.predict(path, on_bad_row="skip")
+    assert counts["skipped"] == {"too few cells": 1, "blank line": 1, "price: not a finite number": 1}
+    assert counts["skipped_rows"] == [3, 10, 20]
+    assert counts["rows"] == len(scores) == 57
+    good, _ = predictor.predict(rows())
+    assert scores.equals(good[[i for i in range(60) if i + 1 not in (3, 10, 20)]])
+    assert predictor.evaluate(path, on_bad_row="skip")["skipped_rows"] == [3, 10, 20]
+    arguments = [str(tmp_path / "m"), str(path), "--on-bad-row", "skip"]
+    assert cli.main(["predict", *arguments, "--out", str(tmp_path / "s.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "57 rows scored" in printed
+    assert "3 bad rows were left out" in printed
+    assert "rows 3, 10, 20" in printed
+    assert cli.main(["evaluate", *arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == counts["skipped"]
+
+
+def test_files_without_header_may_lack_the_labels(tmp_path):
+    names = rows().columns
+    frame = rows().with_columns(weight=pl.lit(1), group=pl.lit(1))
+    frame = frame.select("label", "weight", "group", *names[:-1])
+    path = csv_of(tmp_path / "train.csv", frame, include_header=False)
+    predictor = model_of(path, tmp_path, columns=frame.columns, weight="weight", group="group")
+    expected, _ = predictor.predict(path)
+    for absent in (["label"], ["label", "weight", "group"]):
+        less = csv_of(tmp_path / "less.csv", frame.drop(absent), include_header=False)
+        assert predictor.predict(less)[0].equals(expected)
+    with pytest.raises(DataError, match="has 7 cells"):
+        predictor.evaluate(csv_of(tmp_path / "less.csv", frame.drop("label"), include_header=False))
+    with pytest.raises(DataError, match="has 6 cells"):
+        predictor.predict(csv_of(tmp_path / "less.csv", frame.drop("label", "price"), include_header=False))
+
+
+def test_brackets_in_paths(tmp_path):
+    folder = tmp_path / "d[1]*"
+    folder.mkdir()
+    frame = rows()
+    frame.write_parquet(folder / "raw[1].parquet")
+    csv_of(folder / "raw[1].csv", frame)
+    for name in ("raw[1].parquet", "raw[1].csv"):
+        predictor = model_of(folder / name, folder / f"[{name}]")
+        found = predictor.predict(folder / name)[0]
+        assert found.height == 60
+        assert predictor.evaluate_prepared(folder / f"[{name}]" / "p", "train")["rows"] == 60
+    (folder / "many").mkdir()
+    frame.write_parquet(folder / "many" / "part[0].parquet")
+    assert model_of(folder / "many", folder / "q").predict(folder / "many")[0].height == 60
+
+
+def test_errors_name_the_file_of_the_user(predictor, tmp_path):
+    path = tmp_path / "none.parquet"
+    with pytest.raises(DataError, match="data has no rows"):
+        predictor.predict(rows().head(0))
+    rows().head(0).write_parquet(path)
+    with pytest.raises(DataError, match=r"none.parquet has no rows"):
+        predictor.predict(path)
+    frame = rows().with_columns(price=pl.Series([1e-30 * (i % 7) for i in range(60)]))
+    small = model_of(frame, tmp_path / "small")
+    rows().with_columns(pl.col("price") * 1e20).write_parquet(path)
+    with pytest.raises(DataError, match=r"none.parquet: row 2, column 'price' holds 1e\+20; expected .*'minmax'"):
+        small.predict(path)
+    assert small.predict(path, on_bad_row="skip")[1]["skipped"] == {"price: too large after its transform": 60 - 9}
