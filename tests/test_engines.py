@@ -14,9 +14,9 @@ from ctrlib.testing import example_batch, example_schema
 
 SCHEMA = example_schema()
 PRESETS: dict[str, Callable[..., ctr.Model]] = {
-    "mlp": lambda **k: presets.mlp(SCHEMA, embedding_dim=8, hidden=(8,), batch_norm=True),
+    "mlp": lambda **k: presets.mlp(SCHEMA, embedding_dim=8, hidden=(8,), batch_norm=True, **k),
     "deepfm": lambda **k: presets.deepfm(SCHEMA, embedding_dim=8, hidden=(8,), **k),
-    "dcnv2": lambda **k: presets.dcnv2(SCHEMA, embedding_dim=8, hidden=(8,), num_cross_layers=2),
+    "dcnv2": lambda **k: presets.dcnv2(SCHEMA, embedding_dim=8, hidden=(8,), num_cross_layers=2, **k),
     "fm": lambda **k: presets.fm(SCHEMA, embedding_dim=8, **k),
 }
 
@@ -99,12 +99,13 @@ def reference_fused(model: ctr.Model, batches: list[ctr.Batch], *, lr: float, ta
                 parameter -= torch.where(parameter.grad.abs().sum(1, keepdim=True) > 0, step, 0.0)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", PRESETS)
-def test_fused_engine_is_row_wise_adagrad_and_adam(name: str) -> None:
+def test_fused_engine_is_row_wise_adagrad_and_adam(name: str, stacked: bool) -> None:
     torch.manual_seed(0)
     wide = {"wide_columns": 4} if name in ("fm", "deepfm") else {}
-    model = PRESETS[name](**wide)
-    reference = PRESETS[name]()  # one wide column: four equal ones must move like it
+    model = PRESETS[name](**wide, stacked=stacked)
+    reference = PRESETS[name](stacked=stacked)  # one wide column: four equal ones must move like it
     state = {
         key: value[:, :1] if "_wide" in key and value.shape[1] == 4 else value
         for key, value in model.state_dict().items()

@@ -109,6 +109,33 @@ def test_frappe_rows_are_values_plus_three_reserved_ids_per_field() -> None:
     assert sum(feature.num_embeddings or 0 for feature in frappe_schema().sparse) == 5_379 + 10 * 3
 
 
+def test_stacked_tables_give_the_same_vectors() -> None:
+    schema = ctr.testing.example_schema()
+    check_embedding(lambda schema: ctr.TableEmbedding(schema.features, embedding_dim=8, stacked=True))
+    plain = ctr.TableEmbedding(schema.features, embedding_dim=8)
+    stacked = ctr.TableEmbedding(schema.features, embedding_dim=8, stacked=True)
+    wide, stacked_wide = ctr.Wide(schema.features), ctr.Wide(schema.features, stacked=True)
+    for one, other in ((plain, stacked), (wide, stacked_wide)):
+        separate = {name: bag.weight for name, bag in one.tables.embedding_bags.items()}
+        together = {name: bag.weight for name, bag in other.tables.embedding_bags.items()}
+        assert sum(map(len, together.values())) == sum(map(len, separate.values()))
+        assert len(together) == 2  # summed and averaged ones
+        for name, weight in together.items():
+            members = [table for key, table in separate.items() if ("user" in key) == ("sum" in name)]
+            weight.data = torch.cat([table.detach() for table in members])
+    stacked.numeric_vectors.data = plain.numeric_vectors.data
+    stacked_wide.numeric_weights.data = wide.numeric_weights.data
+    batch = ctr.testing.example_batch(schema, 16)
+    assert torch.equal(plain(batch), stacked(batch))
+    torch.testing.assert_close(wide(batch), stacked_wide(batch))
+    fresh = ctr.TableEmbedding(schema.features, embedding_dim=8, stacked=True)
+    zero = {
+        name: bag.weight.abs().sum(1).eq(0).nonzero()[:, 0].tolist()
+        for name, bag in fresh.tables.embedding_bags.items()
+    }
+    assert zero == {"stacked_sum": [0], "stacked_mean": [0, 30]}  # the padding row of every vocabulary
+
+
 def test_any_column_name_makes_a_table() -> None:
     names = ["type", "items", "training", "user.id", "a%2Eb"]
     schema = Schema(tuple(Categorical(name, num_embeddings=9) for name in names), ("y",))

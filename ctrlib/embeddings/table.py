@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, SparseFeature, vocabulary_of
@@ -24,10 +25,14 @@ class TableEmbedding(nn.Module):
 
     Shape: Batch -> (B, F, D), fields in the schema's order.
 
+    `stacked` lays the tables one below the other in one table (one for each kind of pooling), with ids shifted
+    accordingly: the same vectors, but fbgemm's CPU kernels update one large table on all cores, and many small ones
+    one after the other (26 tables of 4,096 look-ups: 23 ms on two cores, stacked 6 ms). Unstacked tables can be
+    sharded one by one.
+
     Raises:
         ValueError: a feature has not been fitted, or features of one vocabulary want different pooling.
 
-    >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
     >>> embedding = TableEmbedding([Categorical("item", num_embeddings=5), Numeric("price")], embedding_dim=4)
     >>> embedding.out_shape
     (2, 4)
@@ -36,7 +41,14 @@ class TableEmbedding(nn.Module):
     torch.Size([2, 2, 4])
     """
 
-    def __init__(self, features: Sequence[Feature], *, embedding_dim: int = 16, init_std: float = 1e-4) -> None:
+    def __init__(
+        self,
+        features: Sequence[Feature],
+        *,
+        embedding_dim: int = 16,
+        init_std: float = 1e-4,
+        stacked: bool = False,
+    ) -> None:
         super().__init__()
         if not features or embedding_dim < 1:
             raise ValueError(
@@ -47,7 +59,8 @@ class TableEmbedding(nn.Module):
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         num_dense = len(features) - len(sparse)
         self.names = [feature.name for feature in sparse]
-        self.tables = make_tables(sparse, embedding_dim=embedding_dim, init_std=init_std) if sparse else None
+        self.tables = make_tables(sparse, embedding_dim=embedding_dim, init_std=init_std, stacked=stacked)
+        self.first_rows = first_rows(sparse) if stacked else None
         self.numeric_vectors = nn.Parameter(torch.empty(num_dense, embedding_dim)) if num_dense else None
         if self.numeric_vectors is not None:
             # The Xavier scale of Linear(1, D), per field: sqrt(2 / (1 + D)).
@@ -63,7 +76,7 @@ class TableEmbedding(nn.Module):
         """Batch -> (B, F, D)."""
         blocks: dict[bool, Tensor] = {}
         if self.tables is not None:
-            pooled = regroup(self.tables(batch.sparse), self.names)
+            pooled = regroup(self.tables(shift_ids(batch.sparse, self.first_rows)), self.names)
             blocks[False] = pooled.view(batch.size, len(self.names), self.out_shape[1])
         if self.numeric_vectors is not None:
             blocks[True] = batch.dense.unsqueeze(2) * self.numeric_vectors
@@ -78,11 +91,10 @@ class Wide(nn.Module):
 
     `columns`: fbgemm's fused kernels need widths that are multiples of 4, so the fused engine wants 4; the weight is
     then the mean of 4 equal columns, which row-wise Adagrad moves exactly as it moves one column: each gets gradient
-    g / 4, the mean square over the row is (g / 4)^2, and the quarter cancels.
+    g / 4, the mean square over the row is (g / 4)^2, and the quarter cancels. `stacked` is as in `TableEmbedding`.
 
     Shape: Batch -> (B, T), T = `num_tasks`.
 
-    >>> from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
     >>> wide = Wide([Categorical("item", num_embeddings=5), Numeric("price")], num_tasks=2)
     >>> kjt = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([3, 4]), torch.tensor([1, 1]))
     >>> wide(Batch(kjt, torch.ones(2, 1), torch.ones(2, 2), torch.ones(2))).shape
@@ -90,18 +102,28 @@ class Wide(nn.Module):
     """
 
     def __init__(
-        self, features: Sequence[Feature], *, num_tasks: int = 1, columns: int = 1, init_std: float = 1e-4
+        self,
+        features: Sequence[Feature],
+        *,
+        num_tasks: int = 1,
+        columns: int = 1,
+        init_std: float = 1e-4,
+        stacked: bool = False,
     ) -> None:
         super().__init__()
         self.num_tasks, self.columns = num_tasks, columns
         self.out_shape = (num_tasks,)
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         num_dense = len(features) - len(sparse)
-        self.tables = (
-            make_tables(sparse, embedding_dim=num_tasks * columns, init_std=init_std, copies=columns, suffix="_wide")
-            if sparse
-            else None
+        self.tables = make_tables(
+            sparse,
+            embedding_dim=num_tasks * columns,
+            init_std=init_std,
+            copies=columns,
+            suffix="_wide",
+            stacked=stacked,
         )
+        self.first_rows = first_rows(sparse) if stacked else None
         self.numeric_weights = nn.Parameter(torch.empty(num_dense, num_tasks)) if num_dense else None
         if self.numeric_weights is not None:
             nn.init.normal_(self.numeric_weights, std=init_std)
@@ -110,7 +132,8 @@ class Wide(nn.Module):
         """Batch -> (B, T)."""
         total = batch.dense.new_zeros(batch.size, self.num_tasks)
         if self.tables is not None:
-            pooled = self.tables(batch.sparse).values()  # the sum over fields does not care about their order
+            # The sum over fields does not care about their order.
+            pooled = self.tables(shift_ids(batch.sparse, self.first_rows)).values()
             total = total + pooled.view(batch.size, -1, self.num_tasks, self.columns).sum(1).mean(2)
         if self.numeric_weights is not None:
             total = total + batch.dense @ self.numeric_weights
@@ -118,41 +141,101 @@ class Wide(nn.Module):
 
 
 def make_tables(
-    features: Sequence[SparseFeature], *, embedding_dim: int, init_std: float, copies: int = 1, suffix: str = ""
-) -> EmbeddingBagCollection:
-    """An EmbeddingBagCollection with one table per vocabulary; each run of `copies` columns starts equal.
+    features: Sequence[SparseFeature],
+    *,
+    embedding_dim: int,
+    init_std: float,
+    copies: int = 1,
+    suffix: str = "",
+    stacked: bool = False,
+) -> EmbeddingBagCollection | None:
+    """One table per vocabulary, or (`stacked`) per kind of pooling; None without features.
+
+    Each run of `copies` columns starts equal.
 
     Raises:
         ValueError: a feature has not been fitted, or features of one vocabulary want different pooling.
     """
-    by_vocabulary: dict[str, list[SparseFeature]] = {}
-    for feature in features:
-        by_vocabulary.setdefault(vocabulary_of(feature), []).append(feature)
+    tables: dict[str, list[list[SparseFeature]]] = {}  # name -> its vocabularies, each as the features that share it
+    for members in _by_vocabulary(features):
+        name = f"stacked_{_pooling(members)}" if stacked else _table_name(vocabulary_of(members[0]))
+        tables.setdefault(name + suffix, []).append(members)
     configs = []
-    for vocabulary, members in by_vocabulary.items():
-        rows = members[0].num_embeddings
-        if rows is None:
-            raise ValueError(
-                f"feature {members[0].name!r} has no num_embeddings yet: take the schema that `ctrlib.prepare` returns"
-            )
-        # One id per row is its own mean and its own sum, so only bags and histories have a say.
-        pooling = {member.pooling for member in members if not isinstance(member, Categorical)} or {"sum"}
-        if len(pooling) > 1:
-            raise ValueError(
-                f"features {[m.name for m in members]} share table {vocabulary!r} and must have the same pooling, "
-                f"got {sorted(pooling)}"
-            )
+    for name, vocabularies in tables.items():
+        rows = [_num_rows(members) for members in vocabularies]
+        padding = [sum(rows[:position]) + PADDING_ID for position in range(len(rows))]
         configs.append(
             EmbeddingBagConfig(
-                name=_table_name(vocabulary) + suffix,
-                num_embeddings=rows,
+                name=name,
+                num_embeddings=sum(rows),
                 embedding_dim=embedding_dim,
-                feature_names=[member.name for member in members],
-                pooling=PoolingType.MEAN if pooling == {"mean"} else PoolingType.SUM,
-                init_fn=functools.partial(_init_rows, std=init_std, copies=copies),
+                feature_names=[member.name for members in vocabularies for member in members],
+                pooling=PoolingType.MEAN if _pooling(vocabularies[0]) == "mean" else PoolingType.SUM,
+                init_fn=functools.partial(_init_rows, std=init_std, copies=copies, padding=padding),
             )
         )
-    return EmbeddingBagCollection(tables=configs)
+    return EmbeddingBagCollection(tables=configs) if configs else None
+
+
+def first_rows(features: Sequence[SparseFeature]) -> dict[str, int]:
+    """Feature -> where its vocabulary begins in the stacked table that it belongs to.
+
+    >>> first_rows([Categorical("a", num_embeddings=5), Categorical("b", num_embeddings=7)])
+    {'a': 0, 'b': 5}
+    """
+    used: dict[str, int] = {}
+    first: dict[str, int] = {}
+    for members in _by_vocabulary(features):
+        pooling = _pooling(members)
+        first |= {member.name: used.get(pooling, 0) for member in members}
+        used[pooling] = used.get(pooling, 0) + _num_rows(members)
+    return first
+
+
+def shift_ids(sparse: KeyedJaggedTensor, shifts: dict[str, int] | None) -> KeyedJaggedTensor:
+    """The same bags with `shifts[key]` added to every id of a key; None leaves them as they are."""
+    if shifts is None:
+        return sparse
+    keys, lengths = sparse.keys(), sparse.length_per_key()
+    counts = torch.tensor(lengths, device=sparse.values().device)
+    shift = torch.tensor([shifts[key] for key in keys], device=counts.device)
+    return KeyedJaggedTensor(
+        keys,
+        sparse.values() + shift.repeat_interleave(counts, output_size=sparse.values().numel()),
+        lengths=sparse.lengths(),
+        offsets=sparse.offsets(),
+        stride=sparse.stride(),
+        length_per_key=lengths,
+        offset_per_key=sparse.offset_per_key(),
+    )
+
+
+def _by_vocabulary(features: Sequence[SparseFeature]) -> list[list[SparseFeature]]:
+    groups: dict[str, list[SparseFeature]] = {}
+    for feature in features:
+        groups.setdefault(vocabulary_of(feature), []).append(feature)
+    return list(groups.values())
+
+
+def _num_rows(members: Sequence[SparseFeature]) -> int:
+    rows = members[0].num_embeddings
+    if rows is None:
+        raise ValueError(
+            f"feature {members[0].name!r} has no num_embeddings yet: take the schema that `ctrlib.prepare` returns"
+        )
+    return rows
+
+
+def _pooling(members: Sequence[SparseFeature]) -> str:
+    """How features of one vocabulary are pooled: one id per row is its own mean and its own sum, so only bags and
+    histories have a say."""
+    pooling = {member.pooling for member in members if not isinstance(member, Categorical)} or {"sum"}
+    if len(pooling) > 1:
+        raise ValueError(
+            f"features {[m.name for m in members]} share table {vocabulary_of(members[0])!r} and must have the same "
+            f"pooling, got {sorted(pooling)}"
+        )
+    return str(next(iter(pooling)))
 
 
 def _table_name(vocabulary: str) -> str:
@@ -176,9 +259,9 @@ def regroup(pooled: Any, names: Sequence[str]) -> Tensor:
     return torch.cat([by_name[name] for name in names], dim=1)
 
 
-def _init_rows(weight: Tensor, *, std: float, copies: int) -> Tensor:
+def _init_rows(weight: Tensor, *, std: float, copies: int, padding: list[int]) -> Tensor:
     with torch.no_grad():
         rows = torch.randn(weight.shape[0], weight.shape[1] // copies, device=weight.device) * std
         weight.copy_(rows.repeat_interleave(copies, dim=1))
-        weight[PADDING_ID] = 0
+        weight[padding] = 0
     return weight
