@@ -22,6 +22,32 @@ if TYPE_CHECKING:
 # Heavy imports (torch, TorchRec) are inside the commands, so that --help and doctor answer at once and always.
 
 
+# The names of ctrlib.presets.PRESETS, in its order.
+Tower = Literal[
+    "mlp",
+    "fm",
+    "wide_deep",
+    "deepfm",
+    "xdeepfm",
+    "dcn",
+    "dcnv2",
+    "dcnv2_mix",
+    "gdcn",
+    "dlrm",
+    "autoint",
+    "autoint_plus",
+    "ipnn",
+    "fgcnn",
+    "fibinet",
+    "masknet",
+    "masknet_serial",
+    "dualmlp",
+    "finalmlp",
+    "finalnet",
+    "eulernet",
+]
+
+
 @dataclass(frozen=True)
 class Prepare:
     """Turn raw files into a prepared folder: ids, numbers, vocabularies and a schema.
@@ -159,18 +185,28 @@ class Train:
     """Prepared folder."""
     out: Path | None = None
     """Folder for the model; otherwise runs/NAME-TOWER."""
-    tower: Literal["mlp", "fm", "deepfm", "dcnv2"] = "dcnv2"
+    tower: Tower = "dcnv2"
     """Which published model."""
     dim: int = 16
     """Width of the embeddings (multiples of 4 for the fused engine)."""
     hidden: tuple[int, ...] = (400, 400, 400)
     """Widths of the MLP's hidden layers."""
     cross_layers: int = 3
-    """Cross layers of dcnv2."""
+    """Cross layers of dcn, dcnv2, dcnv2_mix and gdcn."""
     dropout: float = 0.0
     """Dropout of the MLP."""
     batch_norm: bool = False
     """Batch normalisation in the MLP."""
+    numeric: Literal["vector", "bucketised", "piecewise_linear", "periodic", "autodis"] = "vector"
+    """How numbers become fields: vector is value times vector; the next two use quantiles of the training rows."""
+    bins: int = 32
+    """Quantile bins per number, for bucketised and piecewise_linear."""
+    sequence: Literal["pooled", "mean", "din", "din_softmax", "bst", "sim"] = "pooled"
+    """How histories become fields; pooled is the mean (or sum) of each, the others compare all histories with the
+    features whose vocabulary they share."""
+    option: tuple[str, ...] = ()
+    """Other arguments of the model, as NAME=VALUE with a JSON value: num_heads=5 hidden_1=[400,400]; a wrong name lists
+    the right ones. See ctrlib.presets."""
     engine: Literal["exact", "fused"] = "exact"
     """exact: dense Adam as in the papers. fused: row-wise Adagrad through TorchRec, for large tables."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -202,11 +238,10 @@ class Train:
 
     def config(self) -> dict[str, Any]:
         """What `presets.build` needs to make this model."""
-        import inspect
+        from ctrlib.data.quantiles import quantile_edges
+        from ctrlib.presets import arguments_of, for_engine
 
-        from ctrlib.presets import PRESETS, for_engine
-
-        takes = inspect.signature(PRESETS[self.tower]).parameters
+        takes = ["embedding_dim", *arguments_of(self.tower)]
         flags = {
             "dim": "embedding_dim",
             "hidden": "hidden",
@@ -222,6 +257,10 @@ class Train:
             )
         config: dict[str, Any] = {"preset": self.tower}
         config |= {argument: getattr(self, name) for name, argument in flags.items() if argument in takes}
+        config |= {"numeric": self.numeric, "sequence": self.sequence}
+        if self.numeric in ("bucketised", "piecewise_linear"):
+            config["edges"] = quantile_edges(self.data, self.bins)
+        config |= dict(parse_option(text) for text in self.option)
         return for_engine(config, self.engine)
 
     def __call__(self) -> int:
@@ -259,6 +298,25 @@ class Train:
             print_scores(result, f"{self.tower} on {self.data}")
             print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
         return 0
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """One NAME=VALUE of --option.
+
+    Raises:
+        ValueError: there is no "=", or the value is not JSON.
+
+    >>> parse_option("hidden_1=[400, 400]")
+    ('hidden_1', [400, 400])
+    """
+    name, _, value = text.partition("=")
+    try:
+        return name.strip().replace("-", "_"), json.loads(value)
+    except ValueError:
+        raise ValueError(
+            f"--option {text}: expected NAME=VALUE with a JSON value, such as num_heads=5, zero_context=true or "
+            "hidden_1=[400,400]"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -80,9 +81,46 @@ class Hidden(nn.Sequential):
             layers.append(nn.Linear(num_inputs, width))
             if batch_norm:
                 layers.append(nn.BatchNorm1d(width))
-            layers.append(nn.ReLU())
+            # In place: neither a linear layer nor a normalisation needs its output again.
+            layers.append(nn.ReLU(inplace=True))
             if dropout:
                 layers.append(Dropout(dropout))
             num_inputs = width
         super().__init__(*layers)
         init_linear(self)
+
+
+class Dice(nn.Module):
+    """y = p x + (1 - p) alpha x,  p = sigmoid((x - E[x]) / sqrt(Var[x] + eps))  (DIN, KDD 2018).
+
+    A PReLU whose turning point follows the data: per channel, mean and (biased) variance of the batch in training,
+    running ones in evaluation or where a batch has fewer than two rows. alpha starts at 0. The paper's eps is 1e-8.
+    Over events of histories, statistics are those of real events only; FuxiCTR's count padded positions too, so that
+    there the amount of padding changes them. Momentum is FuxiCTR's.
+
+    Shape: (N, C) -> (N, C).
+
+    >>> [round(y, 4) for y in Dice(1)(torch.tensor([[-1.0], [0.0], [1.0], [2.0]])).flatten().tolist()]
+    [-0.2072, 0.0, 0.61, 1.5855]
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_channels: int, *, eps: float = 1e-8, momentum: float = 0.01) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.alpha = nn.Parameter(torch.zeros(num_channels))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, C)."""
+        if self.training and x.shape[0] > 1:
+            z = F.batch_norm(
+                x, self.running_mean, self.running_var, training=True, momentum=self.momentum, eps=self.eps
+            )
+        else:
+            scale = (self.running_var + self.eps).rsqrt()
+            z = torch.addcmul(-self.running_mean * scale, x, scale)
+        return x * torch.addcmul(self.alpha, z.sigmoid(), 1 - self.alpha)

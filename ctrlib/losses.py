@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,3 +30,48 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Ten
     )
     # The guard only matters for a task whose total weight is 0: its numerator is 0 too.
     return ((losses * weight).sum(0) / weight.sum(0).clamp(min=torch.finfo(torch.float32).tiny)).sum()
+
+
+_collected: ContextVar[list[Tensor] | None] = ContextVar("collected", default=None)
+
+
+def add_auxiliary(losses: Tensor) -> None:
+    """Add a part's own loss to the training loss: self-distillation, a regulariser of the rows looked up, and the like.
+
+    Called in `forward`, in training only. Losses of rows are averaged with the batch's weights, a scalar is added as it
+    is. Where no engine collects (evaluation, your own loop), nothing happens.
+
+    Shape: (B,) or ().
+
+    >>> with collect_auxiliary() as losses:
+    ...     add_auxiliary(torch.tensor([1.0, 3.0]))
+    >>> total_auxiliary(losses, weights=torch.tensor([1.0, 0.0])).item()
+    1.0
+    """
+    collected = _collected.get()
+    if collected is not None:
+        collected.append(losses)
+
+
+@contextlib.contextmanager
+def collect_auxiliary() -> Iterator[list[Tensor]]:
+    """The list that `add_auxiliary` fills inside the block: what an engine opens around the forward pass."""
+    losses: list[Tensor] = []
+    token = _collected.set(losses)
+    try:
+        yield losses
+    finally:
+        _collected.reset(token)
+
+
+def total_auxiliary(losses: list[Tensor], weights: Tensor) -> Tensor:
+    """Sum of what was collected; losses of rows become their weighted mean.
+
+    Shape: weights (B,) -> scalar.
+    """
+    total = weights.new_zeros(())
+    for loss in losses:
+        if loss.dim():
+            loss = (loss * weights).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        total = total + loss
+    return total

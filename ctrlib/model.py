@@ -50,13 +50,20 @@ class Model(nn.Module):
         logits: Tensor = self.head(self.tower(self.embedding(batch)))
         return logits if self.wide is None else logits + self.wide(batch)
 
+    def network(self) -> list[nn.Module]:
+        """Tower, head, and the encoders that an embedding publishes as `encoders` (attention over a history, say).
+
+        Everything else depends on single ids and numbers: it is what embedding bytes and embedding L2 mean.
+        """
+        return [self.tower, self.head, *getattr(self.embedding, "encoders", ())]
+
     def num_parameters(self) -> dict[str, int]:
-        """Number of weights in embedding and wide part, and in the rest (tower and head)."""
+        """Number of weights in the embedding (with the wide part), and in the network."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        network = sum(p.numel() for part in (self.tower, self.head) for p in part.parameters())
+        network = sum(p.numel() for part in self.network() for p in part.parameters())
         return {"embedding": total - network, "network": network}
 
     def embedding_bytes(self) -> int:
         """Bytes of the weights that depend on ids and numbers: embedding and wide part."""
-        parts = [part for part in (self.embedding, self.wide) if part is not None]
-        return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        network = {id(p) for part in self.network() for p in part.parameters()}
+        return sum(p.numel() * p.element_size() for p in self.parameters() if id(p) not in network)

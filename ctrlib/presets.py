@@ -1,115 +1,633 @@
 """Published models, assembled from parts: what the command line and the recipes mean by a name.
 
-Each function reads like the paper's figure. Build your own the same way; nothing here is special.
+Each function reads like the paper's figure: fields from `Inputs`, a tower, a head. Build your own the same way; nothing
+here is special.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
+from torch import nn
+
+from ctrlib.embeddings.bst import BST
+from ctrlib.embeddings.combine import ConcatFields
+from ctrlib.embeddings.din import DIN
+from ctrlib.embeddings.numeric import AutoDis, Bucketised, Periodic, PiecewiseLinear
+from ctrlib.embeddings.sequence import MeanPooling, SequenceEmbedding, Unit
+from ctrlib.embeddings.sim import SIM, TargetAttention
 from ctrlib.embeddings.table import TableEmbedding, Wide
+from ctrlib.heads.ensemble import EnsembleHead
 from ctrlib.heads.linear import LinearHead
 from ctrlib.model import Model
-from ctrlib.schema import Schema
-from ctrlib.towers.combine import Parallel
-from ctrlib.towers.crossnet import CrossNetV2
+from ctrlib.schema import Categorical, Schema, vocabulary_of
+from ctrlib.schema import Sequence as HistoryFeature
+from ctrlib.towers.autoint import AutoInt
+from ctrlib.towers.cin import CIN
+from ctrlib.towers.combine import Parallel, Stack
+from ctrlib.towers.crossnet import CrossNet, CrossNetMix, CrossNetV2
+from ctrlib.towers.dlrm import DotInteraction
+from ctrlib.towers.eulernet import EulerNet
+from ctrlib.towers.fgcnn import FGCNN
+from ctrlib.towers.fibinet import Bilinear, FiBiNET
+from ctrlib.towers.finalmlp import FinalMLP
+from ctrlib.towers.finalnet import FinalBlock
 from ctrlib.towers.fm import FM
+from ctrlib.towers.gdcn import GatedCrossNet
+from ctrlib.towers.ipnn import IPNN
+from ctrlib.towers.masknet import ParallelMaskNet, SerialMaskNet
 from ctrlib.towers.mlp import MLP
 
+Widths = Sequence[int]
+SequenceFields = Literal["pooled", "mean", "din", "din_softmax", "bst", "sim"]
+NumericFields = Literal["vector", "bucketised", "piecewise_linear", "periodic", "autodis"]
 
-def fm(schema: Schema, *, embedding_dim: int = 16, wide_columns: int = 1, stacked: bool = False) -> Model:
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the features become fields, whatever the tower: what every preset takes first.
+
+    `embedding_dim`: width D of the fields. `numeric`: how numbers become fields; `bucketised` and `piecewise_linear`
+    want `edges`, a list for each numeric feature (`ctrlib.quantile_edges`), `periodic` a `sigma`. `sequence`: how
+    histories become fields; for all but `pooled` (mean or sum, as the feature says) histories are compared with the
+    categorical features that share their vocabularies, all in one unit. `stacked`: see `TableEmbedding`.
+    `wide_columns`: see `Wide`.
+
+    Raises:
+        ValueError: there is no such `numeric` or `sequence`, edges are lacking, or a history has no target.
+
+    >>> from ctrlib.testing import example_schema
+    >>> model = deepfm(Inputs(example_schema(), embedding_dim=8), hidden=(16,))
+    >>> model.tower.in_shape
+    (6, 8)
+    """
+
+    schema: Schema
+    embedding_dim: int = 16
+    numeric: NumericFields = "vector"
+    edges: Sequence[Sequence[float]] | None = None
+    sigma: float = 0.01
+    sequence: SequenceFields = "pooled"
+    stacked: bool = False
+    wide_columns: int = 1
+
+    def __post_init__(self) -> None:
+        if self.numeric not in get_args(NumericFields):
+            raise ValueError(f"unknown numeric {self.numeric!r}, expected one of {get_args(NumericFields)}")
+        if self.sequence not in get_args(SequenceFields):
+            raise ValueError(f"unknown sequence {self.sequence!r}, expected one of {get_args(SequenceFields)}")
+        wanted = len(self.schema.dense) if self.numeric in ("bucketised", "piecewise_linear") else 0
+        if wanted and len(self.edges or ()) != wanted:
+            raise ValueError(
+                f"numeric={self.numeric!r} needs edges for {wanted} numeric features, got {len(self.edges or ())}: "
+                "take ctrlib.quantile_edges(prepared_folder)"
+            )
+
+    def embedding(self, names: Sequence[str] | None = None, *, suffix: str = "") -> Any:
+        """Fields of all features, or of those named; a `suffix` keeps the tables apart from others of the model.
+
+        A second set of fields has its histories pooled.
+        """
+        if self.sequence != "pooled" and names is None and not suffix:
+            return SequenceEmbedding(
+                self.schema.features,
+                units=[self._unit()],
+                embedding_dim=self.embedding_dim,
+                stacked=self.stacked,
+                numeric=self._numeric_fields(names),
+            )
+        return TableEmbedding(
+            self.schema.features,
+            only=names,
+            embedding_dim=self.embedding_dim,
+            stacked=self.stacked,
+            suffix=suffix,
+            numeric=self._numeric_fields(names),
+        )
+
+    def _numeric_fields(self, names: Sequence[str] | None) -> nn.Module | None:
+        chosen = [n for n, feature in enumerate(self.schema.dense) if names is None or feature.name in names]
+        if not chosen or self.numeric == "vector":  # what TableEmbedding does by itself
+            return None
+        if self.numeric == "periodic":
+            return Periodic(len(chosen), embedding_dim=self.embedding_dim, sigma=self.sigma)
+        if self.numeric == "autodis":
+            return AutoDis(len(chosen), embedding_dim=self.embedding_dim)
+        encoder = Bucketised if self.numeric == "bucketised" else PiecewiseLinear
+        return encoder([(self.edges or ())[n] for n in chosen], embedding_dim=self.embedding_dim)
+
+    def _unit(self) -> Unit:
+        histories = [feature for feature in self.schema.sparse if isinstance(feature, HistoryFeature)]
+        categorical = [feature for feature in self.schema.sparse if isinstance(feature, Categorical)]
+        targets = []
+        for history in histories:
+            same = [feature.name for feature in categorical if vocabulary_of(feature) == vocabulary_of(history)]
+            if not same:
+                raise ValueError(
+                    f"history {history.name!r} shares its vocabulary with no categorical feature, so there is nothing "
+                    f"to compare it with: prepare it with Sequence(..., vocabulary=...), or use sequence='pooled'"
+                )
+            targets.append(same[0])
+        if not histories:
+            raise ValueError(f"sequence={self.sequence!r} needs a Sequence feature, and the schema has none")
+        width = len(histories) * self.embedding_dim
+        encoders: dict[str, Callable[[], nn.Module]] = {
+            "mean": lambda: MeanPooling(width),
+            "din": lambda: DIN(width, dice=True),
+            "din_softmax": lambda: DIN(width, dice=True, softmax=True),
+            "bst": lambda: BST(width, max_length=max(history.max_length for history in histories)),
+            "sim": lambda: SIM(TargetAttention(width), top_k=20),
+        }
+        return Unit(tuple(targets), tuple(history.name for history in histories), encoders[self.sequence]())
+
+    def model(
+        self,
+        embedding: nn.Module,
+        tower: Any,
+        *,
+        unweighted: int = 0,
+        wide: bool = False,
+        head: nn.Module | None = None,
+    ) -> Model:
+        """Embedding, tower and (if no head is given) a linear head; with `wide`, first-order weights too."""
+        num_tasks = len(self.schema.labels)
+        head = head or LinearHead(tower.out_shape, num_tasks=num_tasks, unweighted=unweighted)
+        first_order = None
+        if wide:
+            first_order = Wide(
+                self.schema.features, num_tasks=num_tasks, columns=self.wide_columns, stacked=self.stacked
+            )
+        return Model(embedding, tower, head, wide=first_order)
+
+
+def fm(inputs: Inputs) -> Model:
     """Factorization machine (Rendle, ICDM 2010): bias + first order + pairwise inner products."""
-    embedding = TableEmbedding(schema.features, embedding_dim=embedding_dim, stacked=stacked)
-    tower = FM(embedding.out_shape)
-    num_tasks = len(schema.labels)
-    head = LinearHead(tower.out_shape, num_tasks=num_tasks, unweighted=1)
-    wide = Wide(schema.features, num_tasks=num_tasks, columns=wide_columns, stacked=stacked)
-    return Model(embedding, tower, head, wide=wide)
+    embedding = inputs.embedding()
+    return inputs.model(embedding, FM(embedding.out_shape), unweighted=1, wide=True)
 
 
-def mlp(
-    schema: Schema,
-    *,
-    embedding_dim: int = 16,
-    hidden: Sequence[int] = (400, 400, 400),
-    batch_norm: bool = False,
-    dropout: float = 0.0,
-    stacked: bool = False,
-) -> Model:
+def mlp(inputs: Inputs, *, hidden: Widths = (400, 400, 400), batch_norm: bool = False, dropout: float = 0.0) -> Model:
     """Multi-layer perceptron on the concatenated embeddings (BARS calls it DNN)."""
-    embedding = TableEmbedding(schema.features, embedding_dim=embedding_dim, stacked=stacked)
+    embedding = inputs.embedding()
     tower = MLP(embedding.out_shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout)
-    return Model(embedding, tower, LinearHead(tower.out_shape, num_tasks=len(schema.labels)))
+    return inputs.model(embedding, tower)
+
+
+def wide_deep(
+    inputs: Inputs, *, hidden: Widths = (400, 400, 400), batch_norm: bool = False, dropout: float = 0.0
+) -> Model:
+    """Wide & Deep (Cheng et al., DLRS 2016, https://arxiv.org/abs/1606.07792) MLP and first order.
+
+    The paper's hand-made crosses are features: add them to the data.
+    """
+    embedding = inputs.embedding()
+    tower = MLP(embedding.out_shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout)
+    return inputs.model(embedding, tower, wide=True)
 
 
 def deepfm(
-    schema: Schema,
-    *,
-    embedding_dim: int = 16,
-    hidden: Sequence[int] = (400, 400, 400),
-    batch_norm: bool = False,
-    dropout: float = 0.0,
-    wide_columns: int = 1,
-    stacked: bool = False,
+    inputs: Inputs, *, hidden: Widths = (400, 400, 400), batch_norm: bool = False, dropout: float = 0.0
 ) -> Model:
     """DeepFM (Guo et al., IJCAI 2017): factorization machine and MLP over the same embeddings, logits added."""
-    embedding = TableEmbedding(schema.features, embedding_dim=embedding_dim, stacked=stacked)
+    embedding = inputs.embedding()
     shape = embedding.out_shape
-    tower = Parallel(FM(shape), MLP(shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout))
-    num_tasks = len(schema.labels)
-    head = LinearHead(tower.out_shape, num_tasks=num_tasks, unweighted=1)
-    wide = Wide(schema.features, num_tasks=num_tasks, columns=wide_columns, stacked=stacked)
-    return Model(embedding, tower, head, wide=wide)
+    # FM last: its gradient, the first of the two to exist, then takes the MLP's in place.
+    tower = Parallel(MLP(shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout), FM(shape))
+    return inputs.model(embedding, tower, unweighted=1, wide=True)
+
+
+def xdeepfm(
+    inputs: Inputs,
+    *,
+    num_maps: Widths = (64, 64, 64),
+    hidden: Widths = (400, 400, 400),
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Model:
+    """xDeepFM (Lian et al., KDD 2018): compressed interaction network, MLP and first order, logits added."""
+    embedding = inputs.embedding()
+    shape = embedding.out_shape
+    tower = Parallel(
+        MLP(shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout),
+        CIN(shape, num_maps=num_maps),
+    )
+    return inputs.model(embedding, tower, wide=True)
 
 
 def dcnv2(
-    schema: Schema,
+    inputs: Inputs,
     *,
-    embedding_dim: int = 16,
     num_cross_layers: int = 3,
-    hidden: Sequence[int] = (400, 400, 400),
+    hidden: Widths = (400, 400, 400),
     batch_norm: bool = False,
     dropout: float = 0.0,
-    stacked: bool = False,
 ) -> Model:
     """DCN V2, parallel and full rank (Wang et al., WWW 2021)."""
-    embedding = TableEmbedding(schema.features, embedding_dim=embedding_dim, stacked=stacked)
+    embedding = inputs.embedding()
     shape = embedding.out_shape
     tower = Parallel(
         CrossNetV2(shape, num_layers=num_cross_layers),
         MLP(shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout),
     )
-    return Model(embedding, tower, LinearHead(tower.out_shape, num_tasks=len(schema.labels)))
+    return inputs.model(embedding, tower)
+
+
+def dcn(
+    inputs: Inputs,
+    *,
+    num_cross_layers: int = 3,
+    hidden: Widths = (400, 400, 400),
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Model:
+    """Deep & Cross Network (Wang et al., ADKDD 2017): rank-one cross layers beside an MLP."""
+    embedding = inputs.embedding()
+    shape = embedding.out_shape
+    tower = Parallel(
+        CrossNet(shape, num_layers=num_cross_layers),
+        MLP(shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout),
+    )
+    return inputs.model(embedding, tower)
+
+
+def dcnv2_mix(
+    inputs: Inputs,
+    *,
+    num_cross_layers: int = 3,
+    num_experts: int = 4,
+    rank: int = 32,
+    hidden: Widths = (400, 400, 400),
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Model:
+    """DCN-Mix (Wang et al., WWW 2021): cross layers as a gated mixture of low-rank ones, beside an MLP."""
+    embedding = inputs.embedding()
+    shape = embedding.out_shape
+    tower = Parallel(
+        CrossNetMix(shape, num_layers=num_cross_layers, num_experts=num_experts, rank=rank),
+        MLP(shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout),
+    )
+    return inputs.model(embedding, tower)
+
+
+def gdcn(
+    inputs: Inputs,
+    *,
+    num_cross_layers: int = 3,
+    hidden: Widths = (400, 400, 400),
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Model:
+    """GDCN-P (Wang et al., CIKM 2023): gated cross layers beside an MLP."""
+    embedding = inputs.embedding()
+    shape = embedding.out_shape
+    tower = Parallel(
+        GatedCrossNet(shape, num_layers=num_cross_layers),
+        MLP(shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout),
+    )
+    return inputs.model(embedding, tower)
+
+
+def dlrm(inputs: Inputs, *, hidden: Widths = (400, 400, 400), batch_norm: bool = False, dropout: float = 0.0) -> Model:
+    """DLRM (Naumov et al., 2019): inner products of all pairs of fields, then an MLP; numeric fields pass beside them.
+
+    The paper's bottom MLP makes one field of all numbers; here each number is a field.
+    """
+    embedding = inputs.embedding()
+    schema = inputs.schema
+    dots = DotInteraction(embedding.out_shape, dense_fields=[schema.position(feature.name) for feature in schema.dense])
+    tower = Stack(dots, MLP(dots.out_shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout))
+    return inputs.model(embedding, tower)
+
+
+def masknet(
+    inputs: Inputs,
+    *,
+    num_blocks: int = 3,
+    block_dim: int = 64,
+    reduction_ratio: float = 2.0,
+    embedding_norm: bool = True,
+    hidden: Widths = (400, 400, 400),
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Model:
+    """MaskNet, parallel (Wang et al., DLP-KDD 2021): instance-guided mask blocks over the fields, then an MLP."""
+    embedding = inputs.embedding()
+    blocks = ParallelMaskNet(
+        embedding.out_shape,
+        num_blocks=num_blocks,
+        block_dim=block_dim,
+        reduction_ratio=reduction_ratio,
+        embedding_norm=embedding_norm,
+        dropout=dropout,
+    )
+    tower = Stack(blocks, MLP(blocks.out_shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout))
+    return inputs.model(embedding, tower)
+
+
+def masknet_serial(
+    inputs: Inputs,
+    *,
+    reduction_ratio: float = 2.0,
+    embedding_norm: bool = True,
+    hidden: Widths = (400, 400, 400),
+    dropout: float = 0.0,
+) -> Model:
+    """MaskNet, serial (Wang et al., DLP-KDD 2021): a chain of instance-guided mask blocks."""
+    embedding = inputs.embedding()
+    tower = SerialMaskNet(
+        embedding.out_shape,
+        hidden=hidden,
+        reduction_ratio=reduction_ratio,
+        embedding_norm=embedding_norm,
+        dropout=dropout,
+    )
+    return inputs.model(embedding, tower)
+
+
+def dualmlp(
+    inputs: Inputs,
+    *,
+    hidden_1: Widths = (400, 400, 400),
+    hidden_2: Widths = (400, 400, 400),
+    batch_norm_1: bool = False,
+    batch_norm_2: bool = False,
+    dropout_1: float = 0.0,
+    dropout_2: float = 0.0,
+) -> Model:
+    """DualMLP (Mao et al., AAAI 2023): two MLPs over the same embeddings, logits added; FinalMLP's own baseline."""
+    embedding = inputs.embedding()
+    shape = embedding.out_shape
+    tower = Parallel(
+        MLP(shape, hidden=hidden_1, batch_norm=batch_norm_1, dropout=dropout_1),
+        MLP(shape, hidden=hidden_2, batch_norm=batch_norm_2, dropout=dropout_2),
+    )
+    return inputs.model(embedding, tower)
+
+
+def finalmlp(
+    inputs: Inputs,
+    *,
+    hidden_1: Widths = (400, 400, 400),
+    hidden_2: Widths = (400, 400, 400),
+    batch_norm_1: bool = False,
+    batch_norm_2: bool = False,
+    dropout_1: float = 0.0,
+    dropout_2: float = 0.0,
+    num_heads: int = 10,
+    contexts: tuple[Sequence[str], Sequence[str]] | None = ((), ()),
+    gate_hidden: Widths = (400,),
+    zero_context: bool = False,
+) -> Model:
+    """FinalMLP (Mao et al., AAAI 2023): two gated MLP streams and their bilinear fusion.
+
+    `contexts` names the features that drive each stream's gate, looked up in tables of their own.
+    """
+    embedding = inputs.embedding()
+    num_fields = embedding.out_shape[0]
+    positions: tuple[range, range] | None = None
+    if contexts is not None:
+        behind = num_fields
+        parts = [embedding]
+        ranges = []
+        for stream, names in enumerate(contexts):
+            if names:
+                parts.append(inputs.embedding(names, suffix=f"_context{stream + 1}"))
+            ranges.append(range(behind, behind + len(names)))
+            behind += len(names)
+        positions = (ranges[0], ranges[1])
+        embedding = ConcatFields(*parts) if len(parts) > 1 else embedding
+    tower = FinalMLP(
+        embedding.out_shape,
+        num_fields=num_fields,
+        hidden_1=hidden_1,
+        hidden_2=hidden_2,
+        batch_norm_1=batch_norm_1,
+        batch_norm_2=batch_norm_2,
+        dropout_1=dropout_1,
+        dropout_2=dropout_2,
+        num_heads=num_heads,
+        contexts=positions,
+        gate_hidden=gate_hidden,
+        zero_context=zero_context,
+    )
+    return inputs.model(embedding, tower, unweighted=1)
+
+
+def finalnet(
+    inputs: Inputs,
+    *,
+    hidden_1: Widths = (400, 400),
+    hidden_2: Widths | None = (400,),
+    field_gate: bool = True,
+    batch_norm: bool = True,
+    dropout_1: float = 0.0,
+    dropout_2: float = 0.0,
+    distill: bool = True,
+) -> Model:
+    """FinalNet (Zhu et al., SIGIR 2023): factorized interaction layers in two blocks that also learn from their mean.
+
+    `hidden_2=None` is the one-block model. The first block reads a gated copy of the fields too (`field_gate`).
+    """
+    embedding = inputs.embedding()
+    shape = embedding.out_shape
+    block = FinalBlock(shape, hidden=hidden_1, field_gate=field_gate, batch_norm=batch_norm, dropout=dropout_1)
+    if hidden_2 is None:
+        return inputs.model(embedding, block)
+    tower = Parallel(block, FinalBlock(shape, hidden=hidden_2, batch_norm=batch_norm, dropout=dropout_2))
+    head = EnsembleHead(
+        tower.out_shape,
+        widths=(hidden_1[-1], hidden_2[-1]),
+        num_tasks=len(inputs.schema.labels),
+        distill=distill,
+    )
+    return inputs.model(embedding, tower, head=head)
+
+
+def autoint(
+    inputs: Inputs,
+    *,
+    num_layers: int = 3,
+    num_heads: int = 2,
+    head_dim: int = 32,
+    scale: bool = False,
+    identity: bool = False,
+    norm_before_relu: bool = False,
+    attention_dropout: float = 0.0,
+    wide: bool = False,
+) -> Model:
+    """AutoInt (Song et al., CIKM 2019): self-attention over the fields. Some rows of BARS add a first-order term."""
+    embedding = inputs.embedding()
+    tower = AutoInt(
+        embedding.out_shape,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        scale=scale,
+        identity=identity,
+        norm_before_relu=norm_before_relu,
+        dropout=attention_dropout,
+    )
+    return inputs.model(embedding, tower, wide=wide)
+
+
+def autoint_plus(
+    inputs: Inputs,
+    *,
+    num_layers: int = 3,
+    num_heads: int = 2,
+    head_dim: int = 32,
+    scale: bool = False,
+    identity: bool = False,
+    norm_before_relu: bool = False,
+    attention_dropout: float = 0.0,
+    wide: bool = False,
+    hidden: Widths = (400, 400),
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Model:
+    """AutoInt+ (Song et al., CIKM 2019): AutoInt beside an MLP."""
+    embedding = inputs.embedding()
+    shape = embedding.out_shape
+    attention = AutoInt(
+        shape,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        scale=scale,
+        identity=identity,
+        norm_before_relu=norm_before_relu,
+        dropout=attention_dropout,
+    )
+    tower = Parallel(attention, MLP(shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout))
+    return inputs.model(embedding, tower, wide=wide)
+
+
+def ipnn(inputs: Inputs, *, hidden: Widths = (400, 400, 400), batch_norm: bool = False, dropout: float = 0.0) -> Model:
+    """IPNN (Qu et al., ICDM 2016): inner products of all pairs beside the fields, then an MLP."""
+    embedding = inputs.embedding()
+    products = IPNN(embedding.out_shape)
+    tower = Stack(products, MLP(products.out_shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout))
+    return inputs.model(embedding, tower)
+
+
+def fgcnn(
+    inputs: Inputs,
+    *,
+    num_channels: Widths = (14, 16, 18, 20),
+    kernel_height: int = 7,
+    pooling_size: int = 2,
+    num_new: int = 3,
+    share_embedding: bool = False,
+    hidden: Widths = (400, 400, 400),
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Model:
+    """FGCNN (Liu et al., WWW 2019): a convolution over the fields makes new fields, IPNN reads both.
+
+    The convolution has tables of its own, unless `share_embedding`.
+    """
+    embedding = inputs.embedding()
+    num_raw = None
+    if not share_embedding:
+        num_raw = embedding.out_shape[0]
+        embedding = ConcatFields(embedding, inputs.embedding(suffix="_convolution"))
+    generator = FGCNN(
+        embedding.out_shape,
+        num_raw=num_raw,
+        num_channels=num_channels,
+        kernel_height=kernel_height,
+        pooling_size=pooling_size,
+        num_new=num_new,
+    )
+    products = IPNN(generator.out_shape)
+    mlp_tower = MLP(products.out_shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout)
+    return inputs.model(embedding, Stack(generator, products, mlp_tower))
+
+
+def fibinet(
+    inputs: Inputs,
+    *,
+    bilinear: Bilinear = "field_interaction",
+    reduction_ratio: float = 3,
+    share_bilinear: bool = False,
+    hidden: Widths = (400, 400, 400),
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Model:
+    """FiBiNET (Huang et al., RecSys 2019): bilinear products of raw and of reweighted fields, an MLP, first order."""
+    embedding = inputs.embedding()
+    products = FiBiNET(
+        embedding.out_shape, bilinear=bilinear, reduction_ratio=reduction_ratio, share_bilinear=share_bilinear
+    )
+    tower = Stack(products, MLP(products.out_shape, hidden=hidden, batch_norm=batch_norm, dropout=dropout))
+    return inputs.model(embedding, tower, wide=True)
+
+
+def eulernet(
+    inputs: Inputs,
+    *,
+    num_orders: Widths = (52,),
+    layer_norm: bool = True,
+    explicit_dropout: float = 0.0,
+    implicit_dropout: float = 0.0,
+) -> Model:
+    """EulerNet (Tian et al., SIGIR 2023): products of fields with learned exponents, in complex space."""
+    embedding = inputs.embedding()
+    tower = EulerNet(
+        embedding.out_shape,
+        num_orders=num_orders,
+        layer_norm=layer_norm,
+        explicit_dropout=explicit_dropout,
+        implicit_dropout=implicit_dropout,
+    )
+    return inputs.model(embedding, tower)
 
 
 # The names of the command line, in snake case.
-PRESETS: dict[str, Callable[..., Model]] = {"mlp": mlp, "fm": fm, "deepfm": deepfm, "dcnv2": dcnv2}
+PRESETS: dict[str, Callable[..., Model]] = {
+    preset.__name__: preset
+    for preset in (
+        *(mlp, fm, wide_deep, deepfm, xdeepfm, dcn, dcnv2, dcnv2_mix, gdcn, dlrm, autoint, autoint_plus, ipnn),
+        *(fgcnn, fibinet, masknet, masknet_serial, dualmlp, finalmlp, finalnet, eulernet),
+    )
+}
+_OF_INPUTS = tuple(field.name for field in fields(Inputs) if field.name != "schema")
+
+
+def arguments_of(preset: str) -> list[str]:
+    """What a preset takes besides `Inputs`.
+
+    >>> arguments_of("dcnv2")
+    ['num_cross_layers', 'hidden', 'batch_norm', 'dropout']
+    """
+    return list(inspect.signature(PRESETS[preset]).parameters)[1:]
 
 
 def for_engine(config: dict[str, Any], engine: str) -> dict[str, Any]:
     """The config with what an engine's kernels want: in the fused engine stacked tables, multiples of 4 wide.
 
-    >>> for_engine({"preset": "deepfm"}, "fused")
-    {'preset': 'deepfm', 'stacked': True, 'wide_columns': 4}
-    >>> for_engine({"preset": "mlp"}, "fused"), for_engine({"preset": "mlp"}, "exact")
-    ({'preset': 'mlp', 'stacked': True}, {'preset': 'mlp'})
+    >>> for_engine({"preset": "deepfm"}, "fused"), for_engine({"preset": "deepfm"}, "exact")
+    ({'preset': 'deepfm', 'stacked': True, 'wide_columns': 4}, {'preset': 'deepfm'})
     """
-    if engine != "fused":
-        return config
-    takes = inspect.signature(PRESETS[config["preset"]]).parameters
-    return {**config, "stacked": True, **({"wide_columns": 4} if "wide_columns" in takes else {})}
+    return {**config, "stacked": True, "wide_columns": 4} if engine == "fused" else config
 
 
 def build(config: dict[str, Any], schema: Schema) -> Model:
-    """The model that a saved `{"preset": name, **arguments}` describes.
+    """The model that a saved `{"preset": name, **arguments}` describes: arguments of `Inputs` and of the preset.
 
     Raises:
-        ValueError: there is no preset of that name.
+        ValueError: there is no preset of that name, or it does not take one of the arguments.
     """
     arguments = dict(config)
     name = arguments.pop("preset")
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}, expected one of {sorted(PRESETS)}")
-    return PRESETS[name](schema, **arguments)
+    inputs = Inputs(schema, **{key: arguments.pop(key) for key in _OF_INPUTS if key in arguments})
+    unknown = sorted(set(arguments) - set(arguments_of(name)))
+    if unknown:
+        raise ValueError(f"{name} takes no {unknown}: expected some of {[*_OF_INPUTS, *arguments_of(name)]}")
+    return PRESETS[name](inputs, **arguments)

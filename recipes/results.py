@@ -21,24 +21,48 @@ BEGIN = "<!-- results: made by recipes/results.py from recipes/results.csv, do n
 END = "<!-- end of results -->"
 
 BARS = "BARS, mean of 5 seeds"
+CHOSEN = "BARS, the run chosen by validation"
+BEST = "BARS, best test AUC of a grid"
 AUTOINT = "AutoInt, CIKM 2019, mean of 10 runs"
 UNIFIED = "Unified Embedding, NeurIPS 2023, collisionless tables"
 # (data, model) of results.csv -> test AUC as published, and by whom. Where the model is not quite ours, it is named.
 PUBLISHED: dict[tuple[str, str], str] = {
+    ("frappe_x1", "fm"): f"0.9671 ({BEST})",
     ("frappe_x1", "mlp"): f"0.98405 ({BARS})",
+    ("frappe_x1", "wide_deep"): f"0.98307 ({BARS})",
     ("frappe_x1", "deepfm"): f"0.98395 ({BARS})",
+    ("frappe_x1", "xdeepfm"): f"0.98414 ({BARS})",
+    ("frappe_x1", "dcn"): f"0.98342 ({BARS})",
     ("frappe_x1", "dcnv2"): f"0.98382 ({BARS})",
+    ("frappe_x1", "gdcn"): "0.9852 (GDCN-P, CIKM 2023, width 16)",
+    ("frappe_x1", "eulernet"): "0.98478 (log of the authors)",
+    ("frappe_x1", "dlrm"): f"plain MLP: 0.98400 ({BEST})",
+    ("frappe_x1", "autoint"): f"0.98309 ({BEST})",
+    ("frappe_x1", "autoint_plus"): f"0.98398 ({CHOSEN})",
+    ("frappe_x1", "ipnn"): f"0.98412 ({BEST})",
+    ("frappe_x1", "fibinet"): f"0.98318 ({BEST})",
+    ("frappe_x1", "masknet"): f"0.98368 ({BEST})",
+    ("frappe_x1", "dualmlp"): f"0.98465 ({BEST})",
+    ("frappe_x1", "finalmlp"): f"0.98594 ({CHOSEN})",
+    ("frappe_x1", "finalnet"): f"0.98554 ({CHOSEN})",
+    ("movielens_1m_autoint", "fm"): f"0.8252 ({AUTOINT})",
+    ("movielens_1m_autoint", "wide_deep"): f"0.8300 ({AUTOINT})",
+    ("movielens_1m_autoint", "dcn"): f"0.8446 ({AUTOINT})",
     ("movielens_1m_autoint", "dcnv2"): f"DCN: 0.8446 ({AUTOINT})",
     ("movielens_1m_autoint", "deepfm"): f"0.8437 ({AUTOINT})",
+    ("movielens_1m_autoint", "xdeepfm"): f"0.8463 ({AUTOINT})",
+    ("movielens_1m_autoint", "autoint"): f"0.8456 ({AUTOINT})",
+    ("movielens_1m_autoint", "autoint_plus"): f"0.8488 ({AUTOINT})",
     ("movielens_1m_ids", "dcnv2"): f"0.8872 ({UNIFIED}); 0.8985 (rerun by others)",
 }
 
 KEY = ("data", "data_hash", "model", "engine", "precision", "note")
 VALUES = ("test_auc", "test_logloss", "network_parameters", "embedding_bytes", "samples_per_second")
-NEEDED = (*KEY, "seed", *VALUES, "hardware")
+INFERENCE = "inference_samples_per_second"  # not known of the first runs
+NEEDED = (*KEY, "seed", *VALUES, INFERENCE, "hardware")
 HEADINGS = (
     *("data", "model", "engine", "seeds", "test AUC", "log-loss (nats)"),
-    *("network parameters", "embedding bytes", "samples/s", "published test AUC"),
+    *("network parameters", "embedding bytes", "training samples/s", "inference samples/s", "published test AUC"),
 )
 EMPTY = (
     "No run is recorded yet. `python recipes/frappe.py --record` appends one to recipes/results.csv, and "
@@ -80,14 +104,15 @@ def read(path: Path) -> list[list[dict[str, str]]]:
 def make_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, str], str]) -> str:
     """The markdown between the markers.
 
-    A published number stands beside every engine, but not beside data whose note says that they differ.
+    Best mean test AUC first. A published number stands beside every engine; where the note on the data says that they
+    differ from what was published, it says to see that note.
     """
     if not groups:
         return EMPTY
     data_names = list(dict.fromkeys(runs[0]["data"] for runs in groups))
-    groups = sorted(groups, key=lambda runs: data_names.index(runs[0]["data"]))
+    groups = sorted(groups, key=lambda runs: (data_names.index(runs[0]["data"]), -_mean(runs, "test_auc")))
     notes = list(dict.fromkeys(runs[0]["note"] for runs in groups if runs[0]["note"]))
-    lines = [" | ".join(HEADINGS), " | ".join(["---"] * 3 + ["--:"] * 6 + ["---"])]
+    lines = [" | ".join(HEADINGS), " | ".join(["---"] * 3 + ["--:"] * 7 + ["---"])]
     for runs in groups:
         first = runs[0]
         note = f" [{notes.index(first['note']) + 1}]" if first["note"] else ""
@@ -102,8 +127,9 @@ def make_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, st
             _mean_and_sd(runs, "test_logloss"),
             _whole(runs, "network_parameters"),
             _whole(runs, "embedding_bytes"),
-            _speed(runs),
-            "not comparable" if source and first["note"] else source,
+            _speed(runs, "samples_per_second"),
+            _speed(runs, INFERENCE),
+            source + "; see note" if source and first["note"] else source,
         )
         lines.append(" | ".join(cells))
     table = "\n".join(f"| {line} |" for line in lines)
@@ -111,8 +137,9 @@ def make_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, st
     hashes = ", ".join(f"{name} {', '.join(_distinct(groups, name, 'data_hash'))}" for name in data_names)
     hardware = "; ".join(dict.fromkeys(run["hardware"] for runs in groups for run in runs))
     said.append(
-        "Mean ± standard deviation over seeds; each run's epoch was chosen by validation. Samples/s: training alone, "
-        f"loading included, median over seeds ({hardware}). Schema hashes: {hashes}."
+        "Mean ± standard deviation over seeds; each run's epoch was chosen by validation. Samples/s: training alone "
+        f"and inference alone, loading included, median over seeds ({hardware}; several runs at a time, so that they "
+        f"say little; measure with tests/benchmarks/). Schema hashes: {hashes}."
     )
     return "\n\n".join([table, *said])
 
@@ -121,9 +148,13 @@ def _distinct(groups: list[list[dict[str, str]]], data: str, column: str) -> lis
     return list(dict.fromkeys(runs[0][column] for runs in groups if runs[0]["data"] == data))
 
 
+def _mean(runs: list[dict[str, str]], column: str) -> float:
+    return statistics.fmean(float(run[column]) for run in runs)
+
+
 def _mean_and_sd(runs: list[dict[str, str]], column: str) -> str:
     values = [float(run[column]) for run in runs]
-    mean = f"{statistics.fmean(values):.5f}"
+    mean = f"{_mean(runs, column):.5f}"
     return f"{mean} ± {statistics.stdev(values):.5f}" if len(values) > 1 else mean
 
 
@@ -131,11 +162,12 @@ def _whole(runs: list[dict[str, str]], column: str) -> str:
     return " or ".join(dict.fromkeys(f"{int(run[column]):,}" for run in runs))
 
 
-def _speed(runs: list[dict[str, str]]) -> str:
-    """Nothing where the runs come from different machines: their mean would be the speed of none."""
+def _speed(runs: list[dict[str, str]], column: str) -> str:
+    """The median; nothing if it was not measured, or on several machines: their mean would be the speed of none."""
     if len({run["hardware"] for run in runs}) > 1:
         return "several machines"
-    return f"{statistics.median(float(run['samples_per_second']) for run in runs):,.0f}"
+    values = [float(run[column]) for run in runs if run[column]]
+    return f"{statistics.median(values):,.0f}" if values else ""
 
 
 def rewritten(text: str, table: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,17 @@ from ctrlib import presets
 from ctrlib.testing import example_batch, example_schema
 
 SCHEMA = example_schema()
+
+
+def inputs(embedding_dim: int = 8, **layout: Any) -> ctr.Inputs:
+    return ctr.Inputs(SCHEMA, embedding_dim=embedding_dim, **layout)
+
+
 PRESETS: dict[str, Callable[..., ctr.Model]] = {
-    "mlp": lambda **k: presets.mlp(SCHEMA, embedding_dim=8, hidden=(8,), batch_norm=True, **k),
-    "deepfm": lambda **k: presets.deepfm(SCHEMA, embedding_dim=8, hidden=(8,), **k),
-    "dcnv2": lambda **k: presets.dcnv2(SCHEMA, embedding_dim=8, hidden=(8,), num_cross_layers=2, **k),
-    "fm": lambda **k: presets.fm(SCHEMA, embedding_dim=8, **k),
+    "mlp": lambda **k: presets.mlp(inputs(**k), hidden=(8,), batch_norm=True),
+    "deepfm": lambda **k: presets.deepfm(inputs(**k), hidden=(8,)),
+    "dcnv2": lambda **k: presets.dcnv2(inputs(**k), hidden=(8,), num_cross_layers=2),
+    "fm": lambda **k: presets.fm(inputs(**k)),
 }
 
 # A bias before batch normalisation has gradient 0 but for rounding, and Adam scales rounding up to a full step.
@@ -207,9 +214,9 @@ def test_weights_round_trip_and_refuse_other_keys(engine_class: type) -> None:
 
 def test_fused_engine_refuses_widths_its_kernels_cannot_do() -> None:
     with pytest.raises(ValueError, match="use embedding_dim=12"):
-        ctr.FusedEngine(presets.mlp(SCHEMA, embedding_dim=10, hidden=(4,)))
+        ctr.FusedEngine(presets.mlp(inputs(embedding_dim=10), hidden=(4,)))
     with pytest.raises(ValueError, match="columns=4"):
-        ctr.FusedEngine(presets.fm(SCHEMA, embedding_dim=8))
+        ctr.FusedEngine(presets.fm(inputs()))
 
 
 def test_bf16_stays_close_to_fp32() -> None:

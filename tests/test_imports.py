@@ -32,7 +32,7 @@ STRICT = {
     "layers": (set(), {"torch"}),
     "losses": ({"layers"}, {"torch"}),
     "towers": ({"layers"}, {"torch"}),
-    "heads": ({"layers"}, {"torch"}),
+    "heads": ({"layers", "losses"}, {"torch"}),
 }
 
 MODULES = {

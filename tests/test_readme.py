@@ -137,6 +137,7 @@ def write_results(path: Path, *changes: dict[str, Any]) -> Path:
         **{"data": "frappe_x1", "model": "deepfm", "engine": "exact", "precision": "fp32", "seed": 1},
         **{"test_auc": 0.984, "test_logloss": 0.2, "network_parameters": 417000, "embedding_bytes": 216360},
         **{"samples_per_second": 30000.0, "hardware": "x86_64, 1 threads", "data_hash": "abc"},
+        **{"inference_samples_per_second": 90000.0},
     }
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, RECORD_COLUMNS)
@@ -165,16 +166,19 @@ def test_repeats_are_grouped_and_published_numbers_stand_beside_them(results: Mo
         {"test_auc": 0.983},
         {"engine": "fused", "precision": "bf16", "hardware": "a, 1"},
         {"engine": "fused", "precision": "bf16", "hardware": "b, 2", "seed": 2},
-        {"data_hash": "abd", "model": "own"},
+        {"data_hash": "abd", "model": "own", "test_auc": 0.5, "inference_samples_per_second": ""},
     )
     table = results.make_table(results.read(path), results.PUBLISHED)
     exact, fused, other, split = rows_of(table)
     assert exact[:4] == ["frappe_x1", "deepfm", "exact", "2"]
     assert exact[4:6] == ["0.98400 ± 0.00141", "0.20000 ± 0.00000"]
-    assert exact[6:] == ["417,000", "216,360", "35,000", "0.98395 (BARS, mean of 5 seeds)"]
-    assert fused[2:4] + fused[8:9] == ["fused, bf16", "2", "several machines"]
-    assert other == ["frappe_x1", "own", "exact", "1", "0.98400", "0.20000", "417,000", "216,360", "30,000", ""]
-    assert (split[0], split[-1]) == ("movielens_1m_autoint [1]", "not comparable")
+    assert exact[6:] == ["417,000", "216,360", "35,000", "90,000", "0.98395 (BARS, mean of 5 seeds)"]
+    assert fused[2:4] + fused[8:10] == ["fused, bf16", "2", "several machines", "several machines"]
+    assert other == ["frappe_x1", "own", "exact", "1", "0.50000", "0.20000", "417,000", "216,360", "30,000", "", ""]
+    assert (split[0], split[-1]) == (
+        "movielens_1m_autoint [1]",
+        "DCN: 0.8446 (AutoInt, CIKM 2019, mean of 10 runs); see note",
+    )
     assert "[1] another split" in table
     assert "frappe_x1 abc, abd, movielens_1m_autoint def" in table
 
@@ -202,7 +206,7 @@ def test_script_refuses_what_it_cannot_read(results: ModuleType, tmp_path: Path)
         results.read(path)
     write_results(path, {})
     path.write_text(path.read_text() + "frappe_x1,mlp\n")
-    with pytest.raises(ValueError, match="line 3: expected 21 cells"):
+    with pytest.raises(ValueError, match="line 3: expected 22 cells"):
         results.read(path)
     with pytest.raises(ValueError, match="found it 0 times"):
         results.rewritten("no markers", "table")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
 import ctrlib as ctr
-from ctrlib import cli
+from ctrlib import cli, metrics
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("CTRLIB_DATA", ROOT.parent / "shared" / "data"))
@@ -26,10 +28,10 @@ def raw(name: str) -> Path:
     return REAL / name
 
 
-def prepare(script: str, name: str, out: Path, *flags: str) -> dict[str, dict[str, int]]:
+def prepare(script: str, name: str, out: Path, *flags: str) -> dict[str, dict[str, Any]]:
     command = [sys.executable, str(ROOT / "datasets" / script), "--raw", str(raw(name)), "--out", str(out), *flags]
     subprocess.run(command, check=True, capture_output=True)
-    report: dict[str, dict[str, int]] = json.loads((out / "report.json").read_text())
+    report: dict[str, dict[str, Any]] = json.loads((out / "report.json").read_text())
     return report
 
 
@@ -66,6 +68,82 @@ def test_movielens_1m_in_both_protocols(tmp_path: Path) -> None:
     report = prepare("movielens_1m.py", "movielens_1m", tmp_path / "ids", "--protocol", "ids")
     assert sum(report["rows"].values()) == 739_012
     assert report["rows"]["test"] == pytest.approx(73_901, rel=0.02)
+
+
+def test_amazon_grocery_with_histories(tmp_path: Path) -> None:
+    report = prepare("amazon_grocery.py", "amazon_grocery", tmp_path / "d")
+    assert report["rows"] == {"train": 197_268, "valid": 27_644, "test": 28_210}
+    assert all(mean["label"] == 0.5 for mean in report["label_mean"].values())
+    schema = ctr.Schema.load(tmp_path / "d")
+    # Every item is in train, most of them as a positive, all as a negative; 57 categories; 3 reserved ids each.
+    assert [feature.num_embeddings for feature in schema.sparse] == [8_713 + 3, 57 + 3, 8_713 + 3, 57 + 3]
+
+    # For orientation, and what the script's docstring says: popularity ranks, the last category does not.
+    train, test = (pl.read_parquet(tmp_path / "d" / split) for split in ("train", "test"))
+    popularity = train.group_by("item").agg(count=pl.col("label").sum())
+    count = test.join(popularity, on="item", how="left", maintain_order="left")["count"].fill_null(0)
+    assert metrics.auc(test["label"].to_numpy(), count.to_numpy()) == pytest.approx(0.6551, abs=5e-4)
+    same = test.select(pl.col("category_history").list.last() == pl.col("category")).to_series()
+    assert metrics.auc(test["label"].to_numpy(), same.cast(pl.Float64).to_numpy()) == pytest.approx(0.502, abs=5e-4)
+
+
+def test_amazon_grocery_knows_nothing_of_the_present(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "datasets" / "amazon_grocery.py"))
+    events, items = script["read"](raw("amazon_grocery"))
+    assert len(events) == 151_254 and len(events.unique(["user", "item"])) == len(events)
+    last = events.group_by("user", "split").agg(pl.col("time").max()).pivot("split", index="user", values="time")
+    assert last.select(((pl.col("train") <= pl.col("valid")) & (pl.col("valid") <= pl.col("test"))).all()).item()
+    rows = pl.concat(script["make_rows"](events, items, min_history=0).values())
+    assert len(rows) == 2 * len(events)
+    assert rows["item_history"].list.len().eq(0).sum() == 2 * 24_693
+    seen = events.select("user", "item", "time")
+    positives, negatives = rows.filter(pl.col("label") == 1), rows.filter(pl.col("label") == 0)
+    assert negatives.join(seen, on=["user", "item"], how="semi").is_empty()
+    history = (
+        positives.join(seen, on=["user", "item"])
+        .select("user", "time", item="item_history")
+        .explode("item")
+        .drop_nulls()
+        .join(seen.rename({"time": "earlier"}), on=["user", "item"], how="left", maintain_order="left")
+    )
+    assert history.select((pl.col("earlier") < pl.col("time")).all()).item()
+    assert history["earlier"].null_count() == 0
+
+
+def test_movielens_1m_with_histories(tmp_path: Path) -> None:
+    report = prepare("movielens_1m.py", "movielens_1m", tmp_path / "d", "--protocol", "histories")
+    assert report["rows"] == {"train": 591_210, "valid": 73_901, "test": 73_901}
+    means = [report["label_mean"][split]["label"] for split in ("train", "valid", "test")]
+    assert means == pytest.approx([0.7807, 0.7795, 0.7592], abs=5e-5)
+    schema = ctr.Schema.load(tmp_path / "d")
+    train, test = (pl.read_parquet(tmp_path / "d" / split) for split in ("train", "test"))
+    # Of the 3,700 movies with a rating other than 3, train has 3,626.
+    assert schema["movie"].num_embeddings == schema["movie_history"].num_embeddings == 3_626 + 3
+    lengths = train["movie_history"].list.len()
+    assert (lengths.mean(), (lengths == 0).mean()) == pytest.approx((37.08, 0.0207), abs=5e-3)
+    # For orientation: a movie's smoothed mean label in train; how many movies the user liked before does not rank.
+    mean = train.group_by("movie").agg(mean=(pl.col("label").sum() + 7.8) / (pl.len() + 10))
+    score = test.join(mean, on="movie", how="left", maintain_order="left")["mean"].fill_null(0.78)
+    labels = test["label"].to_numpy()
+    assert metrics.auc(labels, score.to_numpy()) == pytest.approx(0.8076, abs=5e-4)
+    assert 0.45 < metrics.auc(labels, test["movie_history"].list.len().to_numpy()) < 0.5
+
+
+def test_movielens_1m_histories_are_earlier_and_liked() -> None:
+    script = runpy.run_path(str(ROOT / "datasets" / "movielens_1m.py"))
+    ratings = script["read"](raw("movielens_1m"))
+    rows = script["with_histories"](ratings)
+    assert len(rows) == 739_012 and rows["time"].is_sorted()
+    seen = ratings.select(pl.col("user", "movie").cast(pl.Int32), "rating", earlier="time")
+    history = (
+        rows.gather_every(7)
+        .select("user", "time", movie="movie_history")
+        .explode("movie")
+        .drop_nulls()
+        .join(seen, on=["user", "movie"], how="left")
+    )
+    assert history.select(((pl.col("earlier") < pl.col("time")) & (pl.col("rating") > 3)).all()).item()
+    assert history["rating"].null_count() == 0
 
 
 def test_criteo_in_the_kaggle_format(tmp_path: Path) -> None:

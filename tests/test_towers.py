@@ -20,7 +20,23 @@ TOWERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
     "mlp": lambda s: ctr.MLP(s, hidden=(8, 6)),
     "mlp_bn_dropout": lambda s: ctr.MLP(s, hidden=(8,), batch_norm=True, dropout=0.3),
     "fm": ctr.FM,
+    "crossnet": lambda s: ctr.CrossNet(s, num_layers=2),
     "crossnet_v2": lambda s: ctr.CrossNetV2(s, num_layers=2),
+    "crossnet_mix": lambda s: ctr.CrossNetMix(s, num_layers=2, num_experts=3, rank=4),
+    "gated_crossnet": lambda s: ctr.GatedCrossNet(s, num_layers=2),
+    "dots": ctr.DotInteraction,
+    "cin": lambda s: ctr.CIN(s, num_maps=(4, 3)),
+    "autoint": lambda s: ctr.AutoInt(s, num_layers=2, head_dim=4),
+    "ipnn": ctr.IPNN,
+    "fibinet": lambda s: ctr.FiBiNET(s, bilinear="field_each"),
+    "fgcnn": lambda s: ctr.Stack(
+        fgcnn := ctr.FGCNN(s, num_channels=(3, 4), kernel_height=3), ctr.IPNN(fgcnn.out_shape)
+    ),
+    "masknet_parallel": lambda s: ctr.ParallelMaskNet(s, num_blocks=2, block_dim=4),
+    "masknet_serial": lambda s: ctr.SerialMaskNet(s, hidden=(6, 4)),
+    "finalmlp": lambda s: ctr.FinalMLP(s, hidden_1=(6,), hidden_2=(4,), num_heads=2, gate_hidden=(4,)),
+    "eulernet": lambda s: ctr.EulerNet(s, num_orders=(3, 4)),
+    "final_block": lambda s: ctr.FinalBlock(s, hidden=(6, 4), field_gate=True),
     "parallel": lambda s: ctr.Parallel(ctr.FM(s), ctr.CrossNetV2(s), ctr.MLP(s, hidden=(4,))),
     "stack": lambda s: ctr.Stack(ctr.CrossNetV2(s), ctr.MLP((s[0] * s[1],), hidden=(4,))),
 }
@@ -35,6 +51,7 @@ def test_tower_keeps_the_contract(name: str) -> None:
 def test_heads_and_embeddings_keep_the_contract() -> None:
     check_head(lambda s: ctr.LinearHead(s, num_tasks=3))
     check_head(lambda s: ctr.LinearHead(s, unweighted=2))
+    check_head(lambda s: ctr.EnsembleHead(s, widths=(4, 2), num_tasks=3))
     check_embedding(lambda schema: ctr.TableEmbedding(schema.features, embedding_dim=8))
 
 
@@ -61,10 +78,10 @@ def test_crossnet_v2_follows_equation_1() -> None:
 
 def test_deepfm_logit_is_wide_plus_fm_plus_mlp() -> None:
     schema = ctr.testing.example_schema()
-    model = presets.deepfm(schema, embedding_dim=4, hidden=(5,)).eval()
+    model = presets.deepfm(ctr.Inputs(schema, embedding_dim=4), hidden=(5,)).eval()
     batch = ctr.testing.example_batch(schema, 8)
     fields = model.embedding(batch)
-    fm, mlp = model.tower.towers
+    mlp, fm = model.tower.towers
     expected = model.wide(batch) + fm(fields) + model.head.linear(mlp(fields)) + model.head.bias
     torch.testing.assert_close(model(batch), expected)
 
@@ -98,7 +115,9 @@ def test_published_parameter_counts(
     embedding_weights: int,
 ) -> None:
     made = schema()
-    model = preset(made, embedding_dim=10, hidden=(400, 400, 400), batch_norm=True, dropout=0.2, **arguments)
+    model = preset(
+        ctr.Inputs(made, embedding_dim=10), hidden=(400, 400, 400), batch_norm=True, dropout=0.2, **arguments
+    )
     counts = model.num_parameters()
     assert counts["network"] == published - embedding_weights
     rows = sum(feature.num_embeddings or 0 for feature in made.sparse)
@@ -123,7 +142,7 @@ def test_stacked_tables_give_the_same_vectors() -> None:
         for name, weight in together.items():
             members = [table for key, table in separate.items() if ("user" in key) == ("sum" in name)]
             weight.data = torch.cat([table.detach() for table in members])
-    stacked.numeric_vectors.data = plain.numeric_vectors.data
+    stacked.numeric.vectors.data = plain.numeric.vectors.data
     stacked_wide.numeric_weights.data = wide.numeric_weights.data
     batch = ctr.testing.example_batch(schema, 16)
     assert torch.equal(plain(batch), stacked(batch))
@@ -141,11 +160,12 @@ def test_any_column_name_makes_a_table() -> None:
     schema = Schema(tuple(Categorical(name, num_embeddings=9) for name in names), ("y",))
     batch = ctr.testing.example_batch(schema, 8)
     for engine in (ctr.ExactEngine, ctr.FusedEngine):
-        assert torch.isfinite(engine(presets.deepfm(schema, embedding_dim=4, hidden=(4,), wide_columns=4)).step(batch))
+        inputs = ctr.Inputs(schema, embedding_dim=4, wide_columns=4)
+        assert torch.isfinite(engine(presets.deepfm(inputs, hidden=(4,))).step(batch))
 
 
 def test_fm_preset_is_bias_first_order_and_pairs() -> None:
-    model = presets.fm(movielens_latest_schema(), embedding_dim=10)
+    model = presets.fm(ctr.Inputs(movielens_latest_schema(), embedding_dim=10))
     assert model.num_parameters() == {"embedding": 303 * 11, "network": 1}
 
 
@@ -252,7 +272,7 @@ def test_embedding_gives_the_right_rows_in_schema_order() -> None:
     dense = {feature.name: batch.dense[:, i] for i, feature in enumerate(schema.dense)}
     for position, feature in enumerate(schema.features):
         if feature.name in dense:
-            vector = embedding.numeric_vectors[[f.name for f in schema.dense].index(feature.name)]
+            vector = embedding.numeric.vectors[[f.name for f in schema.dense].index(feature.name)]
             expected = dense[feature.name][:, None] * vector
         else:
             table = weights[getattr(feature, "vocabulary", None) or feature.name]

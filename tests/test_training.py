@@ -120,7 +120,7 @@ def test_a_nan_loss_stops_before_any_weight_and_saves_the_batch(tmp_path: Path) 
     schema = example_schema()
     bad = example_batch(schema, 8)
     bad.dense[0, 0] = float("nan")
-    engine = ctr.ExactEngine(presets.mlp(schema, embedding_dim=4, hidden=(4,)))
+    engine = ctr.ExactEngine(presets.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,)))
     before = engine.weights()
     good = example_batch(schema, 8)
     with pytest.raises(loop.NonFiniteLossError, match="epoch 1, batch 0") as caught:
@@ -136,7 +136,7 @@ def test_validation_of_one_class_is_refused() -> None:
     schema = example_schema()
     batch = example_batch(schema, 8)
     batch.labels[:] = 1
-    engine = ctr.ExactEngine(presets.mlp(schema, embedding_dim=4, hidden=(4,)))
+    engine = ctr.ExactEngine(presets.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,)))
     with pytest.raises(ValueError, match="one class only"):
         ctr.fit(engine, [batch], [batch], console=QUIET)
 
@@ -182,7 +182,7 @@ def test_evaluate_masks_missing_labels_and_padding_per_task() -> None:
 
 def test_predict_leaves_the_mode_of_the_model_alone() -> None:
     schema = example_schema()
-    model = presets.mlp(schema, embedding_dim=4, hidden=(4,), dropout=0.5)
+    model = presets.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,), dropout=0.5)
     first = ctr.predict(model, [example_batch(schema, 8)]).logits
     assert model.training
     assert np.array_equal(first, ctr.predict(model, [example_batch(schema, 8)]).logits)
@@ -190,7 +190,7 @@ def test_predict_leaves_the_mode_of_the_model_alone() -> None:
 
 def test_model_trains_without_the_trainer() -> None:
     schema = example_schema()
-    model = presets.dcnv2(schema, embedding_dim=4, hidden=(8,))
+    model = presets.dcnv2(ctr.Inputs(schema, embedding_dim=4), hidden=(8,))
     optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
     batch = example_batch(schema, 64)
     losses = []

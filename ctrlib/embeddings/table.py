@@ -14,6 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ctrlib.batch import Batch
+from ctrlib.embeddings.numeric import ValueTimesVector
 from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, SparseFeature, vocabulary_of
 
 
@@ -21,7 +22,7 @@ class TableEmbedding(nn.Module):
     """e_f = V_f[x_f] for ids, the mean (or sum) of rows for bags and histories, and x_f v_f for numbers.
 
     Features of one vocabulary share one table. Rows start as N(0, init_std^2), the padding row at 0; numeric vectors
-    v_f start Xavier-normal, as a bias-free `Linear(1, D)` in FuxiCTR does. An empty bag gives the zero vector.
+    v_f as in `ValueTimesVector`. An empty bag gives the zero vector.
 
     Shape: Batch -> (B, F, D), fields in the schema's order.
 
@@ -30,8 +31,14 @@ class TableEmbedding(nn.Module):
     one after the other (26 tables of 4,096 look-ups: 23 ms on two cores, stacked 6 ms). Unstacked tables can be
     sharded one by one.
 
+    `features` are all of the schema's, since they tell what the batch holds; `only` names those to embed, where not all
+    are wanted, and `suffix` keeps these tables' names apart from those of another embedding in the same model.
+    `numeric`: a module (B, N) -> (B, N, D) that makes fields of the numbers in another way (`ctrlib.PiecewiseLinear`
+    and its like), N the numeric features embedded here.
+
     Raises:
-        ValueError: a feature has not been fitted, or features of one vocabulary want different pooling.
+        ValueError: a feature has not been fitted, features of one vocabulary want different pooling, `only` names none
+            or an unknown one, or `numeric` does not fit.
 
     >>> embedding = TableEmbedding([Categorical("item", num_embeddings=5), Numeric("price")], embedding_dim=4)
     >>> embedding.out_shape
@@ -45,11 +52,21 @@ class TableEmbedding(nn.Module):
         self,
         features: Sequence[Feature],
         *,
+        only: Sequence[str] | None = None,
         embedding_dim: int = 16,
         init_std: float = 1e-4,
         stacked: bool = False,
+        suffix: str = "",
+        numeric: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        dense_names = [feature.name for feature in features if isinstance(feature, Numeric)]
+        if only is not None:
+            unknown = sorted(set(only) - {feature.name for feature in features})
+            if unknown:
+                names = [feature.name for feature in features]
+                raise ValueError(f"only={list(only)}: no features {unknown}, expected some of {names}")
+            features = [feature for feature in features if feature.name in only]
         if not features or embedding_dim < 1:
             raise ValueError(
                 f"an embedding needs one or more features and embedding_dim of 1 or more, got {len(features)} features "
@@ -57,14 +74,22 @@ class TableEmbedding(nn.Module):
             )
         self.out_shape = (len(features), embedding_dim)
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
-        num_dense = len(features) - len(sparse)
         self.names = [feature.name for feature in sparse]
-        self.tables = make_tables(sparse, embedding_dim=embedding_dim, init_std=init_std, stacked=stacked)
+        self.tables = make_tables(
+            sparse, embedding_dim=embedding_dim, init_std=init_std, suffix=suffix, stacked=stacked
+        )
         self.first_rows = first_rows(sparse) if stacked else None
-        self.numeric_vectors = nn.Parameter(torch.empty(num_dense, embedding_dim)) if num_dense else None
-        if self.numeric_vectors is not None:
-            # The Xavier scale of Linear(1, D), per field: sqrt(2 / (1 + D)).
-            nn.init.normal_(self.numeric_vectors, std=(2 / (1 + embedding_dim)) ** 0.5)
+        columns = [dense_names.index(feature.name) for feature in features if isinstance(feature, Numeric)]
+        self.columns = columns if len(columns) < len(dense_names) else None
+        if numeric is None and columns:
+            numeric = ValueTimesVector(len(columns), embedding_dim=embedding_dim)
+        expected = (len(columns), embedding_dim)
+        if numeric is not None and getattr(numeric, "out_shape", None) != expected:
+            raise ValueError(
+                f"{type(numeric).__name__} gives {getattr(numeric, 'out_shape', None)}, but {len(columns)} numeric "
+                f"features become fields {embedding_dim} wide: build it for {expected}"
+            )
+        self.numeric = numeric
         # Looked-up and numeric fields come in two blocks. The schema's order takes runs of fields from either: (is the
         # run numeric, its first field in the block, its last + 1). Copying runs is cheaper than permuting fields.
         self.runs: list[tuple[bool, int, int]] = []
@@ -78,8 +103,9 @@ class TableEmbedding(nn.Module):
         if self.tables is not None:
             pooled = regroup(self.tables(shift_ids(batch.sparse, self.first_rows)), self.names)
             blocks[False] = pooled.view(batch.size, len(self.names), self.out_shape[1])
-        if self.numeric_vectors is not None:
-            blocks[True] = batch.dense.unsqueeze(2) * self.numeric_vectors
+        if self.numeric is not None:
+            dense = batch.dense if self.columns is None else batch.dense[:, self.columns]
+            blocks[True] = self.numeric(dense)
         fields = [blocks[is_numeric][:, start:stop] for is_numeric, start, stop in self.runs]
         return fields[0] if len(fields) == 1 else torch.cat(fields, dim=1)
 
@@ -193,12 +219,12 @@ def first_rows(features: Sequence[SparseFeature]) -> dict[str, int]:
 
 
 def shift_ids(sparse: KeyedJaggedTensor, shifts: dict[str, int] | None) -> KeyedJaggedTensor:
-    """The same bags with `shifts[key]` added to every id of a key; None leaves them as they are."""
+    """The same bags with `shifts[key]` added to every id of a key that has one; None leaves them as they are."""
     if shifts is None:
         return sparse
     keys, lengths = sparse.keys(), sparse.length_per_key()
     counts = torch.tensor(lengths, device=sparse.values().device)
-    shift = torch.tensor([shifts[key] for key in keys], device=counts.device)
+    shift = torch.tensor([shifts.get(key, 0) for key in keys], device=counts.device)
     return KeyedJaggedTensor(
         keys,
         sparse.values() + shift.repeat_interleave(counts, output_size=sparse.values().numel()),

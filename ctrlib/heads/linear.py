@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib.layers import init_linear
@@ -11,7 +12,7 @@ from ctrlib.layers import init_linear
 class LinearHead(nn.Module):
     """z_t = w_t^T h + b_t.
 
-    `unweighted`: the first so many columns of h are added to every logit as they are, without a weight: for terms that
+    `unweighted`: the last so many columns of h are added to every logit as they are, without a weight: for terms that
     are logits already, such as FM's second-order sum in DeepFM (eq. 1 there).
 
     Shape: (B, H) -> (B, T) logits.
@@ -39,5 +40,11 @@ class LinearHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) -> (B, T) logits."""
-        logits = x[:, : self.unweighted].sum(1, keepdim=True) + self.bias
-        return logits if self.linear is None else logits + self.linear(x[:, self.unweighted :])
+        if self.linear is None:
+            return x.sum(1, keepdim=True) + self.bias
+        if not self.unweighted:
+            return F.linear(x, self.linear.weight, self.bias)
+        # One split: two slices would each make a gradient of x's full size.
+        weighted, logits = torch.split(x, [x.shape[1] - self.unweighted, self.unweighted], dim=1)
+        summed: Tensor = F.linear(weighted, self.linear.weight, self.bias) + logits.sum(1, keepdim=True)
+        return summed

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ctrlib.batch import Batch
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
-from ctrlib.training.guard import Loss, guarded_loss, refuse_several_processes
+from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_several_processes
 
 
 class ExactEngine:
@@ -28,7 +28,8 @@ class ExactEngine:
 
     >>> from ctrlib.testing import example_batch, example_schema
     >>> from ctrlib import presets
-    >>> engine = ExactEngine(presets.mlp(example_schema(), embedding_dim=4, hidden=(8,)), learning_rate=0.01)
+    >>> model = presets.mlp(presets.Inputs(example_schema(), embedding_dim=4), hidden=(8,))
+    >>> engine = ExactEngine(model, learning_rate=0.01)
     >>> batch = example_batch(example_schema(), 32)
     >>> first = engine.step(batch)
     >>> bool(engine.step(batch) < first)
@@ -53,9 +54,9 @@ class ExactEngine:
         self.embedding_l2 = embedding_l2
         self.max_grad_norm = max_grad_norm
         self.loss = loss
-        self._buffers = [buffer for part in (model.tower, model.head) for buffer in part.buffers()]
+        self._buffers = [buffer for part in model.network() for buffer in part.buffers()]
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        network = {id(p) for part in (model.tower, model.head) for p in part.parameters()}
+        network = {id(p) for part in model.network() for p in part.parameters()}
         self._regularised = [parameter for parameter in self._parameters if id(parameter) not in network]
         # fused=True: one pass over the tables instead of seven, 5 to 9 times faster on a CPU and the same arithmetic.
         self._optimiser = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
@@ -72,7 +73,7 @@ class ExactEngine:
             if pairs:  # none where all tables are frozen
                 torch._foreach_add_(*zip(*pairs), alpha=self.embedding_l2)
         if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm, foreach=True)
+            clip_gradients(self._parameters, self.max_grad_norm)
         self._optimiser.step()
         return loss.detach()
 

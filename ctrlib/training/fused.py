@@ -6,14 +6,13 @@ import contextlib
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torch import Tensor
 
 from ctrlib.batch import Batch
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
-from ctrlib.training.guard import Loss, guarded_loss, refuse_several_processes
-from ctrlib.training.shard import load_weights, local, shard
+from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_several_processes
+from ctrlib.training.shard import TABLES, load_weights, local, shard
 
 Precision = Literal["fp32", "bf16"]
 
@@ -51,8 +50,8 @@ class FusedEngine:
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.loss = loss
-        self._buffers = [buffer for part in (model.tower, model.head) for buffer in part.buffers()]
-        tables = {id(p) for m in model.modules() if isinstance(m, EmbeddingBagCollection) for p in m.parameters()}
+        self._buffers = [buffer for part in model.network() for buffer in part.buffers()]
+        tables = {id(p) for m in model.modules() if isinstance(m, TABLES) for p in m.parameters()}
         dense = {name for name, parameter in model.named_parameters() if id(parameter) not in tables}
         self.model: Any = shard(model, learning_rate=embedding_learning_rate, device=self.device)
         # Which optimiser trains a table must not depend on the plan: those outside `dense` have theirs in the kernels.
@@ -73,7 +72,7 @@ class FusedEngine:
             return loss.detach()
         torch.autograd.backward(loss)
         if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm, foreach=True)
+            clip_gradients(self._parameters, self.max_grad_norm)
         self._optimiser.step()
         return loss.detach()
 

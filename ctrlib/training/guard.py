@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.losses import collect_auxiliary, total_auxiliary
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits (B, T), labels (B, T), weights (B,)) -> scalar
 
@@ -27,7 +28,7 @@ def refuse_several_processes() -> None:
 def guarded_loss(
     forward: Callable[[Batch], Tensor], batch: Batch, loss_function: Loss, buffers: Sequence[Tensor]
 ) -> Tensor:
-    """The loss of a batch; where it is not finite, `buffers` (running statistics) are put back as they were.
+    """The loss of a batch and of what its parts add; if not finite, `buffers` (running statistics) are put back.
 
     >>> statistics = torch.zeros(1)
     >>> def forward(batch):
@@ -39,8 +40,28 @@ def guarded_loss(
     (tensor(nan), tensor([0.]))
     """
     before = [buffer.clone() for buffer in buffers]
-    loss = loss_function(forward(batch), batch.labels, batch.weights)
+    with collect_auxiliary() as auxiliary:
+        logits = forward(batch)
+    loss = loss_function(logits, batch.labels, batch.weights)
+    if auxiliary:
+        loss = loss + total_auxiliary(auxiliary, batch.weights)
     if not torch.isfinite(loss):
         for buffer, kept in zip(buffers, before):
             buffer.copy_(kept)
     return loss
+
+
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> None:
+    """Scale all gradients together to a global norm of at most `max_norm`, and touch none where that holds already.
+
+    `nn.utils.clip_grad_norm_` multiplies by 1 then: a pass over every gradient.
+
+    >>> weight = torch.zeros(2, requires_grad=True)
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_gradients([weight], max_norm=1.0)
+    >>> [round(value, 3) for value in weight.grad.tolist()]
+    [0.6, 0.8]
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if norm > max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)

@@ -19,9 +19,10 @@ from rich.console import Console
 from ctrlib.data.loader import Loader
 from ctrlib.model import Model
 from ctrlib.schema import Schema
+from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.fused import FusedEngine, Precision
-from ctrlib.training.loop import Engine, History, evaluate, fit, to_json
+from ctrlib.training.loop import Engine, History, evaluate, fit, predict, to_json
 
 EngineName = Literal["exact", "fused"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -54,11 +55,12 @@ def make_engine(
     precision: Precision = "fp32",
     device: str | torch.device = "cpu",
 ) -> Engine:
-    """The engine of that name, given the arguments that concern it.
+    """The engine of that name, given the arguments that concern it; the process keeps freed memory from here on.
 
     Raises:
         ValueError: there is no such engine, a rate is negative, or an argument is given that the engine would ignore.
     """
+    keep_freed_memory()
     if engine not in get_args(EngineName):
         raise ValueError(f"unknown engine {engine!r}, expected one of {get_args(EngineName)}")
     rates = {
@@ -110,9 +112,10 @@ def run(
     """Train `build(schema)` on a prepared folder with train, valid and test; returns the model and the result.
 
     The epoch is chosen by validation AUC, then validation and test are each scored once. The result has at least
-    valid_auc, test_auc, test_logloss, parameters, embedding_bytes, samples_per_second, seconds (of everything, loading
-    and evaluation included), engine and seed. `out` receives log.jsonl, metrics.json and curve.png. `on_trained` gets
-    the trained model, on the CPU, before anything is scored: the place to save it.
+    valid_auc, test_auc, test_logloss, parameters, embedding_bytes, samples_per_second (of training), the same of
+    inference (the test split, loading included), seconds (of everything), engine and seed. `out` receives log.jsonl,
+    metrics.json and curve.png. `on_trained` gets the trained model, on the CPU, before anything is scored: the place
+    to save it.
 
     Two runs with the same arguments give the same bits on a CPU, whatever `workers` is.
     """
@@ -157,6 +160,9 @@ def run(
         on_trained(plain)
     valid_scores = evaluate(trainer.model, valid, device=chosen_device)
     test_scores = evaluate(trainer.model, test, device=chosen_device)
+    scoring = time.perf_counter()
+    predict(trainer.model, test, device=chosen_device)
+    inference = test.num_rows / (time.perf_counter() - scoring)
     if math.isnan(test_scores["auc"]):
         console.print("warning: test holds one class only (or no known label), so its AUC is undefined (NaN)")
     result = {
@@ -169,6 +175,7 @@ def run(
         "network_parameters": parameters["network"],
         "embedding_bytes": embedding_bytes,
         "samples_per_second": history.samples_per_second,
+        "inference_samples_per_second": round(inference, 1),
         "seconds": round(time.perf_counter() - started, 2),
         "epochs": len(history.epochs),
         "best_epoch": history.best_epoch,
@@ -225,6 +232,7 @@ RECORD_COLUMNS = [
     "network_parameters",
     "embedding_bytes",
     "samples_per_second",
+    "inference_samples_per_second",
     "seconds",
     "epochs",
     "hardware",

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+TABLES = (EmbeddingBagCollection, EmbeddingCollection)
 
 
 def init_process_group(device: torch.device) -> None:
@@ -30,7 +33,7 @@ def init_process_group(device: torch.device) -> None:
 def shard(
     model: nn.Module, *, learning_rate: float = 0.02, eps: float = 1e-8, device: str | torch.device = "cpu"
 ) -> DistributedModelParallel:
-    """Replace every EmbeddingBagCollection in `model` by its sharded, fused form with row-wise Adagrad.
+    """Replace every EmbeddingBagCollection and EmbeddingCollection by its sharded, fused form with row-wise Adagrad.
 
     Row-wise Adagrad keeps one number per row, the running sum over steps of the row's mean squared gradient:
     s += mean_d g_d^2,  w -= learning_rate * g / (sqrt(s) + eps); rows that a batch does not touch stay as they are.
@@ -43,9 +46,11 @@ def shard(
     init_process_group(device)
     plan = {}
     for path, module in model.named_modules():
-        if not isinstance(module, EmbeddingBagCollection):
+        if not isinstance(module, TABLES):
             continue
-        for config in module.embedding_bag_configs():
+        pooled = isinstance(module, EmbeddingBagCollection)
+        configs = module.embedding_bag_configs() if pooled else module.embedding_configs()
+        for config in configs:
             if config.embedding_dim % 4:
                 raise ValueError(
                     f"the fused engine needs table widths that are multiples of 4, table {config.name!r} has "
@@ -56,7 +61,7 @@ def shard(
             module,
             # The kernel is named, since under the planner's favourite for small tables (data_parallel) TorchRec would
             # silently drop the in-backward optimiser.
-            {config.name: table_wise(rank=0, compute_kernel="fused") for config in module.embedding_bag_configs()},
+            {config.name: table_wise(rank=0, compute_kernel="fused") for config in configs},
             local_size=1,
             world_size=1,
             device_type=device.type,
@@ -72,7 +77,7 @@ def shard(
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=device,
         plan=ShardingPlan(plan),
-        sharders=[EmbeddingBagCollectionSharder(fused_params=fused_params)],
+        sharders=[EmbeddingBagCollectionSharder(fused_params), EmbeddingCollectionSharder(fused_params)],
         init_data_parallel=dist.get_world_size() > 1,
     )
     # The kernels draw their own initial rows; the model's are the ones that count.

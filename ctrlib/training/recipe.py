@@ -1,0 +1,83 @@
+"""What the recipes share: their flags, and the road from a data-set script to a row of results.csv."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctrlib import presets
+from ctrlib.training.run import Device, EngineName, record, run
+
+
+@dataclass(frozen=True)
+class RecipeKnobs:
+    """Flags of every recipe; a recipe adds `model`, its variants."""
+
+    raw: Path | None = None
+    """Folder with the raw files, to prepare them (anew); otherwise they are downloaded."""
+    data: Path | None = None
+    """Prepared folder, made first if it does not exist; otherwise one below data/."""
+    seed: int = 2021
+    """Of initial weights, shuffle and dropout."""
+    engine: EngineName = "exact"
+    """exact: dense Adam with L2 on whole tables, what the papers mean. fused: row-wise Adagrad through TorchRec, widths
+    rounded up to multiples of 4 and no L2."""
+    epochs: int = 100
+    """Upper limit."""
+    device: Device = "auto"
+    """Where to compute."""
+    record: bool = False
+    """Append the result to results.csv."""
+
+
+def run_recipe(
+    knobs: RecipeKnobs,
+    *,
+    recipe: str,
+    data: str,
+    script: Sequence[str],
+    model: str,
+    config: dict[str, Any],
+    **training: Any,
+) -> dict[str, Any]:
+    """Prepare if needed, train, report once, and record if asked to.
+
+    Args:
+        knobs: the flags.
+        recipe: path of the recipe: data/, datasets/ and results.csv are found from there.
+        data: name of the data in results.csv, and of the prepared folder.
+        script: file name of the data-set script and its arguments.
+        model: name of the variant in results.csv.
+        config: what `presets.build` needs.
+        training: arguments of `ctrlib.run`.
+
+    Raises:
+        SystemExit: `record` is asked for a run that is cut short.
+    """
+    if knobs.record and knobs.epochs != RecipeKnobs.epochs:
+        raise SystemExit("--record takes whole runs only: leave --epochs out")
+    here = Path(recipe).parent
+    folder = knobs.data or here.parent / "data" / data
+    if knobs.raw or not folder.exists():
+        command = [sys.executable, str(here.parent / "datasets" / script[0]), *script[1:], "--out", str(folder)]
+        subprocess.run(command + (["--raw", str(knobs.raw)] if knobs.raw else []), check=True, stdout=sys.stderr)
+    if knobs.engine == "fused":
+        config = {**config, "embedding_dim": -(-config["embedding_dim"] // 4) * 4}
+        training = {**training, "embedding_l2": 0.0}
+    config = presets.for_engine(config, knobs.engine)
+    _, result = run(
+        folder,
+        lambda schema: presets.build(config, schema),
+        engine=knobs.engine,
+        max_epochs=knobs.epochs,
+        seed=knobs.seed,
+        device=knobs.device,
+        **training,
+    )
+    if knobs.record:
+        record(result, here / "results.csv", data=data, model=model)
+    return {"data": data, "model": model, **result}

@@ -1,0 +1,138 @@
+"""Every published model, as the command line and the recipes name it: in both engines, sharded, traced and exported."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+import ctrlib as ctr
+from ctrlib import cli
+from ctrlib.presets import PRESETS, build, for_engine
+from ctrlib.testing import example_batch, example_schema
+
+SCHEMA = example_schema(num_tasks=2)
+SMALL: dict[str, dict[str, Any]] = {
+    "autoint": {"num_layers": 2, "head_dim": 4},
+    "autoint_plus": {"num_layers": 2, "head_dim": 4},
+    "dualmlp": {"hidden_1": (8,), "hidden_2": (6,)},
+    "fgcnn": {"num_channels": (3, 4), "kernel_height": 3},
+    "finalmlp": {"hidden_1": (8,), "hidden_2": (6,), "num_heads": 2, "contexts": (("user",), ("price", "history"))},
+    "finalnet": {"hidden_1": (8, 6), "hidden_2": (4,)},
+    "masknet": {"block_dim": 6},
+}
+
+
+def make(name: str, engine: str = "exact", **layout: Any) -> ctr.Model:
+    config = {"preset": name, "embedding_dim": 8, **layout, **SMALL.get(name, {})}
+    if "hidden" in ctr.presets.arguments_of(name):
+        config["hidden"] = (8, 6)
+    return build(for_engine(config, engine), SCHEMA)
+
+
+def test_command_line_knows_every_preset() -> None:
+    assert list(get_args(cli.Tower)) == list(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("engine", ["exact", "fused"])
+def test_preset_learns_in_both_engines(name: str, engine: str) -> None:
+    torch.manual_seed(0)
+    model = make(name, engine)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    trainer = ctr.make_engine(model, engine, learning_rate=0.01, embedding_learning_rate=0.05)  # type: ignore[arg-type]
+    batch = example_batch(SCHEMA, 64)
+    losses = [trainer.step(batch).item() for _ in range(40)]
+    assert losses[-1] < losses[0] - 0.1, losses
+    after = trainer.weights()
+    assert after.keys() == before.keys()
+    still = [key for key in before if before[key].is_floating_point() and torch.equal(before[key], after[key])]
+    # fbgemm's rows that no id of the batch meets stay, but no tensor as a whole does.
+    assert still == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_gives_the_same_logits_sharded(name: str) -> None:
+    torch.manual_seed(0)
+    model = make(name, "fused")
+    plain = copy.deepcopy(model).eval()
+    sharded = ctr.shard(model).eval()
+    batch = example_batch(SCHEMA, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(sharded(batch), plain(batch), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_traces_and_exports(name: str) -> None:
+    torch.manual_seed(0)
+    model = make(name)
+    network = nn.Sequential(model.tower, model.head).eval()
+    example, other = (torch.randn(rows, *model.tower.in_shape) for rows in (4, 9))
+    expected = network(other)
+    torch.testing.assert_close(torch.fx.symbolic_trace(network)(other), expected)
+    dynamic = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(network, (example,), dynamic_shapes=(dynamic,)).module()
+    torch.testing.assert_close(exported(other), expected)
+
+
+@pytest.mark.parametrize("numeric", ["vector", "bucketised", "piecewise_linear", "periodic", "autodis"])
+def test_numbers_become_fields_in_every_way(numeric: str) -> None:
+    torch.manual_seed(0)
+    edges = [[-1.0, 0.0, 1.0], [-0.5, 0.5]]
+    config = {"numeric": numeric, "edges": edges, "contexts": (("age",), ("user",))}
+    model = build({"preset": "finalmlp", "embedding_dim": 4, "num_heads": 1, "gate_hidden": (4,), **config}, SCHEMA)
+    batch = example_batch(SCHEMA, 8)
+    fields = model.embedding(batch)
+    tables = model.embedding.embeddings[0]
+    expected = tables.numeric(batch.dense)
+    torch.testing.assert_close(fields[:, [SCHEMA.position("price"), SCHEMA.position("age")]], expected)
+    context = model.embedding.embeddings[1].numeric(batch.dense[:, 1:])
+    torch.testing.assert_close(fields[:, len(SCHEMA.features)], context[:, 0])
+    trainer = ctr.ExactEngine(model, learning_rate=0.01)
+    losses = [trainer.step(batch).item() for _ in range(30)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"preset": "transformer"}, "unknown model 'transformer'"),
+        ({"preset": "mlp", "num_heads": 2}, r"takes no \['num_heads'\]"),
+        ({"preset": "mlp", "numeric": "splines"}, "unknown numeric 'splines'"),
+        ({"preset": "mlp", "numeric": "piecewise_linear"}, "needs edges for 2 numeric features, got 0"),
+        ({"preset": "finalmlp", "contexts": [["nobody"], []]}, "no features"),
+    ],
+)
+def test_wrong_config_says_what_is_right(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(config, SCHEMA)
+
+
+@pytest.mark.parametrize("sequence", ["mean", "din", "din_softmax", "bst", "sim"])
+@pytest.mark.parametrize("engine", ["exact", "fused"])
+def test_histories_become_fields_in_every_way_under_any_tower(sequence: str, engine: str) -> None:
+    torch.manual_seed(0)
+    model = make("finalmlp", engine, sequence=sequence)
+    counts = model.num_parameters()
+    tables = sum(
+        feature.num_embeddings * 8
+        for name, feature in {f.vocabulary or f.name: f for f in SCHEMA.sparse}.items()
+        if feature.num_embeddings
+    )
+    contexts = (20 + 30) * 8 + 1 * 8  # FinalMLP's own tables of user and history, its own vector of price
+    assert counts["embedding"] == tables + 2 * 8 + contexts  # what the encoders weigh counts as network
+    trainer = ctr.make_engine(model, engine, learning_rate=0.01, embedding_learning_rate=0.05)  # type: ignore[arg-type]
+    batch = example_batch(SCHEMA, 64)
+    losses = [trainer.step(batch).item() for _ in range(40)]
+    assert losses[-1] < losses[0] - 0.1, losses
+
+
+def test_a_history_needs_a_target() -> None:
+    features = (ctr.Categorical("item", num_embeddings=5), ctr.Sequence("clicks", num_embeddings=7))
+    with pytest.raises(ValueError, match="'clicks' shares its vocabulary with no categorical feature"):
+        build({"preset": "mlp", "sequence": "din"}, ctr.Schema(features, ("y",)))
+    with pytest.raises(ValueError, match="the schema has none"):
+        build({"preset": "mlp", "sequence": "din"}, ctr.Schema(features[:1], ("y",)))
