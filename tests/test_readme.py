@@ -69,7 +69,7 @@ def test_code_runs_in_order_and_does_what_it_says(
     assert names["counts"]["rows"] == len(names["probabilities"]) == 1000
     assert float(printed["python 2"]) > 0.65  # loaders, engine and fit
     assert names["products"].out_shape == (15,)
-    assert float(printed["python 6"]) > 0.65  # the fused engine
+    assert float(printed["python 8"]) > 0.65  # the fused engine
     assert names["interval"].low < names["interval"].auc < names["interval"].high
     assert names["test"].difference > 0
     assert names["test"].p_value < 0.01
