@@ -223,17 +223,23 @@ def shift_ids(sparse: KeyedJaggedTensor, shifts: dict[str, int] | None) -> Keyed
     if shifts is None:
         return sparse
     keys, lengths = sparse.keys(), sparse.length_per_key()
-    counts = torch.tensor(lengths, device=sparse.values().device)
-    shift = torch.tensor([shifts.get(key, 0) for key in keys], device=counts.device)
+    shift = _shift(tuple(shifts.get(key, 0) for key in keys), tuple(lengths), sparse.values().device)
     return KeyedJaggedTensor(
         keys,
-        sparse.values() + shift.repeat_interleave(counts, output_size=sparse.values().numel()),
+        sparse.values() + shift,
         lengths=sparse.lengths(),
         offsets=sparse.offsets(),
         stride=sparse.stride(),
         length_per_key=lengths,
         offset_per_key=sparse.offset_per_key(),
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _shift(shifts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Each shift as often as its length says; kept, since batches of single ids all have the same lengths."""
+    counts = torch.tensor(lengths, device=device)
+    return torch.tensor(shifts, device=device).repeat_interleave(counts, output_size=sum(lengths))
 
 
 def _by_vocabulary(features: Sequence[SparseFeature]) -> list[list[SparseFeature]]:

@@ -35,6 +35,8 @@ class LinearHead(nn.Module):
         self.unweighted = unweighted
         # No linear layer where nothing is weighted: torch warns about one without inputs.
         self.linear = nn.Linear(width - unweighted, num_tasks, bias=False) if width > unweighted else None
+        self.ones: Tensor
+        self.register_buffer("ones", torch.ones(num_tasks, unweighted), persistent=False)
         self.bias = nn.Parameter(torch.zeros(num_tasks))
         init_linear(self)
 
@@ -44,7 +46,5 @@ class LinearHead(nn.Module):
             return x.sum(1, keepdim=True) + self.bias
         if not self.unweighted:
             return F.linear(x, self.linear.weight, self.bias)
-        # One split: two slices would each make a gradient of x's full size.
-        weighted, logits = torch.split(x, [x.shape[1] - self.unweighted, self.unweighted], dim=1)
-        summed: Tensor = F.linear(weighted, self.linear.weight, self.bias) + logits.sum(1, keepdim=True)
-        return summed
+        # One product with fixed ones: to cut x in two would make its gradient in pieces.
+        return F.linear(x, torch.cat([self.linear.weight, self.ones], dim=1), self.bias)

@@ -23,7 +23,8 @@ class FusedEngine:
     For production and scale: a step costs the same for a thousand rows or a hundred million. It is a different
     algorithm from `ExactEngine`, not a faster one: tune it anew and name it beside every number. `precision="bf16"`
     runs tower and head in bfloat16 autocast (twice as fast on CPUs that have it); tables and optimisers stay fp32. Only
-    the network's gradients are clipped: the tables' never exist as a whole. The interface is that of `ExactEngine`.
+    the network's gradients are clipped: the tables' never exist as a whole. `check_ids` is as in `shard`. The interface
+    is that of `ExactEngine`.
 
     Raises:
         ValueError: a table's width is not a multiple of 4, or the precision is unknown.
@@ -40,6 +41,7 @@ class FusedEngine:
         embedding_learning_rate: float = 0.02,
         max_grad_norm: float | None = 10.0,
         precision: Precision = "fp32",
+        check_ids: bool = True,
         loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -53,7 +55,7 @@ class FusedEngine:
         self._buffers = [buffer for part in model.network() for buffer in part.buffers()]
         tables = {id(p) for m in model.modules() if isinstance(m, TABLES) for p in m.parameters()}
         dense = {name for name, parameter in model.named_parameters() if id(parameter) not in tables}
-        self.model: Any = shard(model, learning_rate=embedding_learning_rate, device=self.device)
+        self.model: Any = shard(model, learning_rate=embedding_learning_rate, check_ids=check_ids, device=self.device)
         # Which optimiser trains a table must not depend on the plan: those outside `dense` have theirs in the kernels.
         if len(self.model.fused_optimizer.params) != len(tables):
             raise RuntimeError(

@@ -53,6 +53,7 @@ def make_engine(
     embedding_l2: float = 0.0,
     embedding_learning_rate: float = 0.02,
     precision: Precision = "fp32",
+    check_ids: bool = True,
     device: str | torch.device = "cpu",
 ) -> Engine:
     """The engine of that name, given the arguments that concern it; the process keeps freed memory from here on.
@@ -85,6 +86,7 @@ def make_engine(
         learning_rate=learning_rate,
         embedding_learning_rate=embedding_learning_rate,
         precision=precision,
+        check_ids=check_ids,
         device=device,
     )
 
@@ -134,6 +136,7 @@ def run(
         embedding_l2=embedding_l2,
         embedding_learning_rate=embedding_learning_rate,
         precision=precision,
+        check_ids=False,  # the loaders have
         device=chosen_device,
     )
     with_group = schema.group is not None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -31,13 +32,20 @@ def init_process_group(device: torch.device) -> None:
 
 
 def shard(
-    model: nn.Module, *, learning_rate: float = 0.02, eps: float = 1e-8, device: str | torch.device = "cpu"
+    model: nn.Module,
+    *,
+    learning_rate: float = 0.02,
+    eps: float = 1e-8,
+    check_ids: bool = True,
+    device: str | torch.device = "cpu",
 ) -> DistributedModelParallel:
     """Replace every EmbeddingBagCollection and EmbeddingCollection by its sharded, fused form with row-wise Adagrad.
 
     Row-wise Adagrad keeps one number per row, the running sum over steps of the row's mean squared gradient:
     s += mean_d g_d^2,  w -= learning_rate * g / (sqrt(s) + eps); rows that a batch does not touch stay as they are.
-    Weights keep their values. All other parameters stay ordinary and want an ordinary optimiser.
+    fbgemm looks at every id before it uses it, unless `check_ids` is off: do that only where a `Loader` has looked
+    already, since an id out of range then reads and writes foreign memory. Weights keep their values. All other
+    parameters stay ordinary and want an ordinary optimiser.
 
     Raises:
         ValueError: a table's width is not a multiple of 4, which the fused kernels need.
@@ -70,6 +78,7 @@ def shard(
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "learning_rate": learning_rate,
         "eps": eps,
+        **({} if check_ids else {"bounds_check_mode": BoundsCheckMode.NONE}),
     }
     before = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     sharded = DistributedModelParallel(

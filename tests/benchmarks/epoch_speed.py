@@ -68,6 +68,7 @@ def main(arguments: Arguments) -> None:
         arguments.engine,
         embedding_l2=arguments.l2,
         precision=arguments.precision,
+        check_ids=False,  # as in ctr.run: the loader has
     )
     train = ctr.Loader(
         arguments.data, "train", batch_size=arguments.batch_size, shuffle=True, workers=arguments.workers
