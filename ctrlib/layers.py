@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def init_linear(module: nn.Module) -> None:
@@ -124,3 +126,50 @@ class Dice(nn.Module):
             scale = (self.running_var + self.eps).rsqrt()
             z = torch.addcmul(-self.running_mean * scale, x, scale)
         return x * torch.addcmul(self.alpha, z.sigmoid(), 1 - self.alpha)
+
+
+class PairwiseDots(nn.Module):
+    """<e_i, e_j> for every pair of fields i < j, row by row: (0, 1), (0, 2), ..., (F - 2, F - 1).
+
+    Shape: (B, F, D) -> (B, F * (F - 1) / 2).
+
+    >>> PairwiseDots(3)(torch.tensor([[[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]]])).tolist()
+    [[2.0, 0.0, 3.0]]
+    """
+
+    pairs: Tensor
+    entries: Tensor
+
+    def __init__(self, num_fields: int) -> None:
+        super().__init__()
+        first, second = torch.triu_indices(num_fields, num_fields, offset=1)
+        self.num_pairs = len(first)
+        # Entry (i, j) of the matrix of products holds pair entries[i F + j]; the diagonal none, so one past the last.
+        entries = torch.full((num_fields, num_fields), self.num_pairs)
+        entries[first, second] = entries[second, first] = torch.arange(self.num_pairs)
+        self.register_buffer("pairs", first * num_fields + second, persistent=False)
+        self.register_buffer("entries", entries.flatten(), persistent=False)
+
+    def forward(self, x_BFD: Tensor) -> Tensor:
+        """(B, F, D) -> (B, F * (F - 1) / 2)."""
+        dots: Tensor = _UpperTriangle.apply(x_BFD, self.pairs, self.entries)  # type: ignore[no-untyped-call]
+        return dots
+
+
+class _UpperTriangle(torch.autograd.Function):
+    """The upper triangle of X X^T, with its gradient (G + G^T) X written out: one product where autograd takes two, and
+    G + G^T is one gather. Autograd's scatter into G is the slowest part of a dot interaction on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BFD: Tensor, pairs: Tensor, entries: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BFD, entries)
+        return torch.bmm(x_BFD, x_BFD.transpose(1, 2)).flatten(1).index_select(1, pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BP: Tensor) -> tuple[Tensor, None, None]:
+        x_BFD, entries = ctx.saved_tensors
+        num_fields = x_BFD.shape[1]
+        grad_BFF = F.pad(grad_BP, (0, 1)).index_select(1, entries).view(-1, num_fields, num_fields)
+        # Under autocast the dots, and so their gradient, are narrower than the fields; backward does not run under it.
+        return torch.bmm(grad_BFF, x_BFD.to(grad_BFF.dtype)).to(x_BFD.dtype), None, None

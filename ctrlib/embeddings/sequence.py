@@ -26,7 +26,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from ctrlib.batch import Batch
-from ctrlib.embeddings.table import TableEmbedding, _by_vocabulary, _init_rows, _num_rows, _table_name
+from ctrlib.embeddings.table import TableEmbedding, by_vocabulary, init_rows, num_rows, table_name
 from ctrlib.losses import add_auxiliary
 from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, Sequence, SparseFeature, vocabulary_of
 
@@ -185,13 +185,13 @@ def make_event_tables(features: Iterable[SparseFeature], *, embedding_dim: int, 
     return EmbeddingCollection(
         tables=[
             EmbeddingConfig(
-                name=_table_name(vocabulary_of(members[0])),
-                num_embeddings=_num_rows(members),
+                name=table_name(vocabulary_of(members[0])),
+                num_embeddings=num_rows(members),
                 embedding_dim=embedding_dim,
                 feature_names=[member.name for member in members],
-                init_fn=functools.partial(_init_rows, std=init_std, copies=1, padding=[PADDING_ID]),
+                init_fn=functools.partial(init_rows, std=init_std, copies=1, padding=[PADDING_ID]),
             )
-            for members in _by_vocabulary(list(features))
+            for members in by_vocabulary(list(features))
         ]
     )
 

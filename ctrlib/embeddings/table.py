@@ -183,12 +183,12 @@ def make_tables(
         ValueError: a feature has not been fitted, or features of one vocabulary want different pooling.
     """
     tables: dict[str, list[list[SparseFeature]]] = {}  # name -> its vocabularies, each as the features that share it
-    for members in _by_vocabulary(features):
-        name = f"stacked_{_pooling(members)}" if stacked else _table_name(vocabulary_of(members[0]))
+    for members in by_vocabulary(features):
+        name = f"stacked_{_pooling(members)}" if stacked else table_name(vocabulary_of(members[0]))
         tables.setdefault(name + suffix, []).append(members)
     configs = []
     for name, vocabularies in tables.items():
-        rows = [_num_rows(members) for members in vocabularies]
+        rows = [num_rows(members) for members in vocabularies]
         padding = [sum(rows[:position]) + PADDING_ID for position in range(len(rows))]
         configs.append(
             EmbeddingBagConfig(
@@ -197,7 +197,7 @@ def make_tables(
                 embedding_dim=embedding_dim,
                 feature_names=[member.name for members in vocabularies for member in members],
                 pooling=PoolingType.MEAN if _pooling(vocabularies[0]) == "mean" else PoolingType.SUM,
-                init_fn=functools.partial(_init_rows, std=init_std, copies=copies, padding=padding),
+                init_fn=functools.partial(init_rows, std=init_std, copies=copies, padding=padding),
             )
         )
     return EmbeddingBagCollection(tables=configs) if configs else None
@@ -211,10 +211,10 @@ def first_rows(features: Sequence[SparseFeature]) -> dict[str, int]:
     """
     used: dict[str, int] = {}
     first: dict[str, int] = {}
-    for members in _by_vocabulary(features):
+    for members in by_vocabulary(features):
         pooling = _pooling(members)
         first |= {member.name: used.get(pooling, 0) for member in members}
-        used[pooling] = used.get(pooling, 0) + _num_rows(members)
+        used[pooling] = used.get(pooling, 0) + num_rows(members)
     return first
 
 
@@ -242,14 +242,20 @@ def _shift(shifts: tuple[int, ...], lengths: tuple[int, ...], device: torch.devi
     return torch.tensor(shifts, device=device).repeat_interleave(counts, output_size=sum(lengths))
 
 
-def _by_vocabulary(features: Sequence[SparseFeature]) -> list[list[SparseFeature]]:
+def by_vocabulary(features: Sequence[SparseFeature]) -> list[list[SparseFeature]]:
+    """The features that share each vocabulary, in the order of first use."""
     groups: dict[str, list[SparseFeature]] = {}
     for feature in features:
         groups.setdefault(vocabulary_of(feature), []).append(feature)
     return list(groups.values())
 
 
-def _num_rows(members: Sequence[SparseFeature]) -> int:
+def num_rows(members: Sequence[SparseFeature]) -> int:
+    """Rows of the table of features that share a vocabulary.
+
+    Raises:
+        ValueError: they have not been fitted.
+    """
     rows = members[0].num_embeddings
     if rows is None:
         raise ValueError(
@@ -270,10 +276,10 @@ def _pooling(members: Sequence[SparseFeature]) -> str:
     return str(next(iter(pooling)))
 
 
-def _table_name(vocabulary: str) -> str:
+def table_name(vocabulary: str) -> str:
     """A name that torch accepts for a module: without dots, and not that of one of its own attributes.
 
-    >>> _table_name("type"), _table_name("user.id")
+    >>> table_name("type"), table_name("user.id")
     ('table_type', 'table_user%2Eid')
     """
     return "table_" + vocabulary.replace("%", "%25").replace(".", "%2E")
@@ -291,7 +297,8 @@ def regroup(pooled: Any, names: Sequence[str]) -> Tensor:
     return torch.cat([by_name[name] for name in names], dim=1)
 
 
-def _init_rows(weight: Tensor, *, std: float, copies: int, padding: list[int]) -> Tensor:
+def init_rows(weight: Tensor, *, std: float, copies: int, padding: list[int]) -> Tensor:
+    """Fill a table with N(0, std^2), each run of `copies` columns equal, and its `padding` rows with 0."""
     with torch.no_grad():
         rows = torch.randn(weight.shape[0], weight.shape[1] // copies, device=weight.device) * std
         weight.copy_(rows.repeat_interleave(copies, dim=1))

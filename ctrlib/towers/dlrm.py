@@ -4,12 +4,11 @@ Recommendation Systems", 2019, https://arxiv.org/abs/1906.00091."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from ctrlib.layers import PairwiseDots
 
 
 class DotInteraction(nn.Module):
@@ -35,9 +34,6 @@ class DotInteraction(nn.Module):
     [[1.0, 0.0, 2.0, 0.0, 3.0]]
     """
 
-    pairs: Tensor
-    entries: Tensor
-
     def __init__(self, in_shape: tuple[int, int], *, dense_fields: Sequence[int] = ()) -> None:
         super().__init__()
         num_fields, width = in_shape
@@ -49,39 +45,14 @@ class DotInteraction(nn.Module):
             raise ValueError(
                 f"dense_fields must be distinct positions from 0 to {num_fields - 1}, got {list(dense_fields)}"
             )
-        first, second = torch.triu_indices(num_fields, num_fields, offset=1)
-        num_pairs = len(first)
-        # Entry (i, j) of the matrix of dot products holds pair entries[i F + j]; the diagonal none, said by num_pairs.
-        entries = torch.full((num_fields, num_fields), num_pairs)
-        entries[first, second] = entries[second, first] = torch.arange(num_pairs)
-        self.register_buffer("pairs", first * num_fields + second, persistent=False)
-        self.register_buffer("entries", entries.flatten(), persistent=False)
+        self.dots = PairwiseDots(num_fields)
         self.dense_fields = tuple(dense_fields)
         self.in_shape = tuple(in_shape)
-        self.out_shape = (len(dense_fields) * width + num_pairs,)
+        self.out_shape = (len(dense_fields) * width + self.dots.num_pairs,)
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """(B, F, D) -> (B, H)."""
-        dots: Tensor = _PairwiseDots.apply(x_BFD, self.pairs, self.entries)  # type: ignore[no-untyped-call]
+        dots: Tensor = self.dots(x_BFD)
         if not self.dense_fields:
             return dots
         return torch.cat([*(x_BFD[:, k] for k in self.dense_fields), dots], dim=1)
-
-
-class _PairwiseDots(torch.autograd.Function):
-    """The upper triangle of X X^T, with its gradient (G + G^T) X written out: one product where autograd takes two, and
-    G + G^T is one gather. Autograd's scatter into G is the slowest part of a dot interaction on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BFD: Tensor, pairs: Tensor, entries: Tensor) -> Tensor:
-        ctx.save_for_backward(x_BFD, entries)
-        return torch.bmm(x_BFD, x_BFD.transpose(1, 2)).flatten(1).index_select(1, pairs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BP: Tensor) -> tuple[Tensor, None, None]:
-        x_BFD, entries = ctx.saved_tensors
-        num_fields = x_BFD.shape[1]
-        grad_BFF = F.pad(grad_BP, (0, 1)).index_select(1, entries).view(-1, num_fields, num_fields)
-        # Under autocast the dots, and so their gradient, are narrower than the fields; backward does not run under it.
-        return torch.bmm(grad_BFF, x_BFD.to(grad_BFF.dtype)).to(x_BFD.dtype), None, None

@@ -20,8 +20,9 @@ class FM(nn.Module):
     Raises:
         ValueError: there are fewer than two fields.
 
-    >>> FM((3, 2))(torch.tensor([[[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]]])).tolist()  # 2 + 0 + 3
-    [[5.0]]
+    >>> pairs = FM((3, 2))(torch.tensor([[[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]]]))
+    >>> round(pairs.item(), 4)  # 2 + 0 + 3
+    5.0
     """
 
     def __init__(self, in_shape: tuple[int, int]) -> None:
