@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrlib import presets
+from ctrlib.data.quantiles import quantile_edges
 from ctrlib.training.run import Device, EngineName, record, run
 
 
@@ -52,7 +53,7 @@ def run_recipe(
         data: name of the data in results.csv, and of the prepared folder.
         script: file name of the data-set script and its arguments.
         model: name of the variant in results.csv.
-        config: what `presets.build` needs.
+        config: what `presets.build` needs; `bins` in place of `edges` means that many quantiles of the training rows.
         training: arguments of `ctrlib.run`.
 
     Raises:
@@ -69,6 +70,9 @@ def run_recipe(
         config = {**config, "embedding_dim": -(-config["embedding_dim"] // 4) * 4}
         training = {**training, "embedding_l2": 0.0}
     config = presets.for_engine(config, knobs.engine)
+    if "bins" in config:
+        config = {**config, "edges": quantile_edges(folder, config["bins"])}
+        del config["bins"]
     _, result = run(
         folder,
         lambda schema: presets.build(config, schema),
