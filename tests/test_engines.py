@@ -12,6 +12,7 @@ import torch
 import ctrlib as ctr
 from ctrlib import presets
 from ctrlib.testing import example_batch, example_schema
+from ctrlib.training.guard import clip_gradients
 
 SCHEMA = example_schema()
 
@@ -240,3 +241,54 @@ def test_both_engines_learn_the_same_problem() -> None:
         for _ in range(40):
             last = engine.step(batch).item()
         assert last < 0.5 * first, engine_class
+
+
+def test_gradients_are_clipped_together_and_only_if_too_long() -> None:
+    torch.manual_seed(0)
+    parameters = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
+    for norm in (0.5, 2.0):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        total = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad *= norm / total
+        before = [p.grad.clone() for p in parameters if p.grad is not None]
+        clip_gradients(parameters, max_norm=1.0)
+        for parameter, gradient in zip(parameters, before, strict=True):
+            assert parameter.grad is not None
+            if norm < 1:
+                assert torch.equal(parameter.grad, gradient)
+            else:
+                torch.testing.assert_close(parameter.grad, gradient / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_auxiliary_losses_join_the_loss_with_the_weights_of_their_rows() -> None:
+    class Strict(ctr.LinearHead):
+        """Adds a loss of its own in training: 3 for even rows, 5 for odd ones, and 0.25 for the batch."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(x)
+            if self.training:
+                rows = torch.arange(len(x)) % 2 * 2.0 + 3.0
+                ctr.losses.add_auxiliary(rows + 0 * logits[:, 0])
+                ctr.losses.add_auxiliary(torch.tensor(0.25))
+            return logits
+
+    batch = example_batch(SCHEMA, 4)
+    batch.weights = torch.tensor([1.0, 3.0, 0.0, 0.0])
+    for engine_class in (ctr.ExactEngine, ctr.FusedEngine):
+        losses = []
+        for head in (ctr.LinearHead, Strict):
+            torch.manual_seed(0)
+            embedding = ctr.TableEmbedding(SCHEMA.features, embedding_dim=4)
+            tower = ctr.MLP(embedding.out_shape, hidden=(4,))
+            losses.append(engine_class(ctr.Model(embedding, tower, head(tower.out_shape))).step(batch).item())
+        assert losses[1] - losses[0] == pytest.approx((1 * 3 + 3 * 5) / 4 + 0.25, rel=1e-5)
+
+
+def test_fused_engine_says_when_an_id_is_out_of_range() -> None:
+    batch = example_batch(SCHEMA, 8)
+    batch.sparse.values()[0] = 10_000
+    with pytest.raises(RuntimeError, match="idx < num_rows"):
+        ctr.FusedEngine(PRESETS["mlp"]()).step(batch)

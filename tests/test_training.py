@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ctrlib import cli, presets
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training import loop
+from ctrlib.training.recipe import RecipeKnobs
 from ctrlib.training.run import draw_curve, record
 
 QUIET = Console(quiet=True)
@@ -298,6 +300,26 @@ def test_record_appends_and_refuses_other_columns(tmp_path: Path, data: Path) ->
     path.write_text("other,columns\n")
     with pytest.raises(ValueError, match="other"):
         record(result, path, data="d", model="m")
+
+
+def test_recipe_trains_records_and_finds_its_own_bins(tmp_path: Path, data: Path) -> None:
+    recipe = str(tmp_path / "recipes" / "x.py")
+    (tmp_path / "recipes").mkdir()
+    arguments: dict[str, Any] = {"recipe": recipe, "data": "clicks", "script": ["none.py"], "model": "mlp_bins"}
+    config = {"preset": "mlp", "embedding_dim": 6, "hidden": (8,), "numeric": "bucketised", "bins": 4}
+    knobs = RecipeKnobs(data=data, seed=3, engine="fused", record=True, device="cpu")
+    with pytest.raises(SystemExit, match="whole runs only"):
+        ctr.run_recipe(replace(knobs, epochs=1), config=config, **arguments)
+    result = ctr.run_recipe(knobs, config=config, **arguments, batch_size=512, patience=1, embedding_l2=0.1)
+    with (tmp_path / "recipes" / "results.csv").open(newline="") as file:
+        (row,) = list(csv.DictReader(file))
+    assert (row["data"], row["model"], row["engine"], row["seed"]) == ("clicks", "mlp_bins", "fused", "3")
+    assert float(row["test_auc"]) == pytest.approx(result["test_auc"], abs=1e-6)
+    assert float(row["inference_samples_per_second"]) > 0
+    # Width 6 is made 8 for the kernels, and each number has 4 bins and a row for its largest value.
+    schema = ctr.Schema.load(data)
+    rows = sum(features[0].num_embeddings or 0 for features in schema.vocabularies.values())
+    assert int(row["embedding_bytes"]) == 4 * 8 * (rows + 5 * len(schema.dense))
 
 
 def test_engines_refuse_arguments_they_would_ignore(data: Path) -> None:

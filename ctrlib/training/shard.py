@@ -43,8 +43,8 @@ def shard(
 
     Row-wise Adagrad keeps one number per row, the running sum over steps of the row's mean squared gradient:
     s += mean_d g_d^2,  w -= learning_rate * g / (sqrt(s) + eps); rows that a batch does not touch stay as they are.
-    fbgemm looks at every id before it uses it, unless `check_ids` is off: do that only where a `Loader` has looked
-    already, since an id out of range then reads and writes foreign memory. Weights keep their values. All other
+    Every id is looked at before it is used, and one out of range is a RuntimeError, unless `check_ids` is off: do that
+    only where a `Loader` has looked already, since a wrong id then reads and writes foreign memory. Weights keep their values. All other
     parameters stay ordinary and want an ordinary optimiser.
 
     Raises:
@@ -78,7 +78,8 @@ def shard(
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "learning_rate": learning_rate,
         "eps": eps,
-        **({} if check_ids else {"bounds_check_mode": BoundsCheckMode.NONE}),
+        # fbgemm's default takes row 0 in place of a wrong id, and only logs it.
+        "bounds_check_mode": BoundsCheckMode.FATAL if check_ids else BoundsCheckMode.NONE,
     }
     before = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     sharded = DistributedModelParallel(
