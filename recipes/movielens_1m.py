@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fm": {},
     "wide_deep": MLP,
     "deepfm": MLP,
-    "xdeepfm": {**MLP, "num_maps": (64, 64)},
+    "xdeepfm": {**MLP, "num_maps": (64,)},
     "dcn": MLP,
     "dcnv2": MLP,
     "dcnv2_mix": {**MLP, "rank": 16},
