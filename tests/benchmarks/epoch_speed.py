@@ -20,6 +20,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
 
 import ctrlib as ctr
+from ctrlib.cli import Tower
 from ctrlib.training.run import make_engine
 
 
@@ -29,7 +30,7 @@ class Arguments:
 
     data: Positional[Path]
     """Prepared folder."""
-    model: Literal["mlp", "fm", "deepfm", "dcnv2"] = "deepfm"
+    model: Tower = "deepfm"
     """Which preset."""
     engine: Literal["exact", "fused"] = "exact"
     """Which engine."""
@@ -60,8 +61,8 @@ def main(arguments: Arguments) -> None:
     schema = ctr.Schema.load(arguments.data)
     torch.manual_seed(0)
     config: dict[str, Any] = {"preset": arguments.model, "embedding_dim": arguments.embedding_dim}
-    if arguments.model != "fm":
-        config |= {name: getattr(arguments, name) for name in ("hidden", "batch_norm", "dropout")}
+    takes = ctr.presets.arguments_of(arguments.model)
+    config |= {name: getattr(arguments, name) for name in ("hidden", "batch_norm", "dropout") if name in takes}
     config = ctr.presets.for_engine(config, arguments.engine)
     engine = make_engine(
         ctr.presets.build(config, schema),
