@@ -4,7 +4,8 @@
 
 Both data sets are made without leakage: a row's history holds what the user did strictly before it, and the docstrings
 of datasets/amazon_grocery.py and datasets/movielens_1m.py (protocol `histories`) say how. There is no published number
-for either; `pooled` is the floor that knows no target. Width 16, MLP 200-80 with batch normalisation, Adam 1e-3.
+for either; `mean` is the floor that knows no target. Width 16, MLP 200-80 with batch normalisation and
+dropout .2, Adam 1e-3.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tyro.conf import FlagCreatePairsOff
 import ctrlib as ctr
 from ctrlib.training.recipe import RecipeKnobs
 
-MODEL = {"preset": "mlp", "embedding_dim": 16, "hidden": (200, 80), "batch_norm": True}
+MODEL = {"preset": "mlp", "embedding_dim": 16, "hidden": (200, 80), "batch_norm": True, "dropout": 0.2}
 
 # Everything in which the variants differ: how histories become fields.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -29,14 +30,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sim": {"sequence": "sim"},
 }
 
-# The data-set script with its arguments, L2 on the tables and dropout, the latter two chosen on validation.
+# The data-set script with its arguments, and L2 on the tables: 1e-3 was the best of 1e-5, 1e-4 and 1e-3 on Amazon's
+# validation rows with din.
 DATA: dict[str, dict[str, Any]] = {
-    "amazon_grocery": {"script": ["amazon_grocery.py"], "embedding_l2": 1e-4, "dropout": 0.2},
-    "movielens_1m_histories": {
-        "script": ["movielens_1m.py", "--protocol", "histories"],
-        "embedding_l2": 1e-4,
-        "dropout": 0.2,
-    },
+    "amazon_grocery": {"script": ["amazon_grocery.py"], "embedding_l2": 1e-3},
+    "movielens_1m_histories": {"script": ["movielens_1m.py", "--protocol", "histories"], "embedding_l2": 1e-3},
 }
 
 
@@ -61,7 +59,7 @@ def main(knobs: Knobs) -> None:
         data=knobs.data_set,
         script=data["script"],
         model=knobs.model,
-        config={**MODEL, "dropout": data["dropout"], **VARIANTS[knobs.model]},
+        config={**MODEL, **VARIANTS[knobs.model]},
         batch_size=1024,
         learning_rate=1e-3,
         embedding_l2=data["embedding_l2"],
