@@ -187,20 +187,20 @@ class Train:
     """Folder for the model; otherwise runs/NAME-TOWER."""
     tower: Tower = "dcnv2"
     """Which published model."""
-    dim: int = 16
-    """Width of the embeddings (multiples of 4 for the fused engine)."""
-    hidden: tuple[int, ...] = (400, 400, 400)
-    """Widths of the MLP's hidden layers."""
-    cross_layers: int = 3
-    """Cross layers of dcn, dcnv2, dcnv2_mix and gdcn."""
-    dropout: float = 0.0
-    """Dropout of the MLP."""
-    batch_norm: bool = False
-    """Batch normalisation in the MLP."""
+    dim: int | None = None
+    """Width of the embeddings; otherwise 16 (multiples of 4 for the fused engine)."""
+    hidden: tuple[int, ...] | None = None
+    """Widths of the MLP's hidden layers; otherwise those of the preset, mostly 400 400 400."""
+    cross_layers: int | None = None
+    """Cross layers of dcn, dcnv2, dcnv2_mix and gdcn; otherwise 3."""
+    dropout: float | None = None
+    """Dropout of the MLP; otherwise 0."""
+    batch_norm: bool | None = None
+    """Batch normalisation in the MLP; otherwise as the preset has it, mostly False."""
     numeric: Literal["vector", "bucketised", "piecewise_linear", "periodic", "autodis"] = "vector"
     """How numbers become fields: vector is value times vector; the next two use quantiles of the training rows."""
-    bins: int = 32
-    """Quantile bins per number, for bucketised and piecewise_linear."""
+    bins: int | None = None
+    """Quantile bins per number, for bucketised and piecewise_linear; otherwise 32."""
     sequence: Literal["pooled", "mean", "din", "din_softmax", "bst", "sim"] = "pooled"
     """How histories become fields; pooled is the mean (or sum) of each, the others compare all histories with the
     features whose vocabulary they share."""
@@ -214,7 +214,7 @@ class Train:
     learning_rate: float = 1e-3
     """Adam's step."""
     l2: float = 0.0
-    """L2 on whole tables (exact engine)."""
+    """L2 on whole tables and on what makes fields of numbers (exact engine)."""
     embedding_learning_rate: float = 0.02
     """Row-wise Adagrad's step (fused engine)."""
     batch_size: int | None = None
@@ -249,24 +249,37 @@ class Train:
             "dropout": "dropout",
             "batch_norm": "batch_norm",
         }
-        changed = {name for name in flags if getattr(self, name) != type(self).__dataclass_fields__[name].default}
-        idle = [f"--{name.replace('_', '-')}" for name in flags if name in changed and flags[name] not in takes]
+        # What is not asked for is the preset's to say: its defaults are the paper's.
+        changed = [name for name in flags if getattr(self, name) is not None]
+        idle = [name for name in changed if flags[name] not in takes]
         if idle:
+            similar = [argument for argument in takes if any(argument.startswith(flags[name]) for name in idle)]
             raise ValueError(
-                f"{', '.join(idle)}: {self.tower} has no such part; leave it out or choose another --tower"
+                f"{', '.join('--' + name.replace('_', '-') for name in idle)}: {self.tower} has no such argument; "
+                + (f"say --option with {' or '.join(similar)}" if similar else "leave it out or choose another --tower")
             )
         config: dict[str, Any] = {"preset": self.tower}
-        config |= {argument: getattr(self, name) for name, argument in flags.items() if argument in takes}
+        config |= {flags[name]: getattr(self, name) for name in changed}
         config |= {"numeric": self.numeric, "sequence": self.sequence}
-        if self.numeric in ("bucketised", "piecewise_linear"):
-            config["edges"] = quantile_edges(self.data, self.bins)
-        config |= dict(parse_option(text) for text in self.option)
-        return for_engine(config, self.engine)
+        binned = self.numeric in ("bucketised", "piecewise_linear")
+        if self.bins is not None and not binned:
+            raise ValueError(f"--bins {self.bins}: there are no bins in --numeric {self.numeric}")
+        if binned:
+            config["edges"] = quantile_edges(self.data, 32 if self.bins is None else self.bins)
+        config = for_engine(config, self.engine)
+        for name, value in map(parse_option, self.option):
+            if name in config:
+                raise ValueError(
+                    f"--option {name}: that is said already, by a flag or for the engine, as {config[name]!r}"
+                )
+            config[name] = value
+        return config
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
         from ctrlib import presets
         from ctrlib.serving.predictor import save_model
+        from ctrlib.training.allocator import keep_freed_memory
         from ctrlib.training.loop import to_json
         from ctrlib.training.run import run
 
@@ -274,6 +287,7 @@ class Train:
         if (out / "model.json").exists() and not self.overwrite:
             raise ValueError(f"{out} holds a model already: give another --out, or --overwrite to replace it")
         config = self.config()
+        keep_freed_memory()
         _, result = run(
             self.data,
             lambda schema: presets.build(config, schema),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+def full_precision() -> contextlib.ExitStack:
+    """Where bfloat16 autocast is on, off inside the block: for fields (a number's fifth digit can matter) and logits.
+
+    >>> with torch.autocast("cpu", torch.bfloat16), full_precision():
+    ...     print((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
+    torch.float32
+    """
+    stack = contextlib.ExitStack()
+    for device_type in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack
 
 
 def init_linear(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.layers import full_precision
 
 
 class Model(nn.Module):
@@ -47,8 +48,14 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch -> (B, T) logits."""
-        logits: Tensor = self.head(self.tower(self.embedding(batch)))
-        return logits if self.wide is None else logits + self.wide(batch)
+        with full_precision():
+            fields = self.embedding(batch)
+        logits: Tensor = self.head(self.tower(fields))
+        if self.wide is None:
+            return logits
+        with full_precision():
+            first_order: Tensor = self.wide(batch)
+        return logits + first_order
 
     def network(self) -> list[nn.Module]:
         """Tower, head, and the encoders that an embedding publishes as `encoders` (attention over a history, say).
@@ -60,7 +67,7 @@ class Model(nn.Module):
     def num_parameters(self) -> dict[str, int]:
         """Number of weights in the embedding (with the wide part), and in the network."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        network = sum(p.numel() for part in self.network() for p in part.parameters())
+        network = sum({id(p): p.numel() for part in self.network() for p in part.parameters()}.values())
         return {"embedding": total - network, "network": network}
 
     def embedding_bytes(self) -> int:

@@ -53,11 +53,12 @@ class Inputs:
     `embedding_dim`: width D of the fields. `numeric`: how numbers become fields; `bucketised` and `piecewise_linear`
     want `edges`, a list for each numeric feature (`ctrlib.quantile_edges`), `periodic` a `sigma`. `sequence`: how
     histories become fields; for all but `pooled` (mean or sum, as the feature says) histories are compared with the
-    categorical features that share their vocabularies, all in one unit. `stacked`: see `TableEmbedding`.
-    `wide_columns`: see `Wide`.
+    categorical features that share their vocabularies, in one unit (a second history of one thing in a second).
+    `stacked`: see `TableEmbedding`. `wide_columns`: see `Wide`.
 
     Raises:
-        ValueError: there is no such `numeric` or `sequence`, edges are lacking, or a history has no target.
+        ValueError: there is no such `numeric` or `sequence`, edges are lacking, an argument would be idle, or a history
+            has no target.
 
     >>> from ctrlib.testing import example_schema
     >>> model = deepfm(Inputs(example_schema(), embedding_dim=8), hidden=(16,))
@@ -79,6 +80,12 @@ class Inputs:
             raise ValueError(f"unknown numeric {self.numeric!r}, expected one of {get_args(NumericFields)}")
         if self.sequence not in get_args(SequenceFields):
             raise ValueError(f"unknown sequence {self.sequence!r}, expected one of {get_args(SequenceFields)}")
+        if not self.schema.dense and self.numeric != "vector":
+            raise ValueError(f"numeric={self.numeric!r} needs a numeric feature, and the schema has none")
+        if self.sigma != 0.01 and self.numeric != "periodic":
+            raise ValueError(f"sigma={self.sigma} is for numeric='periodic', got numeric={self.numeric!r}")
+        if self.edges is not None and self.numeric not in ("bucketised", "piecewise_linear"):
+            raise ValueError(f"edges are for bucketised and piecewise_linear numbers, got numeric={self.numeric!r}")
         wanted = len(self.schema.dense) if self.numeric in ("bucketised", "piecewise_linear") else 0
         if wanted and len(self.edges or ()) != wanted:
             raise ValueError(
@@ -94,7 +101,7 @@ class Inputs:
         if self.sequence != "pooled" and names is None and not suffix:
             return SequenceEmbedding(
                 self.schema.features,
-                units=[self._unit()],
+                units=self._units(),
                 embedding_dim=self.embedding_dim,
                 stacked=self.stacked,
                 numeric=self._numeric_fields(names),
@@ -119,29 +126,43 @@ class Inputs:
         encoder = Bucketised if self.numeric == "bucketised" else PiecewiseLinear
         return encoder([(self.edges or ())[n] for n in chosen], embedding_dim=self.embedding_dim)
 
-    def _unit(self) -> Unit:
-        histories = [feature for feature in self.schema.sparse if isinstance(feature, HistoryFeature)]
-        categorical = [feature for feature in self.schema.sparse if isinstance(feature, Categorical)]
-        targets = []
-        for history in histories:
-            same = [feature.name for feature in categorical if vocabulary_of(feature) == vocabulary_of(history)]
-            if not same:
+    def _units(self) -> list[Unit]:
+        """All histories beside the features whose vocabularies they share; a second one of a thing: a new unit."""
+        pairs: list[dict[str, HistoryFeature]] = []  # a unit each: target -> history
+        for history in self.schema.sparse:
+            if not isinstance(history, HistoryFeature):
+                continue
+            targets = [
+                feature.name
+                for feature in self.schema.sparse
+                if isinstance(feature, Categorical) and vocabulary_of(feature) == vocabulary_of(history)
+            ]
+            if not targets:
                 raise ValueError(
                     f"history {history.name!r} shares its vocabulary with no categorical feature, so there is nothing "
-                    f"to compare it with: prepare it with Sequence(..., vocabulary=...), or use sequence='pooled'"
+                    "to compare it with: prepare it with Sequence(..., vocabulary=...), or use sequence='pooled'"
                 )
-            targets.append(same[0])
-        if not histories:
+            unit = next((unit for unit in pairs if targets[0] not in unit), None)
+            if unit is None:
+                pairs.append(unit := {})
+            unit[targets[0]] = history
+        if not pairs:
             raise ValueError(f"sequence={self.sequence!r} needs a Sequence feature, and the schema has none")
+        return [
+            Unit(tuple(unit), tuple(history.name for history in unit.values()), self._encoder(list(unit.values())))
+            for unit in pairs
+        ]
+
+    def _encoder(self, histories: list[HistoryFeature]) -> nn.Module:
         width = len(histories) * self.embedding_dim
         encoders: dict[str, Callable[[], nn.Module]] = {
             "mean": lambda: MeanPooling(width),
             "din": lambda: DIN(width, dice=True),
             "din_softmax": lambda: DIN(width, dice=True, softmax=True),
             "bst": lambda: BST(width, max_length=max(history.max_length for history in histories)),
-            "sim": lambda: SIM(TargetAttention(width), top_k=20),
+            "sim": lambda: SIM(TargetAttention(width)),
         }
-        return Unit(tuple(targets), tuple(history.name for history in histories), encoders[self.sequence]())
+        return encoders[self.sequence]()
 
     def model(
         self,
@@ -377,9 +398,9 @@ def finalmlp(
     batch_norm_2: bool = False,
     dropout_1: float = 0.0,
     dropout_2: float = 0.0,
-    num_heads: int = 10,
+    num_heads: int = 1,
     contexts: tuple[Sequence[str], Sequence[str]] | None = ((), ()),
-    gate_hidden: Widths = (400,),
+    gate_hidden: Widths = (800,),
     zero_context: bool = False,
 ) -> Model:
     """FinalMLP (Mao et al., AAAI 2023): two gated MLP streams and their bilinear fusion.
@@ -390,6 +411,10 @@ def finalmlp(
     num_fields = embedding.out_shape[0]
     positions: tuple[range, range] | None = None
     if contexts is not None:
+        if len(contexts) != 2 or any(isinstance(names, str) or len({*names}) < len(names) for names in contexts):
+            raise ValueError(
+                f"contexts must be two lists of distinct feature names, one for each stream's gate, got {contexts}"
+            )
         behind = num_fields
         parts = [embedding]
         ranges = []
@@ -571,7 +596,7 @@ def eulernet(
     inputs: Inputs,
     *,
     num_orders: Widths = (52,),
-    layer_norm: bool = True,
+    layer_norm: bool = False,
     explicit_dropout: float = 0.0,
     implicit_dropout: float = 0.0,
 ) -> Model:
@@ -620,7 +645,7 @@ def build(config: dict[str, Any], schema: Schema) -> Model:
     """The model that a saved `{"preset": name, **arguments}` describes: arguments of `Inputs` and of the preset.
 
     Raises:
-        ValueError: there is no preset of that name, or it does not take one of the arguments.
+        ValueError: there is no preset of that name, or it does not take one of the arguments or its value.
     """
     arguments = dict(config)
     name = arguments.pop("preset")
@@ -630,4 +655,9 @@ def build(config: dict[str, Any], schema: Schema) -> Model:
     unknown = sorted(set(arguments) - set(arguments_of(name)))
     if unknown:
         raise ValueError(f"{name} takes no {unknown}: expected some of {[*_OF_INPUTS, *arguments_of(name)]}")
-    return PRESETS[name](inputs, **arguments)
+    try:
+        return PRESETS[name](inputs, **arguments)
+    except (TypeError, IndexError) as error:
+        raise ValueError(
+            f"{name} does not take these arguments, one is of the wrong kind: {config} ({error})"
+        ) from error

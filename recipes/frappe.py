@@ -1,4 +1,4 @@
-"""Frappe_x1 in BARS' protocol: every tower with its published settings.
+"""Frappe_x1 in BARS' protocol: every tower, with its published settings where there are any.
 
     python recipes/frappe.py --model finalmlp --seed 2021 [--raw DIR] [--engine fused] [--record]
 
@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **{"hidden_2": (100,), "dropout_2": 0.4, "batch_norm_2": True},
         **{"contexts": (("user",), ("item",)), "gate_hidden": (400,), "num_heads": 5},
     },
-    "eulernet": {"embedding_l2": 0.01},  # the authors' structure, our L2
+    "eulernet": {"embedding_l2": 0.05, "layer_norm": True},  # the authors', without their L2 on the network
     "finalnet": {
         "embedding_l2": 0.1,
         **{"hidden_1": (400, 400), "dropout_1": 0.1, "hidden_2": (400,), "dropout_2": 0.1},

@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dualmlp": {f"{name}_{n}": value for n in (1, 2) for name, value in MLP.items()},
     "finalmlp": {f"{name}_{n}": value for n in (1, 2) for name, value in MLP.items()},
     "finalnet": {"hidden_1": (400, 400), "dropout_1": 0.4, "hidden_2": (400,), "dropout_2": 0.4},
-    "eulernet": {"num_orders": (20,)},
+    "eulernet": {"num_orders": (20,), "layer_norm": True},
     "mlp_time": {"preset": "mlp", **MLP, **TIME},
     "dcnv2_time": {"preset": "dcnv2", **MLP, **TIME},
     "autoint_plus_time": {

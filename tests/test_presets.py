@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
 from ctrlib import cli
+from ctrlib.embeddings import table
 from ctrlib.presets import PRESETS, build, for_engine
 from ctrlib.testing import example_batch, example_schema
 
@@ -35,6 +38,32 @@ def make(name: str, engine: str = "exact", **layout: Any) -> ctr.Model:
 
 def test_command_line_knows_every_preset() -> None:
     assert list(get_args(cli.Tower)) == list(PRESETS)
+    choices = get_type_hints(cli.Train)
+    assert get_args(choices["numeric"]) == get_args(ctr.presets.NumericFields)
+    assert get_args(choices["sequence"]) == get_args(ctr.presets.SequenceFields)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_command_line_leaves_the_defaults_to_the_preset(name: str) -> None:
+    config = cli.Train(Path("data"), tower=name).config()  # type: ignore[arg-type]
+    assert config == {"preset": name, "numeric": "vector", "sequence": "pooled"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tower": "finalmlp", "hidden": (8,)}, "say --option with hidden_1 or hidden_2"),
+        ({"tower": "fm", "dropout": 0.1}, "choose another --tower"),
+        ({"bins": 7}, "no bins in --numeric vector"),
+        ({"dim": 8, "option": ("embedding_dim=4",)}, "said already"),
+        ({"option": ('preset="mlp"',)}, "said already"),
+        ({"engine": "fused", "option": ("stacked=false",)}, "said already"),
+        ({"option": ("hidden=400,400",)}, "expected NAME=VALUE with a JSON value"),
+    ],
+)
+def test_command_line_refuses_flags_that_would_be_idle_or_overridden(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cli.Train(Path("data"), **flags).config()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -81,7 +110,7 @@ def test_preset_traces_and_exports(name: str) -> None:
 @pytest.mark.parametrize("numeric", ["vector", "bucketised", "piecewise_linear", "periodic", "autodis"])
 def test_numbers_become_fields_in_every_way(numeric: str) -> None:
     torch.manual_seed(0)
-    edges = [[-1.0, 0.0, 1.0], [-0.5, 0.5]]
+    edges = [[-1.0, 0.0, 1.0], [-0.5, 0.5]] if numeric in ("bucketised", "piecewise_linear") else None
     config = {"numeric": numeric, "edges": edges, "contexts": (("age",), ("user",))}
     model = build({"preset": "finalmlp", "embedding_dim": 4, "num_heads": 1, "gate_hidden": (4,), **config}, SCHEMA)
     batch = example_batch(SCHEMA, 8)
@@ -103,7 +132,14 @@ def test_numbers_become_fields_in_every_way(numeric: str) -> None:
         ({"preset": "mlp", "num_heads": 2}, r"takes no \['num_heads'\]"),
         ({"preset": "mlp", "numeric": "splines"}, "unknown numeric 'splines'"),
         ({"preset": "mlp", "numeric": "piecewise_linear"}, "needs edges for 2 numeric features, got 0"),
-        ({"preset": "finalmlp", "contexts": [["nobody"], []]}, "no features"),
+        ({"preset": "finalmlp", "contexts": [["nobody"], []]}, r"no features \['nobody'\]"),
+        ({"preset": "finalmlp", "contexts": ["user", "item"]}, "two lists of distinct feature names"),
+        ({"preset": "finalmlp", "contexts": [["user", "user"], []]}, "two lists of distinct feature names"),
+        ({"preset": "finalmlp", "contexts": [["user"]]}, "two lists of distinct feature names"),
+        ({"preset": "eulernet", "num_orders": 3}, "eulernet does not take these arguments"),
+        ({"preset": "mlp", "embedding_dim": 8.5}, "mlp does not take these arguments"),
+        ({"preset": "mlp", "sigma": 3.0}, "is for numeric='periodic'"),
+        ({"preset": "mlp", "edges": [[1.0, 2.0]]}, "edges are for bucketised and piecewise_linear"),
     ],
 )
 def test_wrong_config_says_what_is_right(config: dict[str, Any], message: str) -> None:
@@ -128,6 +164,72 @@ def test_histories_become_fields_in_every_way_under_any_tower(sequence: str, eng
     batch = example_batch(SCHEMA, 64)
     losses = [trainer.step(batch).item() for _ in range(40)]
     assert losses[-1] < losses[0] - 0.1, losses
+
+
+def test_a_second_history_of_one_thing_is_a_second_unit() -> None:
+    item = ctr.Categorical("item", num_embeddings=9)
+    histories = [ctr.Sequence(name, vocabulary="item", num_embeddings=9) for name in ("clicks", "purchases")]
+    schema = ctr.Schema((item, *histories), ("y",))
+    model = build({"preset": "mlp", "embedding_dim": 4, "hidden": (4,), "sequence": "din"}, schema)
+    assert [unit[:2] for unit in model.embedding.units] == [(("item",), ("clicks",)), (("item",), ("purchases",))]
+    trainer = ctr.ExactEngine(model, learning_rate=0.01)
+    batch = example_batch(schema, 64)  # the two histories of a row differ in length
+    losses = [trainer.step(batch).item() for _ in range(40)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_one_encoder_in_two_units_counts_once() -> None:
+    item = ctr.Categorical("item", num_embeddings=9)
+    names = ("clicks", "purchases")
+    features = [item, *(ctr.Sequence(name, vocabulary="item", num_embeddings=9) for name in names)]
+    din = ctr.DIN(4, hidden=(8,))
+    units = [ctr.Unit(("item",), (name,), din) for name in names]
+    embedding = ctr.SequenceEmbedding(features, units=units, embedding_dim=4)
+    tower = ctr.MLP(embedding.out_shape, hidden=(4,))
+    model = ctr.Model(embedding, tower, ctr.LinearHead(tower.out_shape))
+    assert model.num_parameters()["embedding"] == 9 * 4
+    assert sum(model.num_parameters().values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_numbers_keep_their_digits_under_bf16() -> None:
+    torch.manual_seed(0)
+    config = {"preset": "mlp", "embedding_dim": 4, "numeric": "periodic", "sigma": 5.0, "hidden": (8,)}
+    model = build(config, SCHEMA).eval()
+    batch = example_batch(SCHEMA, 64)
+    expected = model.embedding(batch)
+    seen: list[torch.Tensor] = []
+    model.tower.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(batch)
+    assert torch.equal(seen[0], expected)
+    assert logits.dtype == torch.float32
+
+
+def test_export_of_stacked_tables_leaves_nothing_behind() -> None:
+    schema = ctr.Schema(tuple(ctr.Categorical(name, num_embeddings=9) for name in "ab"), ("y",))
+    model = build({"preset": "mlp", "embedding_dim": 4, "hidden": (4,), "stacked": True}, schema).eval()
+    batch = example_batch(schema, 5)
+    expected = model(batch)
+    table._shift.cache_clear()
+    torch.export.export(FromIds(model, schema), (batch.sparse.values(), batch.labels))
+    again = model(batch)
+    assert type(again) is torch.Tensor
+    assert torch.equal(again, expected)
+
+
+class FromIds(nn.Module):
+    """A model of plain tensors: torch.export knows nothing of batches."""
+
+    def __init__(self, model: ctr.Model, schema: ctr.Schema) -> None:
+        super().__init__()
+        self.model = model
+        self.names = [feature.name for feature in schema.sparse]
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        size = labels.shape[0]
+        sparse = KeyedJaggedTensor.from_lengths_sync(self.names, ids, torch.ones_like(ids))
+        logits: torch.Tensor = self.model(ctr.Batch(sparse, torch.zeros(size, 0), labels, torch.ones(size)))
+        return logits
 
 
 def test_a_history_needs_a_target() -> None:

@@ -29,7 +29,7 @@ class TableEmbedding(nn.Module):
     `stacked` lays the tables one below the other in one table (one for each kind of pooling), with ids shifted
     accordingly: the same vectors, but fbgemm's CPU kernels update one large table on all cores, and many small ones
     one after the other (26 tables of 4,096 look-ups: 23 ms on two cores, stacked 6 ms). Unstacked tables can be
-    sharded one by one.
+    sharded one by one, and a wrong id does not end up in another feature's rows.
 
     `features` are all of the schema's, since they tell what the batch holds; `only` names those to embed, where not all
     are wanted, and `suffix` keeps these tables' names apart from those of another embedding in the same model.
@@ -223,7 +223,9 @@ def shift_ids(sparse: KeyedJaggedTensor, shifts: dict[str, int] | None) -> Keyed
     if shifts is None:
         return sparse
     keys, lengths = sparse.keys(), sparse.length_per_key()
-    shift = _shift(tuple(shifts.get(key, 0) for key in keys), tuple(lengths), sparse.values().device)
+    # What is made while torch.export looks on is of its own kind, and must not be kept.
+    shift_of = _shift.__wrapped__ if torch.compiler.is_compiling() else _shift
+    shift = shift_of(tuple(shifts.get(key, 0) for key in keys), tuple(lengths), sparse.values().device)
     return KeyedJaggedTensor(
         keys,
         sparse.values() + shift,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctrlib.layers import init_linear
+from ctrlib.layers import full_precision, init_linear
 
 
 class LinearHead(nn.Module):
@@ -44,7 +44,9 @@ class LinearHead(nn.Module):
         """(B, H) -> (B, T) logits."""
         if self.linear is None:
             return x.sum(1, keepdim=True) + self.bias
-        if not self.unweighted:
-            return F.linear(x, self.linear.weight, self.bias)
-        # One product with fixed ones: to cut x in two would make its gradient in pieces.
-        return F.linear(x, torch.cat([self.linear.weight, self.ones], dim=1), self.bias)
+        weight = self.linear.weight
+        if self.unweighted:
+            # One product with fixed ones: to cut x in two would make its gradient in pieces.
+            weight = torch.cat([weight, self.ones], dim=1)
+        with full_precision():
+            return F.linear(x.float(), weight, self.bias)

@@ -19,10 +19,10 @@ _BLOCK_ROWS = 512  # products of so many rows fit a core's cache (39 fields, 64 
 class CIN(nn.Module):
     """X^k_{h,*} = sum_i sum_j W^{k,h}_{ij} (X^{k-1}_{i,*} * X^0_{j,*})  (eq. 6), pooled p^k_h = sum_d X^k_{hd} (7).
 
-    The output is p^+ = [p^1, .., p^T], to which the head gives the weights w^o (eq. 8). xDeepFM (eq. 9) is
+    The output is p^+ = [p^1, ..., p^T], to which the head gives the weights w^o (eq. 8). xDeepFM (eq. 9) is
     `Parallel(MLP(s), CIN(s))` with `Wide` and a `LinearHead`.
 
-    `num_maps`: H_1, .., H_T, the feature maps of each layer. `bias`: one number per feature map, added at each of the D
+    `num_maps`: H_1, ..., H_T, the feature maps of each layer. `bias`: one number per feature map, added at all D
     positions, as FuxiCTR and the authors' code have it; eq. 6 has none. As in the paper's experiments there is no
     activation between layers, and every map of a layer is both pooled and passed on: the authors' code can also split
     them, half for each.

@@ -28,7 +28,7 @@ class FGCNN(nn.Module):
 
     `round_up`: S^i has ceil(H / p) fields, the last from fewer than p where p does not divide H (FuxiCTR); otherwise
     that rest is dropped, floor(H / p) (DeepCTR). Only real values compete for the maximum. For an odd height and p = 2
-    FuxiCTR pools (0), (1, 2), .. where this pools (0, 1), .., (H - 1); for p > 2 its padding gives other heights than
+    FuxiCTR pools (0), (1, 2), .. where this pools (0, 1), ..., (H - 1); for p > 2 its padding gives other heights than
     its linear layers expect. Pooling comes before tanh, which is increasing: the same, for a p-th of the work.
     `batch_norm` stands between convolution and tanh, by default as in FuxiCTR. Convolutions start as torch's do, linear
     layers Xavier-normal, as there.

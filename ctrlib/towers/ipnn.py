@@ -10,9 +10,9 @@ from ctrlib.layers import PairwiseDots
 
 
 class IPNN(nn.Module):
-    """[z, p]: z = the fields f_1, .., f_N side by side, p = the inner products p_ij = <f_i, f_j>, i < j  (section III).
+    """[z, p]: z = the fields f_1, ..., f_N side by side, p = their inner products <f_i, f_j>, i < j  (section III).
 
-    The pairs come row by row: (0, 1), (0, 2), .., (F - 2, F - 1). The network (IPNN) is `Stack(products, MLP(...))`,
+    The pairs come row by row: (0, 1), (0, 2), ..., (F - 2, F - 1). The network (IPNN) is `Stack(products, MLP(...))`,
     whose first layer is the paper's l_1 = relu(W_z z + W_p p + b_1). There W_p is symmetric, has a diagonal and
     is factorised to rank one in each unit; here, as in FuxiCTR and the authors' later code, each pair has one free
     weight and a field has no product with itself.

@@ -17,9 +17,6 @@ def keep_freed_memory() -> bool:
     when freed, and its pages are zeroed and faulted in anew at every training step: a tenth of the step of a small
     network on a CPU. The process then stays at its peak size. Concerns the whole process, so ctrlib calls it only
     where it owns the process: in its command line and recipes. Does nothing where the C library is not glibc.
-
-    >>> keep_freed_memory() in (True, False)
-    True
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

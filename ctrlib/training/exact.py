@@ -19,9 +19,9 @@ class ExactEngine:
     parameters, the regulariser's share included (the semantics of FuxiCTR 2 and BARS). The regulariser's gradient
     embedding_l2 * W is added directly, since the graph of ||W||^2 costs as much as the tables are large.
 
-    `step` takes a Batch and returns the mean loss (without the regulariser) as a detached scalar; `model` is the module
-    to call for predictions; `loss` is any function of logits, labels and weights. "Tables" are all weights of embedding
-    and wide part, vectors of numeric features included.
+    `step` takes a Batch and returns the mean loss (without regulariser and auxiliary losses) as a detached scalar;
+    `model` is the module to call for predictions; `loss` is any function of logits, labels and weights. "Tables" are
+    all weights of embedding and wide part, vectors of numeric features included.
 
     Raises:
         RuntimeError: more than one process was started.
@@ -64,10 +64,10 @@ class ExactEngine:
     def step(self, batch: Batch) -> Tensor:
         """One optimisation step; returns the batch's loss. Nothing is updated if the loss is not finite."""
         self._optimiser.zero_grad(set_to_none=True)
-        loss = guarded_loss(self.model, batch.to(self.device), self.loss, self._buffers)
-        if not torch.isfinite(loss):
-            return loss.detach()
-        torch.autograd.backward(loss)
+        loss, total = guarded_loss(self.model, batch.to(self.device), self.loss, self._buffers)
+        if not torch.isfinite(total):
+            return total.detach()
+        torch.autograd.backward(total)
         if self.embedding_l2:
             pairs = [(table.grad, table.detach()) for table in self._regularised if table.grad is not None]
             if pairs:  # none where all tables are frozen
@@ -75,7 +75,7 @@ class ExactEngine:
         if self.max_grad_norm is not None:
             clip_gradients(self._parameters, self.max_grad_norm)
         self._optimiser.step()
-        return loss.detach()
+        return loss
 
     @property
     def learning_rate(self) -> float:

@@ -22,7 +22,7 @@ class FusedEngine:
 
     For production and scale: a step costs the same for a thousand rows or a hundred million. It is a different
     algorithm from `ExactEngine`, not a faster one: tune it anew and name it beside every number. `precision="bf16"`
-    runs tower and head in bfloat16 autocast (twice as fast on CPUs that have it); tables and optimisers stay fp32. Only
+    runs the tower in bfloat16 autocast (twice as fast on CPUs that have it); all else stays fp32. Only
     the network's gradients are clipped: the tables' never exist as a whole. `check_ids` is as in `shard`. The interface
     is that of `ExactEngine`.
 
@@ -52,6 +52,7 @@ class FusedEngine:
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.loss = loss
+        model.to(self.device)  # sharding moves tables only
         self._buffers = [buffer for part in model.network() for buffer in part.buffers()]
         tables = {id(p) for m in model.modules() if isinstance(m, TABLES) for p in m.parameters()}
         dense = {name for name, parameter in model.named_parameters() if id(parameter) not in tables}
@@ -69,14 +70,14 @@ class FusedEngine:
         """One optimisation step; returns the batch's loss. Nothing is updated if the loss is not finite."""
         self._optimiser.zero_grad(set_to_none=True)
         with self._autocast():
-            loss = guarded_loss(self.model, batch.to(self.device), self.loss, self._buffers)
-        if not torch.isfinite(loss):
-            return loss.detach()
-        torch.autograd.backward(loss)
+            loss, total = guarded_loss(self.model, batch.to(self.device), self.loss, self._buffers)
+        if not torch.isfinite(total):
+            return total.detach()
+        torch.autograd.backward(total)
         if self.max_grad_norm is not None:
             clip_gradients(self._parameters, self.max_grad_norm)
         self._optimiser.step()
-        return loss.detach()
+        return loss
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.precision == "fp32":

@@ -27,8 +27,10 @@ def refuse_several_processes() -> None:
 
 def guarded_loss(
     forward: Callable[[Batch], Tensor], batch: Batch, loss_function: Loss, buffers: Sequence[Tensor]
-) -> Tensor:
-    """The loss of a batch and of what its parts add; if not finite, `buffers` (running statistics) are put back.
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and the same with what its parts add (`add_auxiliary`): what to report and what to minimise.
+
+    If the latter is not finite, `buffers` (running statistics) are put back.
 
     >>> statistics = torch.zeros(1)
     >>> def forward(batch):
@@ -37,18 +39,17 @@ def guarded_loss(
     >>> from ctrlib.testing import example_batch, example_schema
     >>> batch = example_batch(example_schema(), 2)
     >>> guarded_loss(forward, batch, lambda logits, labels, weights: logits.sum(), [statistics]), statistics
-    (tensor(nan), tensor([0.]))
+    ((tensor(nan), tensor(nan)), tensor([0.]))
     """
     before = [buffer.clone() for buffer in buffers]
     with collect_auxiliary() as auxiliary:
         logits = forward(batch)
     loss = loss_function(logits, batch.labels, batch.weights)
-    if auxiliary:
-        loss = loss + total_auxiliary(auxiliary, batch.weights)
-    if not torch.isfinite(loss):
+    total = loss + total_auxiliary(auxiliary, batch.weights) if auxiliary else loss
+    if not torch.isfinite(total):
         for buffer, kept in zip(buffers, before):
             buffer.copy_(kept)
-    return loss
+    return loss.detach(), total
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> None:

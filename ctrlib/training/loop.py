@@ -244,7 +244,11 @@ def evaluate(
     For several labels "auc" and "log_loss" are the means over labels and "tasks" lists each label's metrics in order.
     `quick` computes AUC and log-loss only. Rows of weight 0 and missing labels are left out.
     """
-    scores = predict(model, batches, device=device)
+    return score(predict(model, batches, device=device), quick=quick)
+
+
+def score(scores: Scores, *, quick: bool = False) -> dict[str, Any]:
+    """The metrics of `evaluate`, of rows that are scored already."""
     tasks = [_evaluate_task(scores, task, quick) for task in range(scores.labels.shape[1])]
     if len(tasks) == 1:
         return tasks[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ctrlib import presets
 from ctrlib.data.quantiles import quantile_edges
+from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.run import Device, EngineName, record, run
 
 
@@ -61,6 +62,7 @@ def run_recipe(
     """
     if knobs.record and knobs.epochs != RecipeKnobs.epochs:
         raise SystemExit("--record takes whole runs only: leave --epochs out")
+    keep_freed_memory()
     here = Path(recipe).parent
     folder = knobs.data or here.parent / "data" / data
     if knobs.raw or not folder.exists():

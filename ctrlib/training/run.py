@@ -19,10 +19,9 @@ from rich.console import Console
 from ctrlib.data.loader import Loader
 from ctrlib.model import Model
 from ctrlib.schema import Schema
-from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.fused import FusedEngine, Precision
-from ctrlib.training.loop import Engine, History, evaluate, fit, predict, to_json
+from ctrlib.training.loop import Engine, History, evaluate, fit, predict, score, to_json
 
 EngineName = Literal["exact", "fused"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -56,12 +55,11 @@ def make_engine(
     check_ids: bool = True,
     device: str | torch.device = "cpu",
 ) -> Engine:
-    """The engine of that name, given the arguments that concern it; the process keeps freed memory from here on.
+    """The engine of that name, given the arguments that concern it.
 
     Raises:
         ValueError: there is no such engine, a rate is negative, or an argument is given that the engine would ignore.
     """
-    keep_freed_memory()
     if engine not in get_args(EngineName):
         raise ValueError(f"unknown engine {engine!r}, expected one of {get_args(EngineName)}")
     rates = {
@@ -162,10 +160,10 @@ def run(
     if on_trained is not None:
         on_trained(plain)
     valid_scores = evaluate(trainer.model, valid, device=chosen_device)
-    test_scores = evaluate(trainer.model, test, device=chosen_device)
     scoring = time.perf_counter()
-    predict(trainer.model, test, device=chosen_device)
+    scored = predict(trainer.model, test, device=chosen_device)
     inference = test.num_rows / (time.perf_counter() - scoring)
+    test_scores = score(scored)
     if math.isnan(test_scores["auc"]):
         console.print("warning: test holds one class only (or no known label), so its AUC is undefined (NaN)")
     result = {

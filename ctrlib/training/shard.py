@@ -43,8 +43,9 @@ def shard(
 
     Row-wise Adagrad keeps one number per row, the running sum over steps of the row's mean squared gradient:
     s += mean_d g_d^2,  w -= learning_rate * g / (sqrt(s) + eps); rows that a batch does not touch stay as they are.
-    Every id is looked at before it is used, and one out of range is a RuntimeError, unless `check_ids` is off: do that
-    only where a `Loader` has looked already, since a wrong id then reads and writes foreign memory. Weights keep their
+    Every id is looked at before it is used, and one beyond its table (stacked: beyond all of the stack) is a
+    RuntimeError, unless `check_ids` is off: do that only where a `Loader` has looked already, since a wrong id then
+    reads and writes foreign memory. Weights keep their
     values. All other parameters stay ordinary and want an ordinary optimiser.
 
     Raises:

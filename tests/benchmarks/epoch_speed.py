@@ -21,6 +21,7 @@ from tyro.conf import FlagCreatePairsOff, Positional
 
 import ctrlib as ctr
 from ctrlib.cli import Tower
+from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.run import make_engine
 
 
@@ -58,6 +59,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Run and print one JSON object."""
+    keep_freed_memory()  # as the command line and the recipes do
     schema = ctr.Schema.load(arguments.data)
     torch.manual_seed(0)
     config: dict[str, Any] = {"preset": arguments.model, "embedding_dim": arguments.embedding_dim}
