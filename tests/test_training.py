@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training import loop
 from ctrlib.training.recipe import RecipeKnobs
-from ctrlib.training.run import draw_curve, record
+from ctrlib.training.run import _commit, draw_curve, record
 
 QUIET = Console(quiet=True)
 TEACHER = Teacher(num_rows=24_000, cardinalities=(50, 40, 30), num_numeric=2, max_history=5, seed=3)
@@ -302,6 +303,26 @@ def test_record_appends_and_refuses_other_columns(tmp_path: Path, data: Path) ->
         record(result, path, data="d", model="m")
 
 
+def test_commit_is_marked_only_if_other_files_differ(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    results, code = tmp_path / "results.csv", tmp_path / "code.py"
+    assert _commit(results) == ""  # no checkout
+    git("init")
+    results.write_text("a\n")
+    code.write_text("a\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = _commit(results)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    results.write_text("a\nb\n")
+    assert _commit(results) == clean
+    code.write_text("b\n")
+    assert _commit(results) == clean + "+"
+
+
 def test_recipe_trains_records_and_finds_its_own_bins(tmp_path: Path, data: Path) -> None:
     recipe = str(tmp_path / "recipes" / "x.py")
     (tmp_path / "recipes").mkdir()
@@ -423,7 +444,7 @@ def test_command_line_on_the_fused_engine(csv_file: Path, tmp_path: Path, capsys
         (("train", "nowhere"), 1, "not a prepared folder"),
         (("evaluate", "nowhere", "nowhere"), 1, "not a model folder"),
         (("predict", "m", "d", "--out", "scores.txt"), 1, "must end in .csv or .parquet"),
-        (("train", "nowhere", "--tower", "fm", "--dropout", "0.5"), 1, "fm has no such part"),
+        (("train", "nowhere", "--tower", "fm", "--dropout", "0.5"), 1, "fm has no such argument"),
         (("prepare", "x.csv", "--out", "x", "--numeric", "price:cube"), 1, "unknown transform 'cube'"),
         (("prepare", "x.csv", "--out", "x", "--valid", "v.csv"), 1, "go together"),
     ],

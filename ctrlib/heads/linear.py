@@ -49,4 +49,4 @@ class LinearHead(nn.Module):
             # One product with fixed ones: to cut x in two would make its gradient in pieces.
             weight = torch.cat([weight, self.ones], dim=1)
         with full_precision():
-            return F.linear(x.float(), weight, self.bias)
+            return F.linear(x.to(weight.dtype), weight, self.bias)

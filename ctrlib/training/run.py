@@ -270,7 +270,7 @@ def record(result: dict[str, Any], path: Path, *, data: str, model: str) -> None
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "versions": "; ".join(versions),
-        "commit": _commit(path.parent),
+        "commit": _commit(path),
     }
     is_new = not path.exists()
     if not is_new:
@@ -287,15 +287,17 @@ def record(result: dict[str, Any], path: Path, *, data: str, model: str) -> None
         writer.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
 
 
-def _commit(folder: Path) -> str:
-    """The checkout's commit, with "+" if files differ from it; empty outside a checkout."""
+def _commit(path: Path) -> str:
+    """The checkout's commit, with "+" if files other than `path`, the record, differ from it; empty outside one."""
 
     def git(*arguments: str) -> str:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+            command = ["git", "-C", str(path.parent), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return ""
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short", "HEAD")
-    return commit + ("+" if commit and git("status", "--porcelain", "--untracked-files=no") else "")
+    changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
+    return commit + ("+" if commit and any(not line.endswith(path.name) for line in changed) else "")
