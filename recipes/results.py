@@ -49,6 +49,7 @@ PUBLISHED: dict[tuple[str, str], str] = {
     ("movielens_1m_autoint", "wide_deep"): f"0.8300 ({AUTOINT})",
     ("movielens_1m_autoint", "dcn"): f"0.8446 ({AUTOINT})",
     ("movielens_1m_autoint", "dcnv2"): f"DCN: 0.8446 ({AUTOINT})",
+    ("movielens_1m_autoint", "dcnv2_time"): f"DCN: 0.8446 ({AUTOINT})",
     ("movielens_1m_autoint", "deepfm"): f"0.8437 ({AUTOINT})",
     ("movielens_1m_autoint", "xdeepfm"): f"0.8463 ({AUTOINT})",
     ("movielens_1m_autoint", "autoint"): f"0.8456 ({AUTOINT})",
