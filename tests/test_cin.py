@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+from tower_checks import check_autocast
 
 from ctrlib.heads.linear import LinearHead
 from ctrlib.testing import check_tower
@@ -183,17 +184,7 @@ def test_traces_and_exports_with_any_batch_size() -> None:
 def test_works_under_autocast(backward_inside: bool) -> None:
     torch.manual_seed(0)
     tower = CIN((5, 8), num_maps=(6, 4, 3))
-    x = torch.randn(16, 5, 8, requires_grad=True)
-    expected = tower(x)
-    direction = torch.randn_like(expected)
-    inputs = [x, *tower.parameters()]
-    gradients = torch.autograd.grad(expected, inputs, direction)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = tower(x).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward_inside):
-        rounded = torch.autograd.grad(got, inputs, direction)
-    for a, b in zip((got, *rounded), (expected, *gradients), strict=True):
-        assert (a - b).norm() < 0.02 * b.norm()
+    check_autocast(tower, backward_inside=backward_inside)
 
 
 def test_refuses_layers_without_maps() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchrec.modules.crossnet import LowRankMixtureCrossNet, VectorCrossNet
+from tower_checks import check_traced_and_exported
 
 from ctrlib.heads.linear import LinearHead
 from ctrlib.testing import check_tower
@@ -93,13 +94,7 @@ def test_tower_keeps_the_contract(name: str) -> None:
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_traced_and_exported_towers_agree(name: str) -> None:
-    tower = TOWERS[name]((4, 3)).eval()
-    traced = torch.fx.symbolic_trace(tower)
-    batch = ({0: torch.export.Dim.DYNAMIC},)
-    exported = torch.export.export(tower, (torch.randn(5, 4, 3),), dynamic_shapes=batch).module()
-    x = torch.randn(11, 4, 3)
-    torch.testing.assert_close(traced(x), tower(x))
-    torch.testing.assert_close(exported(x), tower(x))
+    check_traced_and_exported(TOWERS[name]((4, 3)))
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from tower_checks import check_autocast
 
 from ctrlib.heads.linear import LinearHead
 from ctrlib.testing import check_tower
@@ -246,17 +247,7 @@ def test_works_under_autocast(backward_inside: bool) -> None:
     torch.manual_seed(0)
     # Without batch normalisation, under which the true gradient of a convolution's bias is 0.
     tower = FGCNN((5, 8), num_channels=(3,), kernel_height=3, batch_norm=False)
-    x = torch.randn(16, 5, 8, requires_grad=True)
-    expected = tower(x)
-    direction = torch.randn_like(expected)
-    inputs = [x, *tower.parameters()]
-    gradients = torch.autograd.grad(expected, inputs, direction)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = tower(x).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward_inside):
-        rounded = torch.autograd.grad(got, inputs, direction)
-    for a, b in zip((got, *rounded), (expected, *gradients), strict=True):
-        assert (a - b).norm() < 0.02 * b.norm()
+    check_autocast(tower, backward_inside=backward_inside)
 
 
 def test_wrong_use_says_how_to_mend_it() -> None:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from tower_checks import check_autocast
 
 from ctrlib.heads.linear import LinearHead
 from ctrlib.testing import check_tower
@@ -85,17 +86,7 @@ def test_traces_and_exports_with_any_batch_size() -> None:
 def test_works_under_autocast(backward_inside: bool) -> None:
     torch.manual_seed(0)
     tower = IPNN((5, 8))
-    x = torch.randn(16, 5, 8, requires_grad=True)
-    expected = tower(x)
-    direction = torch.randn_like(expected)
-    inputs = [x, *tower.parameters()]
-    gradients = torch.autograd.grad(expected, inputs, direction)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = tower(x).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward_inside):
-        rounded = torch.autograd.grad(got, inputs, direction)
-    for a, b in zip((got, *rounded), (expected, *gradients), strict=True):
-        assert (a - b).norm() < 0.02 * b.norm()
+    check_autocast(tower, backward_inside=backward_inside)
 
 
 def test_refuses_a_single_field() -> None:
