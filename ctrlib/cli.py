@@ -229,6 +229,12 @@ class Train:
     """Threads that prepare batches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
+    """How the fused engine spreads tables over the processes that torchrun starts."""
+    plan: Path | None = None
+    """A plan.json of an earlier run, to spread tables as that did."""
+    checkpoint_seconds: float = 300.0
+    """The most work that a kill may cost; the same command goes on from --out/checkpoints."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
     overwrite: bool = False
@@ -280,6 +286,7 @@ class Train:
         from ctrlib import presets
         from ctrlib.serving.predictor import save_model
         from ctrlib.training.allocator import keep_freed_memory
+        from ctrlib.training.distributed import rank
         from ctrlib.training.loop import to_json
         from ctrlib.training.run import run
 
@@ -302,10 +309,15 @@ class Train:
             seed=self.seed,
             workers=self.workers,
             device=self.device,
+            sharding=self.sharding,
+            plan=self.plan,
+            checkpoint_seconds=self.checkpoint_seconds,
             out=out,
             tensorboard=self.tensorboard,
             on_trained=lambda model: save_model(model, config, self.data, out),
         )
+        if rank() > 0:
+            return 0
         if self.json:
             print(to_json({"out": str(out), **result}))
         else:

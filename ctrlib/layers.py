@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,8 @@ class Dice(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    # Takes the place of F.batch_norm in training where several processes share their statistics.
+    batch_norm: Callable[..., Tensor] | None = None
 
     def __init__(self, num_channels: int, *, eps: float = 1e-8, momentum: float = 0.01) -> None:
         super().__init__()
@@ -133,7 +135,9 @@ class Dice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)."""
-        if self.training and x.shape[0] > 1:
+        if self.training and self.batch_norm is not None:
+            z = self.batch_norm(x, self.running_mean, self.running_var, momentum=self.momentum, eps=self.eps)
+        elif self.training and x.shape[0] > 1:
             z = F.batch_norm(
                 x, self.running_mean, self.running_var, training=True, momentum=self.momentum, eps=self.eps
             )

@@ -64,14 +64,15 @@ def collect_auxiliary() -> Iterator[list[Tensor]]:
         _collected.reset(token)
 
 
-def total_auxiliary(losses: list[Tensor], weights: Tensor) -> Tensor:
-    """Sum of what was collected; losses of rows become their weighted mean.
+def total_auxiliary(losses: list[Tensor], weights: Tensor, total_weight: Tensor | None = None) -> Tensor:
+    """Sum of what was collected; losses of rows become their weighted mean, over `total_weight` (that of the rows).
 
     Shape: weights (B,) -> scalar.
     """
     total = weights.new_zeros(())
     for loss in losses:
         if loss.dim():
-            loss = (loss * weights).sum() / weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+            divisor = weights.sum() if total_weight is None else total_weight
+            loss = (loss * weights).sum() / divisor.clamp(min=torch.finfo(torch.float32).tiny)
         total = total + loss
     return total

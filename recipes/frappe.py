@@ -82,7 +82,7 @@ class Knobs(RecipeKnobs):
 def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
     variant = dict(VARIANTS[knobs.model])
-    result = ctr.run_recipe(
+    ctr.run_recipe(
         knobs,
         recipe=__file__,
         data="frappe_x1",
@@ -93,7 +93,6 @@ def main(knobs: Knobs) -> None:
         batch_size=4096,
         learning_rate=1e-3,
     )
-    print(ctr.to_json(result))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Knobs(RecipeKnobs):
 def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
     data = DATA[knobs.data_set]
-    result = ctr.run_recipe(
+    ctr.run_recipe(
         knobs,
         recipe=__file__,
         data=knobs.data_set,
@@ -63,7 +63,6 @@ def main(knobs: Knobs) -> None:
         learning_rate=1e-3,
         embedding_l2=data["embedding_l2"],
     )
-    print(ctr.to_json(result))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Knobs(RecipeKnobs):
 
 def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
-    result = ctr.run_recipe(
+    ctr.run_recipe(
         knobs,
         recipe=__file__,
         data=f"movielens_1m_{knobs.protocol}",
@@ -81,7 +81,6 @@ def main(knobs: Knobs) -> None:
         learning_rate=1e-3,
         embedding_l2=EMBEDDING_L2[knobs.protocol],
     )
-    print(ctr.to_json(result))
 
 
 if __name__ == "__main__":

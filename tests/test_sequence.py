@@ -757,7 +757,7 @@ def test_both_engines_learn_with_every_encoder(engine_class: type, name: str) ->
     assert last < 0.7 * first
     engine.load_weights(kept)
     assert all(torch.equal(kept[key], value) for key, value in engine.weights().items())
-    engine.scale_learning_rate(0.0)
+    engine.learning_rates = [0.0 for _ in engine.learning_rates]
     engine.step(batch)
     tables = [key for key in kept if "table" in key]
     assert len(tables) == 4

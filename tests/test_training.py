@@ -56,19 +56,17 @@ class Scripted:
 
     def __init__(self) -> None:
         self.model: nn.Module = nn.Linear(1, 1)
-        self.learning_rate, self.epoch = 1.0, 0
+        self.learning_rates, self.epoch = [1.0], torch.tensor(0)
 
-    def step(self, batch: Any) -> Tensor:
-        return torch.tensor(0.5)
+    def train(self, batches: Any) -> Iterator[tuple[Any, Tensor]]:
+        for batch in batches:
+            yield batch, torch.tensor(0.5)
 
-    def scale_learning_rate(self, factor: float, *, minimum: float = 0.0) -> None:
-        self.learning_rate = max(self.learning_rate * factor, minimum)
+    def state(self) -> dict[str, Tensor | ctr.Shards]:
+        return {"model.epoch": self.epoch}
 
     def weights(self) -> dict[str, Tensor]:
-        return {"epoch": torch.tensor(self.epoch)}
-
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        self.epoch = int(weights["epoch"])
+        return {"epoch": self.epoch.clone()}
 
 
 def test_schedule_is_that_of_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

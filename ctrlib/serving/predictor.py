@@ -28,7 +28,7 @@ from ctrlib.data.loader import Loader
 from ctrlib.data.raw import RawData, naming, read_raw
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
 from ctrlib.schema import Schema, SchemaError
-from ctrlib.training.loop import evaluate, predict
+from ctrlib.training.evaluate import evaluate, predict
 
 
 def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardedModule
 
 from ctrlib.batch import Batch
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
-from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_several_processes
-from ctrlib.training.shard import TABLES, load_weights, local, shard
+from ctrlib.training.batch_norm import synchronise
+from ctrlib.training.checkpoint import Shards
+from ctrlib.training.distributed import gather, init_process_group, world_size
+from ctrlib.training.guard import Loss, clip_gradients, guarded_loss
+from ctrlib.training.plan import Plan, Sharding, TableOptimiser, check_plan, make_plan, show_plan, tables_of
+from ctrlib.training.rowwise_adagrad import RowwiseAdagrad
+from ctrlib.training.shard import load_weights, shard, shards, whole_weights
+from ctrlib.training.state import State, adam, optimiser_state
 
 Precision = Literal["fp32", "bf16"]
 
@@ -26,9 +35,13 @@ class FusedEngine:
     the network's gradients are clipped: the tables' never exist as a whole. `check_ids` is as in `shard`. The interface
     is that of `ExactEngine`.
 
+    Started by `torchrun`, tables are spread over the processes: `sharding`, `plan` and `table_optimiser` are as in
+    `shard`. The rule that trains a table is the same under every plan. `train` runs TorchRec's pipeline, which sends
+    the ids of the next batch around while this one is computed.
+
     Raises:
-        ValueError: a table's width is not a multiple of 4, or the precision is unknown.
-        RuntimeError: more than one process was started.
+        ValueError: a table's width is not a multiple of 4, the precision is unknown, or the plan does not fit.
+        MemoryError: this process's share of the tables does not fit in memory.
     """
 
     name = "fused"
@@ -39,13 +52,15 @@ class FusedEngine:
         *,
         learning_rate: float = 1e-3,
         embedding_learning_rate: float = 0.02,
+        table_optimiser: TableOptimiser = "rowwise_adagrad",
+        sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
+        plan: Plan | None = None,
         max_grad_norm: float | None = 10.0,
         precision: Precision = "fp32",
         check_ids: bool = True,
         loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
-        refuse_several_processes()
         if precision not in get_args(Precision):
             raise ValueError(f"unknown precision {precision!r}, expected one of {get_args(Precision)}")
         self.device = torch.device(device)
@@ -53,31 +68,83 @@ class FusedEngine:
         self.max_grad_norm = max_grad_norm
         self.loss = loss
         model.to(self.device)  # sharding moves tables only
+        init_process_group(self.device)
+        if world_size() > 1:
+            synchronise(model)
         self._buffers = [buffer for part in model.network() for buffer in part.buffers()]
-        tables = {id(p) for m in model.modules() if isinstance(m, TABLES) for p in m.parameters()}
-        dense = {name for name, parameter in model.named_parameters() if id(parameter) not in tables}
-        self.model: Any = shard(model, learning_rate=embedding_learning_rate, check_ids=check_ids, device=self.device)
-        # Which optimiser trains a table must not depend on the plan: those outside `dense` have theirs in the kernels.
-        if len(self.model.fused_optimizer.params) != len(tables):
-            raise RuntimeError(
-                f"{len(tables)} tables, but {len(self.model.fused_optimizer.params)} have a fused optimiser: "
-                "the sharding plan moved some to the dense one"
-            )
-        self._parameters = [parameter for name, parameter in self.model.named_parameters() if name in dense]
-        self._optimiser = torch.optim.Adam(self._parameters, lr=learning_rate, fused=True)
+        if plan is None:
+            plan = make_plan(model, world_size=world_size(), sharding=sharding, device_type=self.device.type)
+        check_plan(plan, model, world_size=world_size(), optimiser=table_optimiser)
+        self.plan = plan
+        self.plan_table = show_plan(plan, model, world_size=world_size(), optimiser=table_optimiser)  # to print
+        tables = tables_of(model)
+        self.model: Any = shard(
+            model,
+            plan=plan,
+            learning_rate=embedding_learning_rate,
+            table_optimiser=table_optimiser,
+            check_ids=check_ids,
+            device=self.device,
+        )
+        copied = {name for name, placement in plan.items() if placement.sharding == "data_parallel"}
+        # Which optimiser trains a table must not depend on the plan: see which the kernels have taken, on any rank.
+        fused = set().union(*gather(set(self.model.fused_optimizer.state_dict()["state"])))
+        if fused != set(tables) - copied:
+            raise RuntimeError(f"TorchRec moved tables {sorted(fused ^ (set(tables) - copied))} to another optimiser")
+        # Adagrad's running sums: one per row, or one per weight.
+        columns = 1 if table_optimiser == "rowwise_adagrad" else 2
+        self._sum_sizes = {
+            name: (config.num_embeddings, config.embedding_dim)[:columns]
+            for name, (_, _, config) in tables.items()
+            if name not in copied
+        }
+        named = dict(self.model.named_parameters())
+        self._dense = {name: parameter for name, parameter in named.items() if name not in tables}
+        self._copied = {name: named[name] for name in sorted(copied)}
+        self._pipelined: list[nn.Module] | None = None  # found in the first step, where there is somewhere to send ids
+        self._optimisers: list[torch.optim.Optimizer] = [adam(self._dense, learning_rate)]
+        if self._copied:
+            self._optimisers.append(RowwiseAdagrad(self._copied.values(), lr=embedding_learning_rate))
 
     def step(self, batch: Batch) -> Tensor:
         """One optimisation step; returns the batch's loss. Nothing is updated if the loss is not finite."""
-        self._optimiser.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss, total = guarded_loss(self.model, batch.to(self.device), self.loss, self._buffers)
+        self._zero_grad()
+        loss, total = self._forward(batch.to(self.device))
         if not torch.isfinite(total):
             return total.detach()
         torch.autograd.backward(total)
-        if self.max_grad_norm is not None:
-            clip_gradients(self._parameters, self.max_grad_norm)
-        self._optimiser.step()
+        self._update()
         return loss
+
+    def train(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """A step for every batch: gives each batch back, when it has been trained on, with its loss."""
+        iterator = iter(batches)
+        for batch in iterator:
+            if self._pipelined is None and (world_size() > 1 or self.device.type == "cuda"):
+                with _find_pipelined(self.model, batch) as found:
+                    loss = self.step(batch)
+                self._pipelined = found
+            else:
+                loss = self.step(batch)
+            yield batch, loss
+            if self._pipelined:
+                break
+        if self._pipelined:
+            yield from _Pipeline(self, self._pipelined, iterator)
+
+    def _zero_grad(self) -> None:
+        for optimiser in self._optimisers:
+            optimiser.zero_grad(set_to_none=True)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            return guarded_loss(self.model, batch, self.loss, self._buffers)
+
+    def _update(self) -> None:
+        if self.max_grad_norm is not None:
+            clip_gradients(list(self._dense.values()), self.max_grad_norm)
+        for optimiser in self._optimisers:
+            optimiser.step()
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.precision == "fp32":
@@ -85,21 +152,125 @@ class FusedEngine:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     @property
-    def learning_rate(self) -> float:
-        """The network's current learning rate."""
-        return float(self._optimiser.param_groups[0]["lr"])
+    def learning_rates(self) -> list[float]:
+        """The current learning rates of all optimisers; the network's comes first. Can be set."""
+        return [float(group["lr"]) for group in self._groups()]
 
-    def scale_learning_rate(self, factor: float, *, minimum: float = 0.0) -> None:
-        """Multiply every learning rate, the tables' included; none is brought below `minimum`, or raised to it."""
-        fused = self.model.fused_optimizer
-        for group in (*self._optimiser.param_groups, *fused.param_groups):
-            group["lr"] = max(group["lr"] * factor, min(group["lr"], minimum))
-        fused.step()  # hands the new rates to the kernels; updates nothing, that happened in backward
+    @learning_rates.setter
+    def learning_rates(self, rates: list[float]) -> None:
+        for group, rate in zip(self._groups(), rates, strict=True):
+            group["lr"] = rate
+        self.model.fused_optimizer.step()  # hands the rates to the kernels; updates nothing, that happened in backward
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [
+            group for optimiser in (*self._optimisers, self.model.fused_optimizer) for group in optimiser.param_groups
+        ]
+
+    def state(self) -> State:
+        """Every tensor that the next step depends on, itself and not a copy: model.NAME, optimiser.NAME.STATISTIC.
+
+        Names and shapes are the same under every plan; how a tensor is divided is not.
+        """
+        found: State = {f"model.{name}": shards(tensor) for name, tensor in self.model.state_dict().items()}
+        found |= optimiser_state(self._optimisers[0], self._dense)
+        if self._copied:
+            found |= optimiser_state(self._optimisers[1], self._copied)
+        for name, size in self._sum_sizes.items():
+            found[f"optimiser.{name}.sum"] = Shards(size, ())  # of a table that other processes hold
+        for name, statistics in self.model.fused_optimizer.state_dict()["state"].items():
+            (tensor,) = statistics.values()
+            found[f"optimiser.{name}.sum"] = shards(tensor)
+        return found
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of all weights and buffers, by the names of the plain `Model`."""
-        return {name: local(tensor).detach().clone() for name, tensor in self.model.state_dict().items()}
+        """A copy of all weights and buffers on the CPU, by the names of the plain `Model`, on rank 0; elsewhere none.
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put back what `weights` returned; the key sets must agree."""
+        Every process must call it.
+        """
+        return whole_weights(self.model)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put back what `weights` returned; every process must have all of it, and the key sets must agree."""
         load_weights(self.model, weights)
+
+
+@contextlib.contextmanager
+def _find_pipelined(model: nn.Module, batch: Batch) -> Iterator[list[nn.Module]]:
+    """The sharded tables that the forward pass inside the block calls once, with the ids of the batch as they are.
+
+    TorchRec's pipeline sends these ids around ahead of time. It would look for such tables by tracing the model, which
+    most embeddings here (and maybe yours) do not allow.
+    """
+    calls: list[tuple[nn.Module, bool]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda called, args: calls.append((called, args[0] is batch.sparse)))
+        for module in model.modules()
+        if isinstance(module, ShardedModule)
+    ]
+    found: list[nn.Module] = []
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = [module for module, _ in calls]
+    found += [module for module, as_is in calls if as_is and called.count(module) == 1]
+
+
+class _Lookups(nn.Module):
+    """What the pipeline traces in the model's place."""
+
+    def __init__(self, tables: list[nn.Module]) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(tables)
+
+    def forward(self, batch: Batch) -> list[Any]:
+        return [table(batch.sparse) for table in self.tables]
+
+
+class _NonFinite(Exception):
+    """Ends a pipeline before the backward pass."""
+
+
+class _Pipeline:
+    """Runs batches through TorchRec's TrainPipelineSparseDist, with the engine's own forward pass and update."""
+
+    def __init__(self, engine: FusedEngine, tables: list[nn.Module], batches: Iterator[Batch]) -> None:
+        self._engine, self._tables, self._batches = engine, tables, batches
+        self._failed: tuple[Batch, Tensor] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+        pipeline = TrainPipelineSparseDist(
+            _Lookups(self._tables),
+            self,  # the pipeline calls zero_grad and step only
+            self._engine.device,
+            execute_all_batches=True,
+            custom_model_fwd=self._forward,
+        )
+        try:
+            while True:
+                try:
+                    yield pipeline.progress(self._batches)
+                except StopIteration:
+                    return
+                except _NonFinite:
+                    assert self._failed is not None
+                    yield self._failed
+                    return
+        finally:
+            pipeline.detach()  # evaluation needs the model's own forward
+
+    def _forward(self, batch: Batch | None) -> tuple[Tensor, tuple[Batch, Tensor]]:
+        assert batch is not None
+        loss, total = self._engine._forward(batch)
+        if not torch.isfinite(total):
+            self._failed = batch, total.detach()
+            raise _NonFinite
+        return total, (batch, loss)
+
+    def zero_grad(self) -> None:
+        self._engine._zero_grad()
+
+    def step(self) -> None:
+        self._engine._update()

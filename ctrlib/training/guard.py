@@ -1,8 +1,7 @@
-"""What both engines refuse, so that nothing is ruined silently."""
+"""What both engines do around the loss, so that nothing is ruined silently: over all processes, and finite or not."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,19 +9,9 @@ from torch import Tensor, nn
 
 from ctrlib.batch import Batch
 from ctrlib.losses import collect_auxiliary, total_auxiliary
+from ctrlib.training.distributed import all_rows, any_rank, rank, world_size
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits (B, T), labels (B, T), weights (B,)) -> scalar
-
-
-def refuse_several_processes() -> None:
-    """Replicas that do not talk to each other would drift apart unnoticed.
-
-    Raises:
-        RuntimeError: `torchrun` or another launcher started more than one process.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise RuntimeError(f"engines train in one process in this version, but WORLD_SIZE is {world_size}: start one")
 
 
 def guarded_loss(
@@ -30,7 +19,9 @@ def guarded_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and the same with what its parts add (`add_auxiliary`): what to report and what to minimise.
 
-    If the latter is not finite, `buffers` (running statistics) are put back.
+    If the latter is not finite, `buffers` (running statistics) are put back. Of several processes, each gets the loss
+    of all their batches together, and to minimise a value whose gradient, averaged over the processes, is that of the
+    whole.
 
     >>> statistics = torch.zeros(1)
     >>> def forward(batch):
@@ -44,12 +35,33 @@ def guarded_loss(
     before = [buffer.clone() for buffer in buffers]
     with collect_auxiliary() as auxiliary:
         logits = forward(batch)
-    loss = loss_function(logits, batch.labels, batch.weights)
-    total = loss + total_auxiliary(auxiliary, batch.weights) if auxiliary else loss
+    if world_size() == 1:
+        loss = loss_function(logits, batch.labels, batch.weights)
+        total = loss + total_auxiliary(auxiliary, batch.weights) if auxiliary else loss
+    else:
+        loss, weight = _loss_of_all(logits, batch, loss_function)
+        total = world_size() * loss
+        if auxiliary:
+            total = total + total_auxiliary(auxiliary, batch.weights, weight / world_size())
+            if any_rank(not bool(torch.isfinite(total)))[0]:
+                total = total + torch.nan
     if not torch.isfinite(total):
         for buffer, kept in zip(buffers, before):
             buffer.copy_(kept)
     return loss.detach(), total
+
+
+def _loss_of_all(logits: Tensor, batch: Batch, loss_function: Loss) -> tuple[Tensor, Tensor]:
+    """The loss over the rows of all processes, with a gradient for this one's, and the weight of all those rows.
+
+    Every process computes all of it, since a loss may be more than a mean of rows: per task over its known labels, say.
+    """
+    num_rows, num_tasks = logits.shape
+    everything = all_rows(torch.cat([logits.float(), batch.labels, batch.weights.unsqueeze(1)], dim=1))
+    own = rank() * num_rows
+    all_logits = torch.cat([everything[:own, :num_tasks], logits, everything[own + num_rows :, :num_tasks]])
+    weights = everything[:, -1].contiguous()
+    return loss_function(all_logits, everything[:, num_tasks:-1], weights), weights.sum()
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> None:

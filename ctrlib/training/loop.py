@@ -1,31 +1,46 @@
-"""Fit, evaluate and predict: optional loops around an engine and a loader. A model works without them."""
+"""Training epoch by epoch: an optional loop around an engine and loaders, which goes on where a killed run stood."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import signal
+import threading
 import time
-from collections.abc import Iterator, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
 
-from ctrlib import metrics
 from ctrlib.batch import Batch
+from ctrlib.training.checkpoint import Checkpoints
+from ctrlib.training.distributed import any_rank, world_size
+from ctrlib.training.evaluate import evaluate
+from ctrlib.training.progress import Epoch, Progress, random_state, set_random_state
+from ctrlib.training.state import State, copy_state, restore_state
 
 
 class Batches(Sized, Protocol):
-    """What the loops need of a loader: a length, and a new epoch of batches at every iteration."""
+    """What the loop needs of a loader: a length, and a new epoch of batches at every iteration."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of one epoch."""
         ...
+
+
+class Resumable(Batches, Protocol):
+    """What checkpoints need of a loader besides; `Loader` documents the meaning."""
+
+    def state_dict(self, in_flight: int = 0) -> dict[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
 
 
 class Engine(Protocol):
@@ -34,37 +49,33 @@ class Engine(Protocol):
     name: str
     model: nn.Module
     device: torch.device
+    learning_rates: list[float]
 
-    @property
-    def learning_rate(self) -> float: ...  # noqa: D102
-    def step(self, batch: Batch) -> Tensor: ...  # noqa: D102
-    def scale_learning_rate(self, factor: float, *, minimum: float = 0.0) -> None: ...  # noqa: D102
+    def train(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]: ...  # noqa: D102
+    def state(self) -> State: ...  # noqa: D102
     def weights(self) -> dict[str, Tensor]: ...  # noqa: D102
-    def load_weights(self, weights: dict[str, Tensor]) -> None: ...  # noqa: D102
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss of a batch is NaN or infinite. Raised before that batch touches a weight; says where."""
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """One line of the learning curve. Losses in nats, times in seconds."""
-
-    epoch: int
-    train_loss: float
-    valid_auc: float
-    valid_log_loss: float
-    learning_rate: float
-    seconds: float
-    samples_per_second: float
+class LostProcessError(RuntimeError):
+    """Another process of the same training died, or did not answer in time."""
 
 
-@dataclass
+class Terminated(SystemExit):
+    """The run was told to end (SIGTERM), has saved a checkpoint, and ends with exit code 143 = 128 + 15."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
+@dataclasses.dataclass
 class History:
     """What `fit` did. `samples_per_second` counts training alone, loading included and validation not."""
 
-    epochs: list[Epoch] = field(default_factory=list)
+    epochs: list[Epoch] = dataclasses.field(default_factory=list)
     best_epoch: int = 0
     samples_per_second: float = float("nan")
     seconds: float = 0.0
@@ -80,6 +91,9 @@ def fit(
     cut_factor: float = 0.1,
     min_delta: float = 1e-6,
     out: str | Path | None = None,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_seconds: float = 300.0,
+    identity: dict[str, Any] | None = None,
     tensorboard: bool = False,
     console: Console | None = None,
 ) -> History:
@@ -90,80 +104,100 @@ def fit(
     the mean of their AUCs decides. Ctrl-C ends the run, and the best epoch so far is kept. `out` receives log.jsonl, a
     line an epoch (and, with `tensorboard`, event files).
 
+    With `checkpoints`, everything that the rest of the run depends on is saved after every epoch and every
+    `checkpoint_seconds` in between: weights, optimisers, the batches trained on, random generators, schedule, metrics.
+    If there is a checkpoint already, the run goes on from there, and ends with the same bits as one that was never
+    killed (with as many processes; with another number, up to the order of sums). SIGTERM saves after the step, or
+    validation, in progress and ends the process with exit code 143.
+
     Args:
         engine: holds model and optimisers.
-        train: training batches; iterated once an epoch.
+        train: training batches; iterated once an epoch. A `Loader`, if there are checkpoints.
         valid: validation batches. Their labels choose the epoch, so never pass test data here.
         max_epochs: upper limit.
         patience: epochs in a row without a better AUC before stopping.
         cut_factor: factor of the learning rate at each such epoch.
         min_delta: smallest rise of AUC that counts.
         out: folder for the log; made if missing.
+        checkpoints: where to save and to go on from.
+        checkpoint_seconds: at most so much work is lost, plus a step.
+        identity: of the run; a checkpoint of a run with another one is refused.
         tensorboard: also write TensorBoard events (needs the extra `ctrlib[tensorboard]`).
         console: where progress is shown; `Console(quiet=True)` for none.
 
     Raises:
         NonFiniteLossError: a loss is NaN or infinite; the batch is saved under `out` and no weight has seen it.
-        ValueError: validation holds one class only, so that no epoch can be chosen.
+        LostProcessError: another process died or hangs; start again to go on.
+        ValueError: validation holds one class only, so that no epoch can be chosen; or the checkpoint is of another
+            run.
     """
     out = None if out is None else Path(out)
     console = console or Console(stderr=True)
-    history = History()
-    best, best_weights, stale, rows, train_seconds = float("-inf"), engine.weights(), 0, 0, 0.0
     started = time.perf_counter()
-    with _Log(out, tensorboard) as log:
-        for epoch in range(1, max_epochs + 1):
-            epoch_started = time.perf_counter()
+    keeper = _Keeper(engine, train, checkpoints, checkpoint_seconds, identity or {}, console)
+    with _Log(out, tensorboard) as log, keeper, _name_lost_processes():
+        progress = keeper.load()
+        for line in progress.epochs:
+            log.write(line)
+        while progress.stale < patience and len(progress.epochs) < max_epochs:
+            number = len(progress.epochs) + 1
             try:
-                loss, epoch_rows = _train_epoch(engine, train, f"epoch {epoch}", out, console)
-                epoch_seconds = time.perf_counter() - epoch_started
+                _train_epoch(engine, train, progress, keeper, f"epoch {number}", out, console)
+                validating = time.perf_counter()
                 scored = evaluate(engine.model, valid, device=engine.device, quick=True)
             except KeyboardInterrupt:
-                if not history.best_epoch:
+                if not progress.best_epoch:
                     raise
-                console.print(f"stopped by hand in epoch {epoch}; epoch {history.best_epoch} is kept")
+                console.print(f"stopped by hand in epoch {number}; epoch {progress.best_epoch} is kept")
                 break
-            rows, train_seconds = rows + epoch_rows, train_seconds + epoch_seconds
             if np.isnan(scored["auc"]):
                 raise ValueError(
                     "validation holds one class only (or no known label), so AUC is undefined: use more rows"
                 )
             line = Epoch(
-                epoch=epoch,
-                train_loss=loss,
+                epoch=number,
+                train_loss=progress.loss_sum / max(progress.rows, 1),
                 valid_auc=scored["auc"],
                 valid_log_loss=scored["log_loss"],
-                learning_rate=engine.learning_rate,
-                seconds=round(time.perf_counter() - epoch_started, 3),
-                samples_per_second=round(epoch_rows / epoch_seconds, 1),
+                learning_rate=engine.learning_rates[0],
+                seconds=round(progress.seconds + time.perf_counter() - validating, 3),
+                samples_per_second=round(progress.rows / progress.seconds, 1),
             )
-            history.epochs.append(line)
+            better = line.valid_auc > progress.best_auc + min_delta
+            progress.end_epoch(line, better)
             log.write(line)
-            better = line.valid_auc > best + min_delta
             console.print(
-                f"epoch {epoch:3d}  loss {loss:.5f}  valid AUC {line.valid_auc:.6f}  "
+                f"epoch {number:3d}  loss {line.train_loss:.5f}  valid AUC {line.valid_auc:.6f}  "
                 f"log-loss {line.valid_log_loss:.5f}  lr {line.learning_rate:.0e}  "
                 f"{line.samples_per_second:,.0f} samples/s{'  *' if better else ''}",
                 highlight=False,
                 soft_wrap=True,
             )
-            if better:
-                best, best_weights, stale, history.best_epoch = line.valid_auc, engine.weights(), 0, epoch
-            else:
-                stale += 1
-                engine.scale_learning_rate(cut_factor, minimum=1e-6)
-                if stale >= patience:
-                    break
-    engine.load_weights(best_weights)
-    history.samples_per_second = round(rows / train_seconds, 1) if train_seconds else float("nan")
+            if not better:
+                # None is brought below 1e-6, or raised to it.
+                engine.learning_rates = [max(r * cut_factor, min(r, 1e-6)) for r in engine.learning_rates]
+            keeper.save(progress, best=better)
+        keeper.restore_best()
+    history = History(progress.epochs, progress.best_epoch)
+    if progress.total_seconds:
+        history.samples_per_second = round(progress.total_rows / progress.total_seconds, 1)
     history.seconds = round(time.perf_counter() - started, 3)
     return history
 
 
-def _train_epoch(engine: Engine, train: Batches, title: str, out: Path | None, console: Console) -> tuple[float, int]:
-    """One pass; returns the mean loss over rows, and the number of rows."""
+def _train_epoch(
+    engine: Engine,
+    train: Batches,
+    progress: Progress,
+    keeper: _Keeper,
+    title: str,
+    out: Path | None,
+    console: Console,
+) -> None:
+    """One pass, or what is left of it; the sums go to `progress`."""
+    if progress.batches == len(train):
+        return  # only its validation was missing
     engine.model.train()
-    total, rows = 0.0, 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -171,21 +205,162 @@ def _train_epoch(engine: Engine, train: Batches, title: str, out: Path | None, c
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
     )
+    seconds, started = progress.seconds, time.perf_counter()
     # Only where somebody watches: in a log file the line per epoch says it all.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=len(train), loss="")
-        for index, batch in enumerate(train):
-            loss = engine.step(batch).item()
-            if not np.isfinite(loss):
+    with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=len(train), completed=progress.batches, loss="")
+        for batch, loss in engine.train(keeper.count(train)):
+            value = loss.item()
+            if not np.isfinite(value):
                 where = _save_batch(batch, out)
                 raise NonFiniteLossError(
-                    f"{title}, batch {index}: the loss is {loss}; no weight was changed by this batch. {where} "
-                    "Usual causes: a learning rate that is too high, or numeric features without a transform"
+                    f"{title}, batch {progress.batches}: the loss is {value}; no weight was changed by this batch. "
+                    f"{where} Usual causes: a learning rate that is too high, or numeric features without a transform"
                 )
-            total += loss * batch.size
-            rows += batch.size
-            bar.update(task, advance=1, loss=f"loss {loss:.4f}")
-    return total / max(rows, 1), rows
+            progress.add(value, batch.size * world_size())
+            progress.seconds = seconds + time.perf_counter() - started
+            bar.update(task, advance=1, loss=f"loss {value:.4f}")
+            keeper.save_if_due(progress)
+
+
+class _Keeper:
+    """Saves the run and finds it again; keeps the best weights meanwhile."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        train: Batches,
+        checkpoints: Checkpoints | None,
+        seconds: float,
+        identity: dict[str, Any],
+        console: Console,
+    ) -> None:
+        if checkpoints is not None and not hasattr(train, "load_state_dict"):
+            raise TypeError(
+                f"checkpoints need a loader that can go on in mid-epoch: give a ctrlib.Loader, not {train!r}"
+            )
+        self._engine, self._train, self._checkpoints = engine, train, checkpoints
+        self._seconds, self._identity, self._console = seconds, identity, console
+        self._best: State | None = None
+        self._given = 0  # batches handed to the engine since the start of this process ...
+        self._taken = 0  # ... and trained on
+        self._terminated = False
+        self._handler: Any = None
+
+    def __enter__(self) -> None:
+        if self._checkpoints is not None and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._terminate)
+        self._saved_at = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+    def load(self) -> Progress:
+        """Where the saved run stands, with everything put back; a new run if there is none."""
+        self._best = copy_state(self._weights())
+        if self._checkpoints is None:
+            return Progress()
+        saved = self._checkpoints.load(self._engine.state())
+        if saved is None:
+            return Progress()
+        differing = [
+            f"{name} was {saved['identity'].get(name)!r}, is {self._identity.get(name)!r}"
+            for name in sorted({*self._identity, *saved["identity"]})
+            if saved["identity"].get(name) != self._identity.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoints in {self._checkpoints.folder} are of another run: {'; '.join(differing)}. Start with "
+                "the same settings to go on, or give another folder (or delete this one) to start anew"
+            )
+        progress = Progress.from_dict(saved["progress"])
+        self._loader.load_state_dict(saved["loader"])
+        self._engine.learning_rates = saved["learning_rates"]
+        set_random_state(saved["random_state"], world_size())
+        if progress.best_epoch:
+            self._checkpoints.load(self._best, which="best", prefix="model.")
+        self._console.print(f"goes on after step {progress.step:,}, in epoch {len(progress.epochs) + 1}")
+        return progress
+
+    def count(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches: a pipeline takes some before it trains on them, and those must be loaded again."""
+        for batch in batches:
+            self._given += 1
+            yield batch
+
+    def save_if_due(self, progress: Progress) -> None:
+        """After a step: save if it is time, or the process is to end."""
+        self._taken += 1
+        if self._checkpoints is None:
+            return
+        due, terminated = any_rank(time.monotonic() - self._saved_at >= self._seconds, self._terminated)
+        if due or terminated:
+            self._write(progress, best=False)
+        if terminated:
+            self._end()
+
+    def save(self, progress: Progress, *, best: bool) -> None:
+        """After an epoch."""
+        if best:
+            self._best = copy_state(self._weights())
+        if self._checkpoints is not None:
+            self._write(progress, best=best)
+            if any_rank(self._terminated)[0]:
+                self._end()
+
+    def _write(self, progress: Progress, *, best: bool) -> None:
+        assert self._checkpoints is not None
+        state = {
+            "identity": self._identity,
+            "progress": progress.to_dict(),
+            "loader": self._loader.state_dict(in_flight=self._given - self._taken),
+            "learning_rates": self._engine.learning_rates,
+            "random_state": random_state(),
+        }
+        self._checkpoints.save(progress.step, self._engine.state(), state, best=best)
+        self._saved_at = time.monotonic()
+
+    def _end(self) -> None:
+        assert self._checkpoints is not None
+        self._checkpoints.wait()
+        self._console.print(
+            f"told to end (SIGTERM): saved in {self._checkpoints.folder}; start the same command again to go on"
+        )
+        raise Terminated
+
+    def restore_best(self) -> None:
+        """The best epoch's weights back into the model."""
+        assert self._best is not None
+        restore_state(self._weights(), self._best)
+
+    def _weights(self) -> State:
+        return {name: tensor for name, tensor in self._engine.state().items() if name.startswith("model.")}
+
+    @property
+    def _loader(self) -> Resumable:
+        return self._train  # type: ignore[return-value]  # checked when made
+
+
+# What gloo and nccl say when the other side of a connection is gone, or silent.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out", "NCCL")
+
+
+@contextlib.contextmanager
+def _name_lost_processes() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not any(text in str(error) for text in _LOST):
+            raise
+        raise LostProcessError(
+            "another process of this training died or does not answer; this one ends too. Start the same command again "
+            "to go on from the newest checkpoint, if it keeps any (torchrun --max-restarts does so by itself). "
+            f"What the connection said: {error}"
+        ) from error
 
 
 def _save_batch(batch: Batch, out: Path | None) -> str:
@@ -203,72 +378,6 @@ def _save_batch(batch: Batch, out: Path | None) -> str:
     out.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, path)
     return f"The batch is saved as {path} (read it with torch.load(..., weights_only=True))."
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Aligned arrays, a row each: logits and labels (rows, T), weights (rows,), groups (rows,) or None."""
-
-    logits: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    groups: np.ndarray | None
-
-
-def predict(model: nn.Module, batches: Batches, *, device: str | torch.device = "cpu") -> Scores:
-    """Score every row, in the loader's order, in evaluation mode and without gradients.
-
-    Memory: about 12 bytes a row with one label.
-    """
-    device = torch.device(device)
-    was_training = model.training
-    model.eval()
-    parts: list[tuple[np.ndarray, ...]] = []
-    with torch.no_grad():  # not inference_mode: fbgemm's fused CPU kernels exist below autograd only
-        for batch in batches:
-            logits = model(batch.to(device)).float().cpu().numpy()
-            group = batch.group if batch.group is not None else torch.empty(0, dtype=torch.int64)
-            parts.append((logits, *(t.cpu().numpy() for t in (batch.labels, batch.weights, group))))
-    model.train(was_training)
-    if not parts:
-        raise ValueError("there is nothing to score: the loader gave no batch")
-    logits, labels, weights, groups = (np.concatenate(columns) for columns in zip(*parts))
-    return Scores(logits, labels, weights, groups if len(groups) == len(logits) else None)
-
-
-def evaluate(
-    model: nn.Module, batches: Batches, *, device: str | torch.device = "cpu", quick: bool = False
-) -> dict[str, Any]:
-    """Metrics of a model on labelled batches, for one label those of `ctrlib.metrics.evaluate_binary`.
-
-    For several labels "auc" and "log_loss" are the means over labels and "tasks" lists each label's metrics in order.
-    `quick` computes AUC and log-loss only. Rows of weight 0 and missing labels are left out.
-    """
-    return score(predict(model, batches, device=device), quick=quick)
-
-
-def score(scores: Scores, *, quick: bool = False) -> dict[str, Any]:
-    """The metrics of `evaluate`, of rows that are scored already."""
-    tasks = [_evaluate_task(scores, task, quick) for task in range(scores.labels.shape[1])]
-    if len(tasks) == 1:
-        return tasks[0]
-    means = {name: float(np.mean([task[name] for task in tasks])) for name in ("auc", "log_loss")}
-    return {**means, "tasks": tasks}
-
-
-def _evaluate_task(scores: Scores, task: int, quick: bool) -> dict[str, Any]:
-    labels, logits = scores.labels[:, task], scores.logits[:, task]
-    keep = ~np.isnan(labels) & (scores.weights > 0)
-    labels, logits, weights = labels[keep], logits[keep], scores.weights[keep]
-    groups = None if scores.groups is None else scores.groups[keep]
-    uniform = weights.size == 0 or bool((weights == weights[0]).all())
-    sample_weights = None if uniform else weights
-    if quick:
-        return {
-            "auc": metrics.auc(labels, logits, sample_weights),
-            "log_loss": metrics.log_loss(labels, logits, sample_weights),
-        }
-    return dict(metrics.evaluate_binary(labels, logits, groups=groups, weights=sample_weights))
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

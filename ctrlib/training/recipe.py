@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ctrlib import presets
 from ctrlib.data.quantiles import quantile_edges
 from ctrlib.training.allocator import keep_freed_memory
+from ctrlib.training.distributed import rank, world_size
+from ctrlib.training.loop import to_json
 from ctrlib.training.run import Device, EngineName, record, run
 
 
@@ -32,6 +35,12 @@ class RecipeKnobs:
     """Upper limit."""
     device: Device = "auto"
     """Where to compute."""
+    out: Path | None = None
+    """Folder for the log, the curve and, while it trains, checkpoints: the same command goes on after a kill."""
+    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
+    """How the fused engine spreads tables over the processes that torchrun starts."""
+    plan: Path | None = None
+    """A plan.json of an earlier run, to spread tables as that did."""
     record: bool = False
     """Append the result to results.csv."""
 
@@ -46,7 +55,7 @@ def run_recipe(
     config: dict[str, Any],
     **training: Any,
 ) -> dict[str, Any]:
-    """Prepare if needed, train, report once, and record if asked to.
+    """Prepare if needed, train, report once (a line of JSON), and record if asked to.
 
     Args:
         knobs: the flags.
@@ -60,14 +69,18 @@ def run_recipe(
     Raises:
         SystemExit: `record` is asked for a run that is cut short.
     """
+    if knobs.raw and world_size() > 1:
+        raise SystemExit("--raw prepares the data: run the recipe with it in one process first, then start several")
     if knobs.record and knobs.epochs != RecipeKnobs.epochs:
         raise SystemExit("--record takes whole runs only: leave --epochs out")
     keep_freed_memory()
     here = Path(recipe).parent
     folder = knobs.data or here.parent / "data" / data
-    if knobs.raw or not folder.exists():
+    if rank() == 0 and (knobs.raw or not folder.exists()):
         command = [sys.executable, str(here.parent / "datasets" / script[0]), *script[1:], "--out", str(folder)]
         subprocess.run(command + (["--raw", str(knobs.raw)] if knobs.raw else []), check=True, stdout=sys.stderr)
+    while not folder.exists():  # the first process makes it, and it appears when it is complete
+        time.sleep(1)
     if knobs.engine == "fused":
         config = {**config, "embedding_dim": -(-config["embedding_dim"] // 4) * 4}
         training = {**training, "embedding_l2": 0.0}
@@ -82,8 +95,14 @@ def run_recipe(
         max_epochs=knobs.epochs,
         seed=knobs.seed,
         device=knobs.device,
+        out=knobs.out,
+        sharding=knobs.sharding,
+        plan=knobs.plan,
         **training,
     )
-    if knobs.record:
-        record(result, here / "results.csv", data=data, model=model)
-    return {"data": data, "model": model, **result}
+    result = {"data": data, "model": model, **result}
+    if rank() == 0:
+        print(to_json(result))
+        if knobs.record:
+            record(result, here / "results.csv", data=data, model=model)
+    return result

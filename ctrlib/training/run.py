@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import json
 import math
+import os
 import platform
+import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,16 +23,20 @@ from rich.console import Console
 from ctrlib.data.loader import Loader
 from ctrlib.model import Model
 from ctrlib.schema import Schema
+from ctrlib.training.checkpoint import Checkpoints
+from ctrlib.training.distributed import init_process_group, rank, world_size
+from ctrlib.training.evaluate import evaluate, predict, score
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.fused import FusedEngine, Precision
-from ctrlib.training.loop import Engine, History, evaluate, fit, predict, score, to_json
+from ctrlib.training.loop import Engine, History, fit, to_json
+from ctrlib.training.plan import Plan, Sharding, load_plan, save_plan
 
 EngineName = Literal["exact", "fused"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(device: Device) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
+    """`auto` is CUDA where there is one, else the CPU. Of several processes on a machine, each gets a card of its own.
 
     Raises:
         ValueError: CUDA is asked for and there is none.
@@ -41,7 +49,11 @@ def choose_device(device: Device) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ValueError("device 'cuda' was asked for, but torch sees none: use --device cpu, or run `ctrlib doctor`")
-    return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(chosen)
+    return chosen
 
 
 def make_engine(
@@ -52,6 +64,8 @@ def make_engine(
     embedding_l2: float = 0.0,
     embedding_learning_rate: float = 0.02,
     precision: Precision = "fp32",
+    sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
+    plan: Plan | None = None,
     check_ids: bool = True,
     device: str | torch.device = "cpu",
 ) -> Engine:
@@ -73,6 +87,11 @@ def make_engine(
     if engine == "exact":
         if precision != "fp32":
             raise ValueError("the exact engine computes in fp32 only: drop --precision, or use --engine fused")
+        if sharding != "auto" or plan is not None:
+            raise ValueError(
+                "the exact engine copies every table to every process: drop --sharding and --plan, or use "
+                "--engine fused"
+            )
         return ExactEngine(model, learning_rate=learning_rate, embedding_l2=embedding_l2, device=device)
     if embedding_l2:
         raise ValueError(
@@ -84,6 +103,8 @@ def make_engine(
         learning_rate=learning_rate,
         embedding_learning_rate=embedding_learning_rate,
         precision=precision,
+        sharding=sharding,
+        plan=plan,
         check_ids=check_ids,
         device=device,
     )
@@ -99,12 +120,16 @@ def run(
     embedding_l2: float = 0.0,
     embedding_learning_rate: float = 0.02,
     precision: Precision = "fp32",
+    sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
+    plan: str | Path | None = None,
     max_epochs: int = 100,
     patience: int = 2,
     seed: int = 0,
     workers: int = 1,
     device: Device = "auto",
     out: str | Path | None = None,
+    checkpoint_seconds: float | None = 300.0,
+    asynchronous_checkpoints: bool = False,
     tensorboard: bool = False,
     on_trained: Callable[[Model], None] | None = None,
     console: Console | None = None,
@@ -117,16 +142,35 @@ def run(
     metrics.json and curve.png. `on_trained` gets the trained model, on the CPU, before anything is scored: the place
     to save it.
 
+    While it trains, `out`/checkpoints holds all that is needed to go on: after a kill, start the same run again (`fit`
+    tells more). None for `checkpoint_seconds`: no checkpoints.
+
+    Started by `torchrun`, the processes share each batch of `batch_size` rows evenly, and all get the result. The
+    trained model is on rank 0, which alone calls `on_trained` and writes; elsewhere the returned model has its initial
+    weights. With the fused engine, tables are spread as `sharding` says (`make_plan`) or as the file `plan` does
+    (`save_plan`); the plan is printed, and written to `out`/plan.json.
+
     Two runs with the same arguments give the same bits on a CPU, whatever `workers` is.
+
+    Raises:
+        ValueError: an argument does not fit, or `out` holds the checkpoints of another run.
     """
     started = time.perf_counter()
     data, out = Path(data), None if out is None else Path(out)
-    console = console or Console(stderr=True)
+    if batch_size % world_size():
+        raise ValueError(
+            f"{world_size()} processes cannot share a batch of {batch_size} rows evenly: use a multiple of "
+            f"{world_size()}"
+        )
+    chosen_device = choose_device(device)
+    if world_size() > 1:
+        init_process_group(chosen_device)
+    is_first = rank() == 0
+    console = (console or Console(stderr=True)) if is_first else Console(quiet=True)
     schema = Schema.load(data)
     torch.manual_seed(seed)
     model = build(schema)
-    parameters, embedding_bytes = model.num_parameters(), model.embedding_bytes()
-    chosen_device = choose_device(device)
+    parameters, embedding_bytes, printout = model.num_parameters(), model.embedding_bytes(), str(model)
     trainer = make_engine(
         model,
         engine,
@@ -134,31 +178,57 @@ def run(
         embedding_l2=embedding_l2,
         embedding_learning_rate=embedding_learning_rate,
         precision=precision,
+        sharding=sharding,
+        plan=None if plan is None else load_plan(plan),
         check_ids=False,  # the loaders have
         device=chosen_device,
     )
+    if is_first and isinstance(trainer, FusedEngine) and world_size() > 1:
+        console.print(trainer.plan_table)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            save_plan(trainer.plan, out / "plan.json")
+    if not is_first:
+        torch.manual_seed(seed + rank())  # dropout draws other masks for other rows
     with_group = schema.group is not None
-    train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed, workers=workers)
+    share: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "workers": workers}
+    own_size = batch_size // world_size()
+    train = Loader(data, "train", batch_size=own_size, shuffle=True, seed=seed, **share)
     # Scoring needs no gradients: larger batches, so fewer calls.
     valid, test = (
-        Loader(data, split, batch_size=2 * batch_size, workers=workers, with_group=with_group)
-        for split in ("valid", "test")
+        Loader(data, split, batch_size=2 * own_size, with_group=with_group, **share) for split in ("valid", "test")
     )
-    history = fit(
-        trainer,
-        train,
-        valid,
-        max_epochs=max_epochs,
-        patience=patience,
-        out=out,
-        tensorboard=tensorboard,
-        console=console,
-    )
+    identity = {
+        **{"data": schema.hash, "model": hashlib.sha256(printout.encode()).hexdigest(), "engine": engine},
+        **{"batch_size": batch_size, "learning_rate": learning_rate, "embedding_l2": embedding_l2, "seed": seed},
+        **{"embedding_learning_rate": embedding_learning_rate, "precision": precision, "patience": patience},
+    }
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if out is not None and checkpoint_seconds is not None:
+            checkpoints = stack.enter_context(
+                Checkpoints(out / "checkpoints", asynchronous=asynchronous_checkpoints, log=console.print)
+            )
+        history = fit(
+            trainer,
+            train,
+            valid,
+            max_epochs=max_epochs,
+            patience=patience,
+            out=out if is_first else None,
+            checkpoints=checkpoints,
+            checkpoint_seconds=checkpoint_seconds or 0.0,
+            identity=identity,
+            tensorboard=tensorboard and is_first,
+            console=console,
+        )
     # The engine may have wrapped the model or moved it: a plain one with the trained weights, for saving and serving.
     plain = build(schema)
-    plain.load_state_dict({name: tensor.cpu() for name, tensor in trainer.weights().items()})
-    if on_trained is not None:
-        on_trained(plain)
+    weights = trainer.weights()
+    if is_first:
+        plain.load_state_dict(weights)
+        if on_trained is not None:
+            on_trained(plain)
     valid_scores = evaluate(trainer.model, valid, device=chosen_device)
     scoring = time.perf_counter()
     scored = predict(trainer.model, test, device=chosen_device)
@@ -181,14 +251,16 @@ def run(
         "epochs": len(history.epochs),
         "best_epoch": history.best_epoch,
         "engine": trainer.name,
+        "processes": world_size(),
         "precision": precision,
         "seed": seed,
         "data_hash": schema.hash,
         "note": _note(data),
     }
-    if out is not None:
+    if out is not None and is_first:
         (out / "metrics.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         draw_curve(history, out / "curve.png")
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the run is over: started again, it begins anew
     return plain, result
 
 
@@ -268,6 +340,7 @@ def record(result: dict[str, Any], path: Path, *, data: str, model: str) -> None
         "data": data,
         "model": model,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        + (f" in each of {result['processes']} processes" if result.get("processes", 1) > 1 else "")
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "versions": "; ".join(versions),
         "commit": _commit(path),

@@ -2,107 +2,115 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.types import ShardingEnv
 
-TABLES = (EmbeddingBagCollection, EmbeddingCollection)
-
-
-def init_process_group(device: torch.device) -> None:
-    """Join the process group that `torchrun` describes, or make one of this process alone."""
-    if dist.is_initialized():
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+from ctrlib.training.checkpoint import Shards
+from ctrlib.training.distributed import init_process_group, world_size
+from ctrlib.training.plan import (
+    Plan,
+    Sharding,
+    TableOptimiser,
+    available_memory,
+    check_memory,
+    check_plan,
+    make_plan,
+    plan_bytes,
+    sharders,
+    tables_of,
+    to_torchrec,
+)
 
 
 def shard(
     model: nn.Module,
     *,
+    sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
+    plan: Plan | None = None,
     learning_rate: float = 0.02,
     eps: float = 1e-8,
+    table_optimiser: TableOptimiser = "rowwise_adagrad",
     check_ids: bool = True,
     device: str | torch.device = "cpu",
 ) -> DistributedModelParallel:
-    """Replace every EmbeddingBagCollection and EmbeddingCollection by its sharded, fused form with row-wise Adagrad.
+    """Spread every EmbeddingBagCollection and EmbeddingCollection over the processes, in fused form.
 
     Row-wise Adagrad keeps one number per row, the running sum over steps of the row's mean squared gradient:
     s += mean_d g_d^2,  w -= learning_rate * g / (sqrt(s) + eps); rows that a batch does not touch stay as they are.
-    Every id is looked at before it is used, and one beyond its table (stacked: beyond all of the stack) is a
-    RuntimeError, unless `check_ids` is off: do that only where a `Loader` has looked already, since a wrong id then
-    reads and writes foreign memory. Weights keep their
-    values. All other parameters stay ordinary and want an ordinary optimiser.
+    "adagrad" keeps one number per weight instead. Every id is looked at before it is used, and one beyond its table
+    (stacked: beyond all of the stack) is a RuntimeError, unless `check_ids` is off: do that only where a `Loader` has
+    looked already, since a wrong id then reads and writes foreign memory. Weights keep their values: every process must
+    have built the same model. All other parameters stay ordinary, are averaged over processes by
+    DistributedDataParallel, and want an ordinary optimiser; tables that the plan makes data_parallel want
+    `RowwiseAdagrad`, which is the same rule.
+
+    `sharding` is as in `make_plan`; `plan` pins one. Joins the process group of `torchrun`, if that has not been done.
 
     Raises:
-        ValueError: a table's width is not a multiple of 4, which the fused kernels need.
+        ValueError: a table's width is not a multiple of 4, which the fused kernels need, or the plan does not fit.
+        MemoryError: this process's share does not fit in memory.
     """
     device = torch.device(device)
     init_process_group(device)
-    plan = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, TABLES):
-            continue
-        pooled = isinstance(module, EmbeddingBagCollection)
-        configs = module.embedding_bag_configs() if pooled else module.embedding_configs()
-        for config in configs:
-            if config.embedding_dim % 4:
-                raise ValueError(
-                    f"the fused engine needs table widths that are multiples of 4, table {config.name!r} has "
-                    f"{config.embedding_dim}: use embedding_dim={-(-config.embedding_dim // 4) * 4}, for a wide part "
-                    "columns=4 (wide_columns=4 in presets), or the exact engine"
-                )
-        plan[path] = construct_module_sharding_plan(
-            module,
-            # The kernel is named, since under the planner's favourite for small tables (data_parallel) TorchRec would
-            # silently drop the in-backward optimiser.
-            {config.name: table_wise(rank=0, compute_kernel="fused") for config in configs},
-            local_size=1,
-            world_size=1,
-            device_type=device.type,
-        )
+    for _, _, config in tables_of(model).values():
+        if config.embedding_dim % 4:
+            raise ValueError(
+                f"the fused engine needs table widths that are multiples of 4, table {config.name!r} has "
+                f"{config.embedding_dim}: use embedding_dim={-(-config.embedding_dim // 4) * 4}, for a wide part "
+                "columns=4 (wide_columns=4 in presets), or the exact engine"
+            )
+    if plan is None:
+        plan = make_plan(model, world_size=world_size(), sharding=sharding, device_type=device.type)
+    check_plan(plan, model, world_size=world_size(), optimiser=table_optimiser)
+    sizes = plan_bytes(plan, model, world_size=world_size(), optimiser=table_optimiser)
+    check_memory(sum(per_rank[dist.get_rank()] for per_rank in sizes.values()), available_memory(device))
     fused_params: dict[str, Any] = {
-        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD
+        if table_optimiser == "rowwise_adagrad"
+        else EmbOptimType.EXACT_ADAGRAD,
         "learning_rate": learning_rate,
         "eps": eps,
         # fbgemm's default takes row 0 in place of a wrong id, and only logs it.
         "bounds_check_mode": BoundsCheckMode.FATAL if check_ids else BoundsCheckMode.NONE,
     }
     before = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    torchrec_plan = to_torchrec(plan, model, world_size=world_size(), device_type=device.type)
+    for _, _, config in tables_of(model).values():
+        config.init_fn = _leave  # the kernels would draw initial rows of their own; the model's are the ones that count
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=device,
-        plan=ShardingPlan(plan),
-        sharders=[EmbeddingBagCollectionSharder(fused_params), EmbeddingCollectionSharder(fused_params)],
-        init_data_parallel=dist.get_world_size() > 1,
+        plan=torchrec_plan,
+        sharders=sharders(fused_params),
+        init_data_parallel=world_size() > 1,
     )
-    # The kernels draw their own initial rows; the model's are the ones that count.
     load_weights(sharded, before)
     return sharded
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a (sharded) tensor that this process holds: all of it, as there is one process."""
-    return tensor.local_tensor() if hasattr(tensor, "local_tensor") else tensor
+def _leave(weight: Tensor) -> Tensor:
+    return weight
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy plain tensors into a sharded model.
+def shards(tensor: Any) -> Tensor | Shards:
+    """A tensor of a sharded model's state: itself if it is whole, else the parts of it that this process holds."""
+    if not hasattr(tensor, "local_shards"):
+        return tensor.detach()  # type: ignore[no-any-return]
+    parts = tuple((tuple(s.metadata.shard_offsets), s.tensor.detach()) for s in tensor.local_shards())
+    return Shards(tuple(tensor.metadata().size), parts)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a sharded model, each process its parts.
 
     Raises:
         ValueError: the key sets differ.
@@ -111,4 +119,37 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     if set(state) != set(weights):
         raise ValueError(f"weights do not fit the model: {sorted(set(state) ^ set(weights))} are on one side only")
     for name, tensor in state.items():
-        local(tensor).detach().copy_(weights[name])
+        held = shards(tensor)
+        if isinstance(held, Tensor):
+            held.copy_(weights[name])
+            continue
+        for offsets, part in held.parts:
+            part.copy_(weights[name][tuple(slice(o, o + size) for o, size in zip(offsets, part.shape))])
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all weights and buffers as whole tensors on the CPU, in rank 0; nothing in the other processes.
+
+    Every process must call it.
+    """
+    first = dist.get_rank() == 0
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if not hasattr(tensor, "local_shards"):
+            if first:
+                found[name] = tensor.detach().cpu().clone()
+            continue
+        held = {tuple(part.metadata.shard_offsets): part.tensor.detach().cpu() for part in tensor.local_shards()}
+        if first:
+            found[name] = torch.empty(tuple(tensor.metadata().size), dtype=tensor.metadata().tensor_properties.dtype)
+        for part in tensor.metadata().shards_metadata:
+            offsets, source = tuple(part.shard_offsets), part.placement.rank()
+            if first:
+                place = found[name][tuple(slice(o, o + size) for o, size in zip(offsets, part.shard_sizes))]
+                block = held[offsets] if source == 0 else torch.empty(place.shape, dtype=place.dtype)
+                if source != 0:
+                    dist.recv(block, src=source)
+                place.copy_(block)
+            elif source == dist.get_rank():
+                dist.send(held[offsets].contiguous(), dst=0)
+    return found

@@ -1,0 +1,745 @@
+"""Checkpoints of a training in one or many processes that survive kills, full disks and damaged files.
+
+Tensors may be cut into parts over the ranks in any way and are read back under any other cut, at any number of ranks:
+torch's distributed checkpoint (`torch.distributed.checkpoint`) plans who writes which part and which stored parts make
+up a wanted one. Its file formats are not used: it writes in place, notices no flipped bit, and reads `.metadata` with
+pickle, which runs what code a stranger put there. What is written instead, with no pickle anywhere:
+
+    LATEST                   names the newest checkpoint and the best one; moved when all else is on disk
+    step-000000300/
+      tensors-0.bin          bytes of the parts that rank 0 wrote, one after another, row by row
+      tensors-1.bin          ... and rank 1
+      tensors.json           dtype, size and parts of every tensor: offsets, shape, file, first byte
+      state.json             the caller's state
+      MANIFEST               step, and bytes and sha256 of each file above
+
+MANIFEST and LATEST are JSON below a line with the sha256 of that JSON. A folder is written under a hidden name and
+renamed when it is whole, so whatever is called `step-*` was complete once. All ranks see one file system; one training
+writes to a folder at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+T = TypeVar("T")
+LOGGER = logging.getLogger(__name__)
+_Place = tuple[str, tuple[int, ...]]  # key and offsets: names one part among all ranks'
+
+BLOCK = 1 << 24  # bytes copied, hashed or read at a time: a table is never held twice
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none could be read; the message says why and what to do."""
+
+
+class _Damage(Exception):
+    """A file is not what was written: which, and how it differs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """The parts of one global tensor that this rank holds: maybe all of it, maybe none.
+
+    Args:
+        size: shape of the global tensor.
+        parts: (offsets, tensor) each, with an offset per dimension of `size`; views are fine, on any device. Parts
+            with no elements are fine too.
+
+    Raises:
+        CheckpointError: a part lies outside of `size`, or dtypes differ.
+
+    >>> table = torch.arange(12.0).reshape(3, 4)
+    >>> Shards((3, 4), (((0, 0), table[:, :2]), ((0, 2), table[:, 2:]))).dtype
+    torch.float32
+    >>> Shards((3, 4), (((2, 0), table[:2]),))
+    Traceback (most recent call last):
+    ctrlib.training.checkpoint.CheckpointError: a part of shape (2, 4) at (2, 0) lies outside of a tensor of (3, 4)
+    """
+
+    size: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, ...], Tensor], ...]
+
+    def __post_init__(self) -> None:
+        for offsets, part in self.parts:
+            inside = len(offsets) == part.dim() == len(self.size) and all(
+                0 <= offset <= offset + length <= limit for offset, length, limit in zip(offsets, part.shape, self.size)
+            )
+            if not inside:
+                raise CheckpointError(
+                    f"a part of shape {tuple(part.shape)} at {tuple(offsets)} lies outside of a tensor of "
+                    f"{tuple(self.size)}"
+                )
+            if part.layout != torch.strided or part.is_meta or part.is_quantized:
+                raise CheckpointError(f"expected a dense tensor that holds data, got {part.layout} on {part.device}")
+        if len(dtypes := {part.dtype for _, part in self.parts}) > 1:
+            raise CheckpointError(f"the parts of one tensor have several dtypes: {sorted(map(str, dtypes))}")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the parts; None where this rank has none."""
+        return self.parts[0][1].dtype if self.parts else None
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What MANIFEST says, where it lies, and the sha256 in its first line."""
+
+    folder: Path
+    seal: str
+    step: int
+    save: int  # counts saves: a training that went back to an older step saves lower steps later
+    best: bool
+    files: dict[str, tuple[int, str]]  # name -> bytes, sha256
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One save, planned: what this rank writes, and what rank 0 adds."""
+
+    step: int
+    best: bool
+    folder: Path
+    save: int
+    best_folder: str | None
+    state: bytes
+    parts: dict[_Place, Tensor]
+    index: dict[str, TensorStorageMetadata]
+    needed: int
+
+
+class Checkpoints:
+    """The checkpoints in one folder. All methods but `wait` are collective: every rank calls them, in the same order.
+
+    Make it after `init_process_group`, if there is one; it talks over a gloo group of its own.
+
+    Args:
+        folder: where the checkpoints are; made by the first `save`.
+        keep_last: how many of the newest to keep. The newest saved with `best=True` is kept besides.
+        asynchronous: `save` copies the tensors to the CPU's memory and returns; a thread writes them.
+        log: called on rank 0 with a sentence for each damaged file that `load` met.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> with Checkpoints(folder) as checkpoints:
+    ...     checkpoints.save(7, {"table": torch.arange(6.0).reshape(3, 2)}, {"epoch": 1})
+    >>> right_half = torch.zeros(3, 1)
+    >>> Checkpoints(folder).load({"table": Shards((3, 2), (((0, 1), right_half),))})
+    {'epoch': 1}
+    >>> right_half.flatten().tolist()
+    [1.0, 3.0, 5.0]
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int = 2,
+        asynchronous: bool = False,
+        log: Callable[[str], None] = LOGGER.warning,
+    ) -> None:
+        if keep_last < 1:
+            raise CheckpointError(f"keep_last is {keep_last}: expected 1 or more")
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self._log = log
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
+        self._rank = dist.get_rank(self._group) if self._group else 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
+        self._pending: Future[None] | None = None
+        self._rejected: set[str] = set()  # seals of those that `load` found damaged: they do not count as kept
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor | Shards], state: dict[str, Any], *, best: bool = False
+    ) -> None:
+        """Write a checkpoint; then delete what is older than the last `keep_last`, but never the best.
+
+        A save of a step that exists already is written beside it, as `step-000000300.2`, and is the newer one.
+
+        Args:
+            step: 0 or more.
+            tensors: the same keys on every rank. A Tensor is the same on every rank; one of them writes it.
+            state: what JSON can hold: numbers (NaN and infinities too), strings, lists and dictionaries with strings
+                as keys. Rank 0's is written.
+            best: keep this one until a later save is best.
+
+        Raises:
+            CheckpointError: on every rank, with what went wrong on any: bad arguments, parts that overlap or leave
+                gaps, a disk that is full. Earlier checkpoints are as they were. A failure of an asynchronous save
+                is raised by the next `save`, `load`, `wait` or `close`.
+        """
+        self.wait()
+        job = self._prepare(step, tensors, state, best)
+        if self._thread:
+            copies = self._together(lambda: {place: part.to("cpu", copy=True) for place, part in job.parts.items()})
+            self._pending = self._thread.submit(self._write, replace(job, parts=copies))
+        else:
+            self._write(job)
+
+    def load(
+        self,
+        tensors: Mapping[str, Tensor | Shards],
+        *,
+        which: Literal["latest", "best"] = "latest",
+        prefix: str = "",
+    ) -> dict[str, Any] | None:
+        """Copy the newest good checkpoint (or the best) into `tensors` and return its state; None if none was saved.
+
+        Every file is verified before anything is copied. Damage is logged, and the checkpoint before it is taken.
+
+        Args:
+            tensors: their keys are those saved, or those of them that start with `prefix`.
+            which: "best" for the newest saved with `best=True`, and no other in its place.
+            prefix: for a part of a checkpoint, such as a model without its optimiser.
+
+        Raises:
+            CheckpointError: none is good; the best is damaged, or none was best; keys, shapes or dtypes differ.
+        """
+        self.wait()
+        if which not in ("latest", "best"):
+            raise CheckpointError(f"which is {which!r}: expected 'latest' or 'best'")
+        wanted = self._together(lambda: _all_shards(tensors))
+        found = self._first(lambda: self._find(which))
+        if found is None:
+            return None
+        candidates, complaints = found
+        self._report(complaints)
+        for manifest in candidates:
+            damages = list(itertools.chain(*self._gather(self._together(partial(self._verify, manifest)))))
+            if not damages:
+                break
+            self._report(damages)
+            complaints += damages
+            self._rejected.add(manifest.seal)
+        else:
+            raise CheckpointError(f"no good {which} checkpoint in {self.folder}: {'; '.join(complaints)}")
+        saved = self._together(lambda: _read_index(manifest, wanted, prefix))
+        self._together(lambda: _read_tensors(manifest, saved, wanted))
+        return self._first(lambda: cast("dict[str, Any]", json.loads((manifest.folder / "state.json").read_bytes())))
+
+    def wait(self) -> None:
+        """Wait until an asynchronous save is on disk.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def close(self) -> None:
+        """`wait`, then end the thread and the process group."""
+        try:
+            self.wait()
+        finally:
+            if self._thread:
+                self._thread.shutdown()
+            if self._group and dist.is_initialized():
+                dist.destroy_process_group(self._group)
+            self._thread = self._group = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """The result of `work` on this rank; what fails on one rank is raised on all."""
+        error = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        said = str(error) if isinstance(error, CheckpointError) else repr(error) if error else None
+        failed = {rank: each for rank, each in enumerate(self._gather(said)) if each is not None}
+        if failed:
+            alone = self._group is None
+            raise CheckpointError(
+                "; ".join(each if alone else f"rank {rank}: {each}" for rank, each in failed.items())
+            ) from error
+        return result
+
+    def _first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on every rank."""
+        mine = self._together(lambda: work() if self._rank == 0 else None)
+        return cast(T, self._gather(mine)[0])
+
+    def _report(self, complaints: list[str]) -> None:
+        if self._rank == 0:
+            for complaint in complaints:
+                self._log(complaint)
+
+    def _prepare(self, step: int, tensors: Mapping[str, Tensor | Shards], state: dict[str, Any], best: bool) -> _Job:
+        if self._group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise CheckpointError("the process group is younger than this object (or it is closed): make a new one")
+        shards = self._together(lambda: _all_shards(tensors))
+        encoded = self._first(lambda: _encode_state(state))
+        asked = {key: (tuple(each.size), each.dtype) for key, each in shards.items()}
+        ranks = self._gather(((step, best), asked, SavePlan(_write_items(shards))))
+        _check_alike([told for told, _, _ in ranks], [its_asked for _, its_asked, _ in ranks])
+        plans, index = _plan([plan for _, _, plan in ranks], asked)
+        mine = {(item.index.fqn, tuple(item.index.offset or ())) for item in plans[self._rank].items}
+        parts = {
+            (key, tuple(offsets)): part.detach()
+            for key, each in shards.items()
+            for offsets, part in each.parts
+            if (key, tuple(offsets)) in mine and _is_kept(each, part)
+        }
+        folder, save, best_folder = self._first(lambda: self._begin(step, best))
+        num_parts = sum(len(tensor.chunks) for tensor in index.values())
+        num_bytes = sum(math.prod(tensor.size) * tensor.properties.dtype.itemsize for tensor in index.values())
+        needed = num_bytes + len(encoded) + 256 * num_parts + 4096  # tensors.json, MANIFEST and the folder
+        free = min(self._gather(self._together(lambda: shutil.disk_usage(self.folder).free)))
+        if needed > free:
+            raise CheckpointError(_disk_full(self.folder, needed, free))
+        return _Job(step, best, folder, save, best_folder, encoded, parts, index, needed)
+
+    def _begin(self, step: int, best: bool) -> tuple[Path, int, str | None]:
+        """Clear away what a killed save left; choose the folder, the number of the save and the best after it."""
+        if type(step) is not int or not 0 <= step < 10**9:
+            raise CheckpointError(f"step is {step!r}: expected an int from 0 to 999999999")
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            _sync_folder(self.folder.parent)
+        for left in [*self.folder.glob(".step-*"), *self.folder.glob(".LATEST*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        manifests, damages = self._scan()
+        try:
+            latest = self._latest()
+        except _Damage as damage:
+            latest = None
+            damages.append(str(damage))
+        self._report([f"{damage}; it is left alone" for damage in damages])
+        suffixes = itertools.chain([""], (f".{i}" for i in itertools.count(2)))
+        folders = (self.folder / f"step-{step:09d}{suffix}" for suffix in suffixes)
+        folder = next(each for each in folders if not each.exists())
+        save = 1 + max([m.save for m in manifests] + ([latest["save"]] if latest else []), default=0)
+        return folder, save, folder.name if best else _best_name(manifests, latest)
+
+    def _write(self, job: _Job) -> None:
+        hidden = job.folder.with_name(f".{job.folder.name}.partial")
+        try:
+            self._first(lambda: self._disk(job, hidden.mkdir))
+            written = self._together(lambda: self._disk(job, lambda: _write_tensors(hidden, self._rank, job.parts)))
+            everything = self._gather(written)
+            self._first(lambda: self._disk(job, lambda: self._commit(job, hidden, everything)))
+        except CheckpointError:
+            self._first(lambda: shutil.rmtree(hidden) if hidden.exists() else None)
+            raise
+        self._first(self._delete_old)
+
+    def _disk(self, job: _Job, work: Callable[[], T]) -> T:
+        """`work`, with the numbers that help when the disk is full."""
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            free = shutil.disk_usage(self.folder).free
+            raise CheckpointError(f"{_disk_full(self.folder, job.needed, free)} ({error})") from error
+
+    def _commit(self, job: _Job, hidden: Path, written: list[_Written]) -> None:
+        """Complete the folder, give it its name, and move LATEST."""
+        files: dict[str, tuple[int, str]] = {}
+        starts: dict[_Place, tuple[str, int]] = {}
+        for its_files, its_starts in written:
+            files |= its_files
+            starts |= its_starts
+        index = {key: _index_entry(key, tensor, starts) for key, tensor in job.index.items()}
+        files["tensors.json"] = _write_file(hidden / "tensors.json", [json.dumps(index).encode()])
+        files["state.json"] = _write_file(hidden / "state.json", [job.state])
+        name = job.folder.name
+        manifest = {"format": FORMAT, "folder": name, "step": job.step, "save": job.save, "best": job.best}
+        seal = _write_sealed(hidden / "MANIFEST", {**manifest, "files": files})
+        _sync_folder(hidden)
+        hidden.rename(job.folder)
+        _sync_folder(self.folder)
+        latest = {"format": FORMAT, "folder": name, "step": job.step, "save": job.save, "manifest": seal}
+        unnamed = self.folder / ".LATEST.partial"
+        _write_sealed(unnamed, {**latest, "best": job.best_folder})
+        unnamed.replace(self.folder / "LATEST")
+        _sync_folder(self.folder)
+
+    def _delete_old(self) -> None:
+        manifests, _ = self._scan()
+        kept = [manifest for manifest in manifests if manifest.seal not in self._rejected][: self.keep_last]
+        best = _best_name(manifests, self._latest())
+        for manifest in manifests:
+            if manifest.save < kept[-1].save and manifest.folder.name != best:
+                hidden = manifest.folder.with_name(f".{manifest.folder.name}.deleted")
+                manifest.folder.rename(hidden)  # so that a kill leaves no half of a step
+                shutil.rmtree(hidden)
+
+    def _scan(self) -> tuple[list[_Manifest], list[str]]:
+        """The manifests, newest save first, and what is wrong with those that cannot be read."""
+        manifests, damages = [], []
+        for folder in sorted(self.folder.glob("step-*")):
+            try:
+                manifests.append(_read_manifest(folder))
+            except _Damage as damage:
+                damages.append(str(damage))
+        return sorted(manifests, key=lambda manifest: (manifest.save, manifest.step), reverse=True), damages
+
+    def _latest(self) -> dict[str, Any] | None:
+        """What LATEST says; None if there is none."""
+        path = self.folder / "LATEST"
+        if not path.exists():
+            return None
+        latest, _ = _read_sealed(path)
+        if not {"folder", "save", "manifest", "best"} <= latest.keys():
+            raise _Damage(f"{path.name}: not written by this version")
+        return latest
+
+    def _find(self, which: str) -> tuple[list[_Manifest], list[str]] | None:
+        """The checkpoints to try, in order, and all that is wrong in the folder; None if nothing was ever saved."""
+        manifests, complaints = self._scan()
+        unreadable = list(complaints)
+        latest = None
+        try:
+            latest = self._latest()
+            if latest is None:
+                if not manifests and not complaints:
+                    return None
+                complaints.append("LATEST: missing")
+        except _Damage as damage:
+            complaints.append(str(damage))
+        if latest:
+            named = self.folder / latest["folder"]
+            if not named.exists():
+                complaints.append(f"{named.name}: missing, though LATEST names it")
+            for manifest in [m for m in manifests if m.folder == named and m.seal != latest["manifest"]]:
+                complaints.append(f"{named.name}/MANIFEST: not the one that LATEST names, but of another checkpoint")
+                manifests.remove(manifest)
+            complaints += [
+                f"LATEST: names {named.name}, but {manifest.folder.name} is newer (LATEST is old, or a save was killed)"
+                for manifest in manifests
+                if manifest.save > latest["save"]
+            ]
+        if which == "latest":
+            return manifests, complaints
+        best = _best_name(manifests, latest)
+        if best is None and not (unreadable and latest is None):
+            raise CheckpointError(f"no checkpoint in {self.folder} was saved with best=True")
+        if latest is None and unreadable:  # any of them may have been the best
+            return [], complaints
+        candidates = [manifest for manifest in manifests if manifest.folder.name == best]
+        return candidates, complaints if candidates else [*complaints, f"{best}: is the best, and not readable"]
+
+    def _verify(self, manifest: _Manifest) -> list[str]:
+        """What differs from the manifest, in this rank's share of the files."""
+        ranks = dist.get_world_size(self._group) if self._group else 1
+        names = sorted(manifest.files, key=lambda name: manifest.files[name])[self._rank :: ranks]
+        checked = (_damage(manifest.folder / name, *manifest.files[name]) for name in names)
+        return [damage for damage in checked if damage]
+
+
+def _all_shards(tensors: Mapping[str, Tensor | Shards]) -> dict[str, Shards]:
+    return {key: _as_shards(key, value) for key, value in tensors.items()}
+
+
+def _as_shards(key: str, value: Tensor | Shards) -> Shards:
+    if not isinstance(key, str):
+        raise CheckpointError(f"expected strings as keys, got {key!r}")
+    if isinstance(value, Shards):
+        return value
+    if not isinstance(value, Tensor) or hasattr(value, "to_local") or hasattr(value, "local_shards"):
+        raise CheckpointError(
+            f"{key}: expected a Tensor, or Shards of the local parts of a distributed one, got {type(value).__name__}"
+        )
+    try:
+        return Shards(tuple(value.shape), (((0,) * value.dim(), value),))
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
+
+
+def _is_kept(shards: Shards, part: Tensor) -> bool:
+    """Parts with no elements are not written, since they share their offsets with their neighbour's; unless all are."""
+    return part.numel() > 0 or math.prod(shards.size) == 0
+
+
+def _write_items(shards: Mapping[str, Shards]) -> list[WriteItem]:
+    return [
+        WriteItem(
+            MetadataIndex(key, offsets),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                ChunkStorageMetadata(torch.Size(offsets), part.shape),
+                TensorProperties(dtype=part.dtype),
+                torch.Size(each.size),
+            ),
+        )
+        for key, each in shards.items()
+        for offsets, part in each.parts
+        if _is_kept(each, part)
+    ]
+
+
+def _check_alike(told: list[tuple[int, bool]], asked: list[dict[str, Any]]) -> None:
+    """Raise if a rank was told another step, or asked for other tensors, than rank 0."""
+    for rank in range(1, len(told)):
+        if told[rank] != told[0]:
+            raise CheckpointError(f"step and best are {told[0]} on rank 0, but {told[rank]} on rank {rank}")
+        if odd := sorted(asked[rank].keys() ^ asked[0].keys()):
+            raise CheckpointError(f"ranks 0 and {rank} save different keys: only one of them has {odd}")
+        for key, (size, dtype) in asked[rank].items():
+            size_0, dtype_0 = asked[0][key]
+            if size != size_0 or (dtype and dtype_0 and dtype != dtype_0):
+                raise CheckpointError(f"{key} is {size_0} {dtype_0} on rank 0, but {size} {dtype} on rank {rank}")
+
+
+def _plan(plans: list[SavePlan], asked: Mapping[str, Any]) -> tuple[list[SavePlan], dict[str, TensorStorageMetadata]]:
+    """Who writes which part, and the parts of every tensor."""
+    try:
+        plans, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)
+    except ValueError as error:
+        raise CheckpointError(f"parts of one tensor overlap or leave gaps: {error}") from error
+    index = cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata)
+    for key, (size, _) in asked.items():
+        covered = sum(math.prod(chunk.sizes) for chunk in index[key].chunks) if key in index else None
+        if covered != math.prod(size):  # the planner looks for gaps at two ranks and more
+            raise CheckpointError(f"{key}: the parts hold {covered or 0} of {math.prod(size)} elements of {size}")
+    return plans, index
+
+
+def _index_entry(key: str, tensor: TensorStorageMetadata, starts: Mapping[_Place, tuple[str, int]]) -> dict[str, Any]:
+    parts = [
+        {"offsets": list(chunk.offsets), "shape": list(chunk.sizes), "file": file, "start": start}
+        for chunk in tensor.chunks
+        for file, start in [starts[key, tuple(chunk.offsets)]]
+    ]
+    return {"dtype": _name(tensor.properties.dtype), "size": list(tensor.size), "parts": parts}
+
+
+def _read_index(manifest: _Manifest, wanted: Mapping[str, Shards], prefix: str) -> dict[str, Any]:
+    """tensors.json, which must be about the wanted tensors."""
+    saved: dict[str, Any] = json.loads((manifest.folder / "tensors.json").read_bytes())
+    keys = {key for key in saved if key.startswith(prefix)}
+    problems = [f"{key} is saved, but not asked for" for key in sorted(keys - wanted.keys())]
+    problems += [f"{key} is asked for, but not saved" for key in sorted(wanted.keys() - keys)]
+    for key in sorted(keys & wanted.keys()):
+        size, dtype = tuple(saved[key]["size"]), saved[key]["dtype"]
+        each = wanted[key]
+        if tuple(each.size) != size:
+            problems.append(f"{key} is saved as {size}, but asked for as {tuple(each.size)}")
+        if each.dtype not in (None, getattr(torch, dtype)):
+            problems.append(f"{key} is saved as {dtype}, but asked for as {_name(each.dtype)}")
+    if problems:
+        raise CheckpointError(f"{manifest.folder} is of another model: {'; '.join(problems)}")
+    return saved
+
+
+def _read_tensors(manifest: _Manifest, saved: Mapping[str, Any], wanted: Mapping[str, Shards]) -> None:
+    for key, shards in wanted.items():
+        parts = saved[key]["parts"]
+        local = [(offsets, part.detach()) for offsets, part in shards.parts if part.numel()]
+        for item in create_read_items_for_chunk_list(
+            key,
+            TensorStorageMetadata(
+                TensorProperties(dtype=getattr(torch, saved[key]["dtype"])),
+                torch.Size(shards.size),
+                [ChunkStorageMetadata(torch.Size(part["offsets"]), torch.Size(part["shape"])) for part in parts],
+            ),
+            [ChunkStorageMetadata(torch.Size(offsets), part.shape) for offsets, part in local],
+        ):
+            part = parts[item.storage_index.index]
+            if part["file"] not in manifest.files:
+                raise CheckpointError(f"{manifest.folder}: {key} lies in {part['file']}, which is not in MANIFEST")
+            _, target = local[cast(int, item.dest_index.index)]
+            for dim, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths)):
+                target = target.narrow(dim, offset, length)
+            _read_part(manifest.folder / part["file"], part["start"], part["shape"], item.storage_offsets, target)
+
+
+_Written = tuple[dict[str, tuple[int, str]], dict[_Place, tuple[str, int]]]  # files, and where in them each part starts
+
+
+def _write_tensors(folder: Path, rank: int, parts: Mapping[_Place, Tensor]) -> _Written:
+    name = f"tensors-{rank}.bin"
+    starts, start = {}, 0
+    for place, part in parts.items():
+        starts[place] = (name, start)
+        start += part.nbytes
+    blocks = (block for part in parts.values() for block in _blocks(part))
+    return ({name: _write_file(folder / name, blocks)} if parts else {}), starts
+
+
+def _blocks(part: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, some rows at a time: only those are copied, off a GPU or out of a slice of columns."""
+    rows = part if part.dim() else part.unsqueeze(0)
+    row_bytes = rows.nbytes // max(1, len(rows))
+    step = max(1, BLOCK // max(1, row_bytes))
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step]
+        yield block.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _read_part(path: Path, start: int, shape: list[int], offsets: Iterable[int], target: Tensor) -> None:
+    """Copy the box at `offsets` of a stored part, of the shape of `target`, into `target`."""
+    if not shape:
+        shape, offsets, target = [1], [0], target.unsqueeze(0)
+    first, *others = offsets
+    columns = tuple(slice(offset, offset + length) for offset, length in zip(others, target.shape[1:]))
+    row_bytes = math.prod(shape[1:]) * target.dtype.itemsize
+    with path.open("rb") as file:
+        file.seek(start + first * row_bytes)
+        step = max(1, BLOCK // row_bytes)
+        for row in range(0, len(target), step):
+            block = target[row : row + step]
+            data = torch.empty(len(block) * row_bytes, dtype=torch.uint8)
+            if file.readinto(data.numpy().data) != len(data):
+                raise CheckpointError(f"{path} became shorter while it was read: the tensors are overwritten in part")
+            block.copy_(data.view(target.dtype).view(len(block), *shape[1:])[(slice(None), *columns)])
+
+
+def _write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a new file through to the disk; its bytes and sha256."""
+    digest = hashlib.sha256()
+    num_bytes = 0
+    with path.open("xb") as file:
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
+            num_bytes += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return num_bytes, digest.hexdigest()
+
+
+def _damage(path: Path, num_bytes: int, sha256: str) -> str | None:
+    """How a file differs from what was written; None if it does not."""
+    name = f"{path.parent.name}/{path.name}"
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            if (found := os.fstat(file.fileno()).st_size) != num_bytes:
+                return f"{name}: {found} bytes instead of {num_bytes}"
+            while block := file.read(BLOCK):
+                digest.update(block)
+    except OSError as error:
+        return f"{name}: {'missing' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}'}"
+    return None if digest.hexdigest() == sha256 else f"{name}: not what was written (its sha256 differs)"
+
+
+def _write_sealed(path: Path, value: dict[str, Any]) -> str:
+    """Write JSON below its sha256, which is returned."""
+    body = json.dumps(value, indent=1).encode()
+    seal = hashlib.sha256(body).hexdigest()
+    _write_file(path, [seal.encode(), b"\n", body])
+    return seal
+
+
+def _read_sealed(path: Path) -> tuple[dict[str, Any], str]:
+    name = path.name if path.name == "LATEST" else f"{path.parent.name}/{path.name}"
+    try:
+        seal, _, body = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        raise _Damage(f"{name}: missing") from None
+    except OSError as error:
+        raise _Damage(f"{name}: cannot be read: {error}") from error
+    if hashlib.sha256(body).hexdigest().encode() != seal:
+        raise _Damage(f"{name}: damaged (its first line is not the sha256 of the rest)")
+    value: dict[str, Any] = json.loads(body)
+    if value.get("format") != FORMAT:
+        raise _Damage(f"{name}: of format {value.get('format')}, this version reads {FORMAT}")
+    return value, seal.decode()
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    value, seal = _read_sealed(folder / "MANIFEST")
+    try:
+        if value["folder"] != folder.name:
+            raise _Damage(f"{folder.name}/MANIFEST: that of {value['folder']}")
+        files = {name: (num_bytes, sha256) for name, (num_bytes, sha256) in value["files"].items()}
+        manifest = _Manifest(folder, seal, value["step"], value["save"], value["best"], files)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Damage(f"{folder.name}/MANIFEST: not written by this version: {error!r}") from error
+    if not {"tensors.json", "state.json"} <= files.keys() or any(Path(name).name != name for name in files):
+        raise _Damage(f"{folder.name}/MANIFEST: not written by this version: it lists {sorted(files)}")
+    return manifest
+
+
+def _best_name(manifests: Iterable[_Manifest], latest: Mapping[str, Any] | None) -> str | None:
+    """The folder of the best: the one in LATEST, damaged or not, unless a kill kept a newer save from LATEST."""
+    newest = next((manifest for manifest in manifests if manifest.best), None)
+    if newest and (latest is None or newest.save > latest["save"]):
+        return newest.folder.name
+    return latest["best"] if latest else None
+
+
+def _encode_state(state: object) -> bytes:
+    _check_plain(state, "state")
+    return json.dumps(state).encode()
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Raise for what JSON would give back as something else, or not at all."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where}: expected strings as keys, got {key!r}")
+            _check_plain(each, f"{where}[{key!r}]")
+    elif isinstance(value, list):
+        for i, each in enumerate(value):
+            _check_plain(each, f"{where}[{i}]")
+    elif not isinstance(value, str | int | float | None):
+        raise CheckpointError(
+            f"{where}: expected numbers, strings, lists and dictionaries, got {type(value).__name__}; "
+            "tensors go into `tensors`"
+        )
+
+
+def _disk_full(folder: Path, needed: int, free: int) -> str:
+    return f"no room in {folder}: a checkpoint needs {needed} bytes, {free} are free; earlier ones are as they were"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,98 @@
+"""Scoring: predictions row by row, and their metrics, over the batches of one process or of many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ctrlib import metrics
+from ctrlib.batch import Batch
+from ctrlib.training.distributed import broadcast, gather_to_first
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Aligned arrays, a row each: logits and labels (rows, T), weights (rows,), groups (rows,) or None."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    groups: np.ndarray | None
+
+
+def predict(model: nn.Module, batches: Iterable[Batch], *, device: str | torch.device = "cpu") -> Scores:
+    """Score every row, in the loader's order, in evaluation mode and without gradients.
+
+    Of several processes, each scores its own batches; they must have equally many. Memory: about 12 bytes a row with
+    one label.
+    """
+    device = torch.device(device)
+    was_training = model.training
+    model.eval()
+    parts: list[tuple[np.ndarray, ...]] = []
+    with torch.no_grad():  # not inference_mode: fbgemm's fused CPU kernels exist below autograd only
+        for batch in batches:
+            logits = model(batch.to(device)).float().cpu().numpy()
+            group = batch.group if batch.group is not None else torch.empty(0, dtype=torch.int64)
+            parts.append((logits, *(t.cpu().numpy() for t in (batch.labels, batch.weights, group))))
+    model.train(was_training)
+    if not parts:
+        raise ValueError("there is nothing to score: the loader gave no batch")
+    logits, labels, weights, groups = (np.concatenate(columns) for columns in zip(*parts))
+    return Scores(logits, labels, weights, groups if len(groups) == len(logits) else None)
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, device: str | torch.device = "cpu", quick: bool = False
+) -> dict[str, Any]:
+    """Metrics of a model on labelled batches, for one label those of `ctrlib.metrics.evaluate_binary`.
+
+    For several labels "auc" and "log_loss" are the means over labels and "tasks" lists each label's metrics in order.
+    `quick` computes AUC and log-loss only. Rows of weight 0 and missing labels are left out. Of several processes, all
+    get the metrics of all their rows.
+    """
+    return score(predict(model, batches, device=device), quick=quick)
+
+
+def score(scores: Scores, *, quick: bool = False) -> dict[str, Any]:
+    """The metrics of `evaluate`, of rows that are scored already. Of several processes, every one must call it."""
+    parts = gather_to_first(scores)
+    return dict(broadcast(_score(_concatenate(parts), quick) if parts else {}))
+
+
+def _concatenate(parts: list[Scores]) -> Scores:
+    if len(parts) == 1:
+        return parts[0]
+    logits, labels, weights = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "labels", "weights")
+    )
+    groups = [part.groups for part in parts if part.groups is not None]
+    return Scores(logits, labels, weights, np.concatenate(groups) if len(groups) == len(parts) else None)
+
+
+def _score(scores: Scores, quick: bool) -> dict[str, Any]:
+    tasks = [_evaluate_task(scores, task, quick) for task in range(scores.labels.shape[1])]
+    if len(tasks) == 1:
+        return tasks[0]
+    means = {name: float(np.mean([task[name] for task in tasks])) for name in ("auc", "log_loss")}
+    return {**means, "tasks": tasks}
+
+
+def _evaluate_task(scores: Scores, task: int, quick: bool) -> dict[str, Any]:
+    labels, logits = scores.labels[:, task], scores.logits[:, task]
+    keep = ~np.isnan(labels) & (scores.weights > 0)
+    labels, logits, weights = labels[keep], logits[keep], scores.weights[keep]
+    groups = None if scores.groups is None else scores.groups[keep]
+    uniform = weights.size == 0 or bool((weights == weights[0]).all())
+    sample_weights = None if uniform else weights
+    if quick:
+        return {
+            "auc": metrics.auc(labels, logits, sample_weights),
+            "log_loss": metrics.log_loss(labels, logits, sample_weights),
+        }
+    return dict(metrics.evaluate_binary(labels, logits, groups=groups, weights=sample_weights))

@@ -1,0 +1,216 @@
+"""Several processes train as one does, in both engines and under every way of sharding: losses, weights, states."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+import ctrlib as ctr
+from ctrlib import presets
+from ctrlib.batch import Batch
+from ctrlib.testing import example_batch, example_schema
+from ctrlib.training.distributed import rank, world_size
+
+SCHEMA = example_schema()
+
+
+def build(**arguments: Any) -> ctr.Model:
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {"hidden": (8,), "batch_norm": True}
+    return presets.deepfm(presets.Inputs(SCHEMA, embedding_dim=8, wide_columns=4), **{**defaults, **arguments})
+
+
+def deep() -> ctr.Model:
+    torch.manual_seed(0)
+    return presets.mlp(presets.Inputs(SCHEMA, embedding_dim=8), hidden=(8,))
+
+
+def part(batch: Batch) -> Batch:
+    """This rank's rows of a batch."""
+    own = batch.size // world_size()
+    start = rank() * own
+    rows = slice(start, start + own)
+    bags = {key: jagged.to_dense()[rows] for key, jagged in batch.sparse.to_dict().items()}
+    lengths = torch.cat([torch.tensor([len(row) for row in column]) for column in bags.values()])
+    values = torch.cat([row for column in bags.values() for row in column])
+    sparse = type(batch.sparse)(keys=list(bags), values=values, lengths=lengths)
+    return Batch(sparse, batch.dense[rows], batch.labels[rows], batch.weights[rows])
+
+
+def trained(make: Callable[[], Any]) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of six steps, on batches of 32 rows of unequal weight, and the weights after them."""
+    engine = make()
+    engine.model.train()
+    batches = []
+    for seed in range(6):
+        batch = example_batch(SCHEMA, 32, seed=seed)
+        batch.weights[:] = torch.rand(32, generator=torch.Generator().manual_seed(seed))
+        batches.append(part(batch))
+    losses = [loss.item() for _, loss in engine.train(batches)]
+    return losses, engine.weights()
+
+
+def assert_same_training(alone: Any, together: list[Any]) -> None:
+    for losses, _ in together:
+        assert losses == pytest.approx(alone[0], abs=1e-6)
+    for name, weight in alone[1].items():
+        # A bias before batch normalisation has a gradient of rounding errors, which Adam makes steps of; means follow.
+        if name not in ("tower.towers.0.layers.0.bias", "tower.towers.0.layers.1.running_mean"):
+            torch.testing.assert_close(together[0][1][name], weight, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "data_parallel", "auto"])
+def test_two_ranks_train_as_one_does(sharding: Any) -> None:
+    def run() -> Any:
+        return trained(lambda: ctr.FusedEngine(build(), learning_rate=0.01, sharding=sharding))
+
+    (alone,) = run_ranks(1, lambda: trained(lambda: ctr.FusedEngine(build(), learning_rate=0.01)))
+    assert_same_training(alone, run_ranks(2, run))
+
+
+def test_column_wise_is_for_adagrad_of_every_weight() -> None:
+    def run(sharding: Any) -> Any:
+        return trained(
+            lambda: ctr.FusedEngine(deep(), learning_rate=0.01, table_optimiser="adagrad", sharding=sharding)
+        )
+
+    (alone,) = run_ranks(1, lambda: run("table_wise"))
+    assert_same_training(alone, run_ranks(2, lambda: run("column_wise")))
+
+
+def test_exact_engine_with_l2_and_clipping() -> None:
+    def run() -> Any:
+        return trained(lambda: ctr.ExactEngine(build(), learning_rate=0.01, embedding_l2=0.1, max_grad_norm=0.05))
+
+    (alone,) = run_ranks(1, run)
+    assert_same_training(alone, run_ranks(2, run))
+
+
+def whole(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the newest checkpoint, read by one process as a whole."""
+
+    def read() -> Any:
+        state = ctr.FusedEngine(build()).state()
+        plain = {
+            name: torch.zeros(value.size) if isinstance(value, ctr.Shards) else torch.zeros_like(value)
+            for name, value in state.items()
+        }
+        assert ctr.Checkpoints(folder).load(plain) is not None
+        return plain
+
+    (plain,) = run_ranks(1, read)
+    return dict(plain)
+
+
+def test_a_walk_over_rank_counts_and_shardings_changes_no_bit(tmp_path: Path) -> None:
+    walk: list[tuple[int, Any]] = [
+        *[(1, "auto"), (2, "row_wise"), (4, "data_parallel"), (2, "row_wise"), (4, "table_wise"), (2, "data_parallel")],
+        (1, "data_parallel"),
+    ]
+    for hop, (ranks, sharding) in enumerate(walk):
+
+        def visit(hop: int = hop, sharding: Any = sharding) -> None:
+            engine = ctr.FusedEngine(build(), learning_rate=0.01, sharding=sharding)
+            if hop:
+                with ctr.Checkpoints(tmp_path / f"{hop - 1}") as checkpoints:
+                    assert checkpoints.load(engine.state()) == {"hop": hop - 1}
+                with ctr.Checkpoints(tmp_path / f"{hop - 1} again") as checkpoints:
+                    checkpoints.save(hop, engine.state(), {})
+            engine.model.train()
+            for seed in range(3):
+                engine.step(part(example_batch(SCHEMA, 32, seed=10 * hop + seed)))
+            with ctr.Checkpoints(tmp_path / f"{hop}") as checkpoints:
+                checkpoints.save(hop, engine.state(), {"hop": hop})
+
+        run_ranks(ranks, visit)
+        if hop:
+            saved, again = whole(tmp_path / f"{hop - 1}"), whole(tmp_path / f"{hop - 1} again")
+            assert set(saved) == set(again)
+            assert all(torch.equal(saved[name], again[name]) for name in saved)
+    sums = [tensor for name, tensor in whole(tmp_path / f"{len(walk) - 1}").items() if name.endswith(".sum")]
+    assert len(sums) == 6
+    assert all(tensor.count_nonzero() for tensor in sums)
+
+
+def test_a_plan_is_saved_pinned_and_refused_where_it_does_not_fit(tmp_path: Path) -> None:
+    model = build()
+    plan = ctr.make_plan(model, world_size=2, sharding="row_wise")
+    ctr.save_plan(plan, tmp_path / "plan.json")
+    assert ctr.load_plan(tmp_path / "plan.json") == plan
+
+    def pinned() -> Any:
+        return ctr.FusedEngine(build(), plan=ctr.load_plan(tmp_path / "plan.json")).plan
+
+    assert run_ranks(2, pinned) == [plan, plan]
+    with pytest.raises(ValueError, match="there are 1 processes"):
+        ctr.FusedEngine(build(), plan=plan)
+    plan.popitem()
+    with pytest.raises(ValueError, match="on one side only"):
+        ctr.FusedEngine(build(), plan=plan)
+    (tmp_path / "plan.json").write_text('{"a": {"sharding": "diagonal", "ranks": [0]}}')
+    with pytest.raises(ValueError, match="diagonal"):
+        ctr.load_plan(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not a sharding plan"):
+        ctr.load_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sharding": "column_wise"}, "row-wise Adagrad keeps one number per row"),
+        ({"sharding": "data_parallel", "table_optimiser": "adagrad"}, "row-wise Adagrad only"),
+        ({"sharding": "by_hand"}, "unknown sharding 'by_hand'"),
+        ({"sharding": {"embedding.nowhere": "row_wise"}}, "no tables"),
+    ],
+)
+def test_a_plan_that_would_change_the_optimiser_is_refused(arguments: dict[str, Any], message: str) -> None:
+    def refused() -> str:
+        with pytest.raises(ValueError, match=message):
+            ctr.FusedEngine(deep(), **arguments)
+        return "refused"
+
+    assert run_ranks(2, refused) == ["refused", "refused"]
+
+
+def test_planner_gives_each_process_its_share() -> None:
+    features = [ctr.Categorical(f"c{n}", num_embeddings=1000) for n in range(8)]
+    embedding = ctr.TableEmbedding([*features, ctr.Categorical("large", num_embeddings=100_000)], embedding_dim=8)
+    plan = ctr.make_plan(embedding, world_size=4)
+    assert plan["tables.embedding_bags.table_large.weight"].sharding == "row_wise"
+    sizes = ctr.plan_bytes(plan, embedding, world_size=4)
+    per_rank = [sum(size[n] for size in sizes.values()) for n in range(4)]
+    assert per_rank == [25_000 * 9 * 4 + 2 * 1000 * 9 * 4] * 4
+
+
+def test_reported_bytes_are_the_bytes_held() -> None:
+    def held(sharding: Any) -> tuple[int, int]:
+        engine = ctr.FusedEngine(build(), sharding=sharding)
+        reported = ctr.plan_bytes(engine.plan, build(), world_size=2)
+        tensors = [
+            value
+            for name, value in engine.state().items()
+            if "embedding_bags" in name and name.startswith(("model.", "optimiser."))
+        ]
+        parts = [t for v in tensors for t in ([v] if isinstance(v, Tensor) else [part for _, part in v.parts])]
+        if sharding == "data_parallel":  # gradients exist in a step only
+            parts += [t for t in parts if t.dim() == 2]
+        return sum(sizes[rank()] for sizes in reported.values()), sum(t.nbytes for t in parts)
+
+    for sharding in ("table_wise", "row_wise", "data_parallel", "auto"):
+        pairs = run_ranks(2, functools.partial(held, sharding))
+        assert all(reported == measured for reported, measured in pairs)
+        assert sum(measured for _, measured in pairs) > 0
+
+
+def test_tables_that_do_not_fit_are_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrlib.training.shard.available_memory", lambda device: 1000)
+    with pytest.raises(MemoryError, match="start more processes"):
+        ctr.FusedEngine(build())
