@@ -51,11 +51,14 @@ _EXPORTS = {
     "training.exact": ("ExactEngine",),
     "training.fused": ("FusedEngine",),
     "training.loop": ("LostProcessError", "NonFiniteLossError", "Terminated", "fit", "to_json"),
-    "training.plan": ("load_plan", "make_plan", "plan_bytes", "save_plan", "show_plan"),
+    "training.plan": ("load_plan", "make_plan", "plan_bytes", "save_plan", "show_plan", "tables_of"),
     "training.recipe": ("RecipeKnobs", "run_recipe"),
     "training.rowwise_adagrad": ("RowwiseAdagrad",),
     "training.run": ("make_engine", "record", "run"),
-    "training.shard": ("shard",),
+    "training.progress": ("random_state", "set_random_state"),
+    "training.shard": ("shard", "sharded_state", "whole_weights"),
+    "training.state": ("adam", "optimiser_state"),
+    "serving.warm_start": ("warm_start",),
     "serving.predictor": ("Predictor", "save_model"),
 }
 # Reached as attributes too: `ctr.metrics.auc`, `ctr.presets.dcnv2`.

@@ -17,7 +17,8 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 
 if TYPE_CHECKING:
-    from ctrlib.schema import Feature
+    from ctrlib.model import Model
+    from ctrlib.schema import Feature, Schema
 
 # Heavy imports (torch, TorchRec) are inside the commands, so that --help and doctor answer at once and always.
 
@@ -235,6 +236,8 @@ class Train:
     """A plan.json of an earlier run, to spread tables as that did."""
     checkpoint_seconds: float = 300.0
     """The most work that a kill may cost; the same command goes on from --out/checkpoints."""
+    warm_start: Path | None = None
+    """A model folder to start from: its rows follow their values into the new vocabularies."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
     overwrite: bool = False
@@ -285,6 +288,7 @@ class Train:
         """Run the command; the exit status."""
         from ctrlib import presets
         from ctrlib.serving.predictor import save_model
+        from ctrlib.serving.warm_start import warm_start
         from ctrlib.training.allocator import keep_freed_memory
         from ctrlib.training.distributed import rank
         from ctrlib.training.loop import to_json
@@ -295,9 +299,19 @@ class Train:
             raise ValueError(f"{out} holds a model already: give another --out, or --overwrite to replace it")
         config = self.config()
         keep_freed_memory()
+        console = Console(stderr=True)
+
+        def build(schema: Schema) -> Model:
+            model = presets.build(config, schema)
+            if self.warm_start is not None:
+                for vocabulary, rows in warm_start(model, self.data, self.warm_start).items():
+                    counts = f"{rows.carried:,} values carried over, {rows.new:,} new, {rows.gone:,} gone"
+                    console.print(f"warm start: {vocabulary}: {counts}", highlight=False)
+            return model
+
         _, result = run(
             self.data,
-            lambda schema: presets.build(config, schema),
+            build,
             engine=self.engine,
             batch_size=self.batch_size or sensible_batch_size(self.data),
             learning_rate=self.learning_rate,

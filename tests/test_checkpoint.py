@@ -181,10 +181,21 @@ def check_loads(folder: Path, step: int, log: list[str] | None = None, **options
     assert all(bits(got[key]) == bits(tensor) for key, tensor in small(step).items())
 
 
-def make(folder: Path, *steps: int, best: int | None = None, keep_last: int = 2) -> None:
+def make(folder: Path, *steps: int, keep_last: int = 2, needs: dict[int, int] | None = None) -> None:
+    """A checkpoint a step; `needs` tells which step needs which."""
     with Checkpoints(folder, keep_last=keep_last) as checkpoints:
         for step in steps:
-            checkpoints.save(step, small(step), {"step": step}, best=step == best)
+            needed = (needs or {}).get(step)
+            name = checkpoints.save(step, small(step), {"step": step}, needs=None if needed is None else named(needed))
+            assert name == checkpoints.last == named(step)
+
+
+def named(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +413,7 @@ def test_pickles_are_not_run(two, tmp_path):
 def test_kill_9_at_any_moment(tmp_path, asynchronous):
     """What loads after a kill is whole, and not older than the last save that was reported done."""
     chance = random.Random(asynchronous)
-    newest = -1
+    newest, needing = -1, 0
     seen = set()
     for trial in range(15):
         folder, report = tmp_path / "checkpoints", tmp_path / f"report{trial}"
@@ -410,8 +421,11 @@ def test_kill_9_at_any_moment(tmp_path, asynchronous):
         def train(start=newest + 1, report=report, folder=folder):
             with report.open("w") as done:
                 checkpoints = Checkpoints(folder, asynchronous=asynchronous, keep_last=1 + start % 2)
+                best = {"name": None, **(checkpoints.load(fresh(small(0))) or {})}["name"]
                 for step in range(start, start + 10_000):
-                    checkpoints.save(step, small(step), {"step": step}, best=step % 5 == 0)
+                    state = {"step": step, "name": None if step % 5 == 0 else best}
+                    name = checkpoints.save(step, small(step), state, needs=state["name"])
+                    best = name if step % 5 == 0 else best
                     if asynchronous and step % 2:
                         continue  # and be killed while the thread writes
                     checkpoints.wait()
@@ -435,10 +449,11 @@ def test_kill_9_at_any_moment(tmp_path, asynchronous):
         assert state["step"] >= max([newest, *reported])
         assert all(bits(got[key]) == bits(tensor) for key, tensor in small(state["step"]).items())
         newest = state["step"]
-        if newest >= 5:
-            best = Checkpoints(folder, log=[].append).load(got, which="best")
+        if state["name"]:
+            best = Checkpoints(folder, log=[].append).load(got, name=state["name"])
             assert best["step"] % 5 == 0 and newest - best["step"] < 5
-    assert newest > 10
+            needing += 1
+    assert newest > 10 and needing > 3
     assert len(seen) > 1  # some kills left something behind
     make(folder, newest + 1)
     assert not list(folder.glob(".*"))  # and the next save cleared it away
@@ -448,11 +463,11 @@ STEPS_OF_A_SAVE = ("fsync", "mkdir", "open", "rename", "replace", "rmdir", "unli
 
 
 def test_kill_between_any_two_calls_to_the_file_system(tmp_path, monkeypatch):
-    """A third save, best and with one to delete, killed before its 1st, 2nd, 3rd ... call that changes the disk."""
+    """A fourth save that needs the third, two to delete, killed before its 1st, 2nd ... call that changes the disk."""
     killed = 0
     while True:
         folder = tmp_path / str(killed)
-        make(folder, 1, 2, best=1)
+        make(folder, 1, 2, 3, needs={2: 1})  # 1 is there for 2 alone
 
         def train(folder=folder, survive=killed):
             left = survive
@@ -469,16 +484,15 @@ def test_kill_between_any_two_calls_to_the_file_system(tmp_path, monkeypatch):
 
             for name in STEPS_OF_A_SAVE:
                 monkeypatch.setattr(os, name, counted(getattr(os, name)))
-            Checkpoints(folder, keep_last=1).save(3, small(3), {"step": 3}, best=True)
+            Checkpoints(folder, keep_last=1).save(4, small(4), {"step": 4}, needs=named(3))
 
         _, status = os.waitpid(fork(train), 0)
-        complete = (folder / "step-000000003").exists()
-        check_loads(folder, 3 if complete else 2)
-        check_loads(folder, 3 if complete else 1, which="best")
-        make(folder, 4, keep_last=1)
-        check_loads(folder, 4)
-        check_loads(folder, 3 if complete else 1, which="best")
-        assert sorted(path.name[-1] for path in folder.glob("step-*")) == (["3", "4"] if complete else ["1", "4"])
+        complete = (folder / named(4)).exists()
+        check_loads(folder, 4 if complete else 3)
+        check_loads(folder, 3, name=named(3))
+        make(folder, 5, keep_last=2)
+        check_loads(folder, 5)
+        assert kept(folder) == ([3, 4, 5] if complete else [3, 5])
         assert not list(folder.glob(".*"))
         if status == 0:
             break
@@ -607,17 +621,65 @@ def test_asynchronous_errors_surface_on_all_ranks(tmp_path, monkeypatch):
 
 
 def test_what_is_kept(tmp_path):
-    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
-        for step, best in ((1, False), (2, True), (3, False), (4, False), (5, False)):
-            checkpoints.save(step, small(step), {"step": step}, best=best)
-        assert [path.name[-1] for path in sorted(tmp_path.glob("step-*"))] == ["2", "4", "5"]
-        log: list[str] = []
-        check_loads(tmp_path, 5, log)
-        check_loads(tmp_path, 2, log, which="best")
-        assert not log
-        checkpoints.save(6, small(6), {"step": 6}, best=True)
-        assert [path.name[-1] for path in sorted(tmp_path.glob("step-*"))] == ["5", "6"]
-        check_loads(tmp_path, 6, which="best")
+    make(tmp_path, 1, 2, 3, 4, 5, needs={3: 2, 4: 2, 5: 2})
+    assert kept(tmp_path) == [2, 4, 5]
+    log: list[str] = []
+    check_loads(tmp_path, 5, log)
+    check_loads(tmp_path, 2, log, name=named(2))
+    assert not log
+    make(tmp_path, 6)
+    assert kept(tmp_path) == [2, 5, 6]  # 5 still needs 2
+    make(tmp_path, 7, needs={7: 6})
+    assert kept(tmp_path) == [6, 7]
+    make(tmp_path, 8, 9, 10, needs={8: 7, 9: 8, 10: 8})
+    assert kept(tmp_path) == [8, 9, 10]  # and not what 8 needs
+
+
+def test_pruning_keeps_what_the_rule_says(tmp_path, monkeypatch):
+    """200 random sequences of saves with random needs, each from two objects: against the rule on a list."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a thousand of them would take half a minute
+    chance = random.Random(4)
+    kinds = set()
+    for trial in range(200):
+        folder = tmp_path / str(trial)
+        keep_last = chance.choice((1, 2, 3))
+        saves: list[tuple[int, int | None]] = []  # step, needed step
+        expected: set[int] = set()
+        for steps in (range(chance.randint(1, 5)), range(5, 5 + chance.randint(1, 5))):
+            with Checkpoints(folder, keep_last=keep_last) as checkpoints:
+                for step in steps:
+                    needed = chance.choice([None, *sorted(expected)])
+                    checkpoints.save(step, {}, {}, needs=None if needed is None else named(needed))
+                    saves.append((step, needed))
+                    newest = saves[-keep_last:]
+                    expected = {each for pair in newest for each in pair if each is not None}
+                    assert set(kept(folder)) == expected, saves
+                    kinds.add((len(expected), len(newest)))
+        shutil.rmtree(folder)
+    assert {(6, 3), (2, 1), (1, 1), (3, 3)} <= kinds
+
+
+def test_a_checkpoint_that_is_needed_must_be_there(tmp_path):
+    make(tmp_path, 1, 2, 3)
+
+    def save(rank):
+        texts = []
+        with Checkpoints(tmp_path, log=[].append) as checkpoints:
+            for needs in (named(1), "../step-000000002", ""):
+                with pytest.raises(CheckpointError) as caught:
+                    checkpoints.save(4, small(4), {"step": 4}, needs=needs)
+                texts.append(str(caught.value))
+            assert checkpoints.last is None
+            assert kept(tmp_path) == [2, 3]
+            assert checkpoints.save(4, small(4), {"step": 4}, needs=named(2)) == named(4)
+        return texts
+
+    for texts in by_rank(2, save):
+        assert all("missing from" in text and "['step-000000002', 'step-000000003']" in text for text in texts)
+        assert "needs is 'step-000000001'" in texts[0]
+    (tmp_path / named(2) / "MANIFEST").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"needs is 'step-000000002', which is missing from .* or damaged"):
+        make(tmp_path, 5, needs={5: 2})
 
 
 def test_a_training_that_went_back(tmp_path):
@@ -640,23 +702,87 @@ def test_a_training_that_went_back(tmp_path):
         assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000000025", "step-000000030.2"]
 
 
-def test_a_damaged_best_is_not_replaced_by_another(tmp_path):
-    make(tmp_path, 1, 2, best=1)
-    make(tmp_path, 3, 4, best=3)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_newest_is_damaged_after_a_new_best(tmp_path, num_ranks):
+    """4 is a new best; 3 still needs the best of its time, 1, and finds it."""
+    make(tmp_path, 1, 2, 3, 4, needs={2: 1, 3: 1})
+    assert kept(tmp_path) == [1, 3, 4]
+    os.truncate(tmp_path / named(4) / "tensors-0.bin", 3)
+
+    def load(rank):
+        got, log = fresh(small(0)), []
+        with Checkpoints(tmp_path, log=log.append) as checkpoints:
+            assert checkpoints.load(got) == {"step": 3}
+            assert checkpoints.last == named(3)
+            assert checkpoints.load(got, name=named(1)) == {"step": 1}
+            assert checkpoints.last == named(3)  # where the training stands
+            assert all(bits(got[key]) == bits(tensor) for key, tensor in small(1).items())
+            checkpoints.save(4, small(5), {"step": 5}, needs=named(1))
+            assert checkpoints.last == "step-000000004.2"
+        return log
+
+    logs = by_rank(num_ranks, load)
+    assert logs[0] and all(line.startswith("step-000000004/tensors-0.bin: ") for line in logs[0])
+    assert not any(logs[1:])
+    check_loads(tmp_path, 5)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [*map(named, (1, 3, 4)), "step-000000004.2"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("file", ["tensors-0.bin", "MANIFEST", None])
+def test_a_checkpoint_is_of_no_use_without_what_it_needs(tmp_path, file, num_ranks):
+    make(tmp_path, 1, 2, 3, 4, 5, keep_last=4, needs={2: 1, 4: 3, 5: 3})
+    damaged = f"{named(3)}/{file}: " if file else f"{named(3)}: missing"
+    shutil.rmtree(tmp_path / named(3)) if file is None else os.truncate(tmp_path / named(3) / file, 3)
+
+    def load(rank):
+        got, log = fresh(small(0)), []
+        with Checkpoints(tmp_path, keep_last=1, log=log.append) as checkpoints:
+            assert checkpoints.load(got, name=named(5)) == {"step": 5}  # by its name alone
+            assert not log
+            assert checkpoints.load(got) == {"step": 2}
+            with pytest.raises(CheckpointError, match=named(3)):
+                checkpoints.load(got, name=named(3))
+            assert all(bits(got[key]) == bits(tensor) for key, tensor in small(2).items())
+        return log
+
+    log = by_rank(num_ranks, load)[0]
+    assert sum(line.startswith(damaged) for line in log) == 1
+    assert [line for line in log if "of no use" in line] == [
+        f"{named(step)}: of no use without {named(3)}" for step in (5, 4)
+    ]
+    os.truncate(tmp_path / named(1) / "tensors-0.bin", 3)
+    with pytest.raises(CheckpointError, match=f"no good checkpoint .*{damaged}.*{named(1)}/tensors-0.bin: "):
+        Checkpoints(tmp_path, log=[].append).load(small(0))
+
+
+def test_what_was_rejected_is_not_counted_as_kept(tmp_path):
+    make(tmp_path, 1, 2, 3, 4, 5, keep_last=4, needs={2: 1, 4: 3, 5: 3})
+    os.truncate(tmp_path / named(3) / "tensors-0.bin", 3)
+    with Checkpoints(tmp_path, keep_last=2, log=[].append) as checkpoints:
+        assert checkpoints.load(small(0)) == {"step": 2}
+        checkpoints.save(6, small(6), {"step": 6}, needs=named(1))
+        assert kept(tmp_path) == [1, 2, 3, 4, 5, 6]
+        checkpoints.save(7, small(7), {"step": 7}, needs=named(1))
+        assert kept(tmp_path) == [1, 6, 7]
+
+
+def test_a_name_reads_that_one_only(tmp_path):
+    make(tmp_path, 1, 2, 3, keep_last=3)
+    for step in (1, 2, 3):
+        check_loads(tmp_path, step, name=named(step))
+    os.truncate(tmp_path / named(2) / "state.json", 3)
     got, log = fresh(small(0)), []
-    for name in ("tensors-0.bin", "MANIFEST"):
-        os.truncate(tmp_path / "step-000000003" / name, 3)
-        with pytest.raises(CheckpointError, match=f"no good best checkpoint.*step-000000003/{name}: "):
-            Checkpoints(tmp_path, log=log.append).load(got, which="best")
+    loads = Checkpoints(tmp_path, log=log.append).load
+    with pytest.raises(CheckpointError, match=r"step-000000002 is damaged: step-000000002/state\.json: 3 bytes"):
+        loads(got, name=named(2))
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'step-4' in .*: there are .'step-000000001', 'step-000"):
+        loads(got, name="step-4")
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'step-1' in .*: there are \[\]"):
+        Checkpoints(tmp_path / "none").load(got, name="step-1")
+    assert Checkpoints(tmp_path / "none").load(got) is None
     assert all(bits(got[key]) == bits(tensor) for key, tensor in fresh(small(0)).items())
-    check_loads(tmp_path, 4)
-    (tmp_path / "LATEST").unlink()
-    with pytest.raises(CheckpointError, match=r"no good best checkpoint.*step-000000003/MANIFEST: "):
-        Checkpoints(tmp_path, log=log.append).load(got, which="best")
-    shutil.rmtree(tmp_path / "step-000000003")
-    with pytest.raises(CheckpointError, match="was saved with best=True"):
-        Checkpoints(tmp_path, log=log.append).load(got, which="best")
-    assert Checkpoints(tmp_path / "none").load(got, which="best") is None
+    assert not log
 
 
 def test_keys_shapes_and_dtypes_must_match(tmp_path):
@@ -678,8 +804,6 @@ def test_keys_shapes_and_dtypes_must_match(tmp_path):
     assert bits(right["bias"]) == bits(small(1)["bias"])
     with pytest.raises(CheckpointError, match="table is saved, but not asked for"):
         loads({}, prefix="t")
-    with pytest.raises(CheckpointError, match="which is 'last'"):
-        loads(right, which="last")
 
 
 def test_state_comes_back_exactly_or_is_refused(tmp_path):
@@ -743,7 +867,7 @@ def test_parts_without_rows_do_not_hide_those_at_the_same_place(tmp_path):
 def test_what_differs_between_ranks_is_raised_on_all(tmp_path):
     table = torch.zeros(4, 2)
     cases = [
-        (lambda rank: (rank, {}, {}), r"step and best are \(0, False\) on rank 0, but \(1, False\) on rank 1"),
+        (lambda rank: (rank, {}, {}), r"step and needs are \(0, None\) on rank 0, but \(1, None\) on rank 1"),
         (lambda rank: (1, {"ab"[rank]: table}, {}), r"ranks 0 and 1 save different keys: .*\['a', 'b'\]"),
         (lambda rank: (1, {"a": table[rank:]}, {}), r"a is \(4, 2\) torch.float32 on rank 0, but \(3, 2\)"),
         (lambda rank: (1, {"a": [table, None][rank]}, {}), "rank 1: a: expected a Tensor"),

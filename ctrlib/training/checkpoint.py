@@ -5,13 +5,13 @@ torch's distributed checkpoint (`torch.distributed.checkpoint`) plans who writes
 up a wanted one. Its file formats are not used: it writes in place, notices no flipped bit, and reads `.metadata` with
 pickle, which runs what code a stranger put there. What is written instead, with no pickle anywhere:
 
-    LATEST                   names the newest checkpoint and the best one; moved when all else is on disk
+    LATEST                   names the newest checkpoint; moved when all else is on disk
     step-000000300/
       tensors-0.bin          bytes of the parts that rank 0 wrote, one after another, row by row
       tensors-1.bin          ... and rank 1
       tensors.json           dtype, size and parts of every tensor: offsets, shape, file, first byte
       state.json             the caller's state
-      MANIFEST               step, and bytes and sha256 of each file above
+      MANIFEST               step, which other checkpoint this one needs, and bytes and sha256 of each file above
 
 MANIFEST and LATEST are JSON below a line with the sha256 of that JSON. A folder is written under a hidden name and
 renamed when it is whole, so whatever is called `step-*` was complete once. All ranks see one file system; one training
@@ -31,10 +31,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -118,7 +117,7 @@ class _Manifest:
     seal: str
     step: int
     save: int  # counts saves: a training that went back to an older step saves lower steps later
-    best: bool
+    needs: str | None
     files: dict[str, tuple[int, str]]  # name -> bytes, sha256
 
 
@@ -127,10 +126,9 @@ class _Job:
     """One save, planned: what this rank writes, and what rank 0 adds."""
 
     step: int
-    best: bool
+    needs: str | None
     folder: Path
     save: int
-    best_folder: str | None
     state: bytes
     parts: dict[_Place, Tensor]
     index: dict[str, TensorStorageMetadata]
@@ -144,14 +142,18 @@ class Checkpoints:
 
     Args:
         folder: where the checkpoints are; made by the first `save`.
-        keep_last: how many of the newest to keep. The newest saved with `best=True` is kept besides.
+        keep_last: how many of the newest to keep, besides those that they need.
         asynchronous: `save` copies the tensors to the CPU's memory and returns; a thread writes them.
         log: called on rank 0 with a sentence for each damaged file that `load` met.
+
+    Attributes:
+        last: name of the checkpoint last saved, or found by `load` as the newest good one; None before.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> with Checkpoints(folder) as checkpoints:
     ...     checkpoints.save(7, {"table": torch.arange(6.0).reshape(3, 2)}, {"epoch": 1})
+    'step-000000007'
     >>> right_half = torch.zeros(3, 1)
     >>> Checkpoints(folder).load({"table": Shards((3, 2), (((0, 1), right_half),))})
     {'epoch': 1}
@@ -171,6 +173,7 @@ class Checkpoints:
             raise CheckpointError(f"keep_last is {keep_last}: expected 1 or more")
         self.folder = Path(folder)
         self.keep_last = keep_last
+        self.last: str | None = None
         self._log = log
         self._group: Any = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
         self._rank = dist.get_rank(self._group) if self._group else 0
@@ -179,9 +182,9 @@ class Checkpoints:
         self._rejected: set[str] = set()  # seals of those that `load` found damaged: they do not count as kept
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor | Shards], state: dict[str, Any], *, best: bool = False
-    ) -> None:
-        """Write a checkpoint; then delete what is older than the last `keep_last`, but never the best.
+        self, step: int, tensors: Mapping[str, Tensor | Shards], state: dict[str, Any], *, needs: str | None = None
+    ) -> str:
+        """Write a checkpoint and return its name; then delete all but the last `keep_last` and what those need.
 
         A save of a step that exists already is written beside it, as `step-000000300.2`, and is the newer one.
 
@@ -190,7 +193,9 @@ class Checkpoints:
             tensors: the same keys on every rank. A Tensor is the same on every rank; one of them writes it.
             state: what JSON can hold: numbers (NaN and infinities too), strings, lists and dictionaries with strings
                 as keys. Rank 0's is written.
-            best: keep this one until a later save is best.
+            needs: name of an earlier checkpoint without which this one is of no use, such as the one with the best
+                weights so far. It is kept as long as this one is. What it needs itself does not matter: say so here if
+                it does.
 
         Raises:
             CheckpointError: on every rank, with what went wrong on any: bad arguments, parts that overlap or leave
@@ -198,50 +203,41 @@ class Checkpoints:
                 is raised by the next `save`, `load`, `wait` or `close`.
         """
         self.wait()
-        job = self._prepare(step, tensors, state, best)
+        job = self._prepare(step, tensors, state, needs)
         if self._thread:
             copies = self._together(lambda: {place: part.to("cpu", copy=True) for place, part in job.parts.items()})
             self._pending = self._thread.submit(self._write, replace(job, parts=copies))
         else:
             self._write(job)
+        self.last = job.folder.name
+        return self.last
 
     def load(
-        self,
-        tensors: Mapping[str, Tensor | Shards],
-        *,
-        which: Literal["latest", "best"] = "latest",
-        prefix: str = "",
+        self, tensors: Mapping[str, Tensor | Shards], *, name: str | None = None, prefix: str = ""
     ) -> dict[str, Any] | None:
-        """Copy the newest good checkpoint (or the best) into `tensors` and return its state; None if none was saved.
+        """Copy the newest good checkpoint into `tensors` and return its state; None if none was ever saved.
 
-        Every file is verified before anything is copied. Damage is logged, and the checkpoint before it is taken.
+        Good is one whose files, and those of the checkpoint that it needs, are what was written: all are verified
+        before anything is copied. Damage is logged, and the next older checkpoint is taken.
 
         Args:
             tensors: their keys are those saved, or those of them that start with `prefix`.
-            which: "best" for the newest saved with `best=True`, and no other in its place.
+            name: of the checkpoint to read: that one and no other, whether what it needs is sound or not.
             prefix: for a part of a checkpoint, such as a model without its optimiser.
 
         Raises:
-            CheckpointError: none is good; the best is damaged, or none was best; keys, shapes or dtypes differ.
+            CheckpointError: none is good; that of `name` is damaged or absent; keys, shapes or dtypes differ.
         """
         self.wait()
-        if which not in ("latest", "best"):
-            raise CheckpointError(f"which is {which!r}: expected 'latest' or 'best'")
         wanted = self._together(lambda: _all_shards(tensors))
-        found = self._first(lambda: self._find(which))
-        if found is None:
+        found = self._first(self._find)
+        if name is not None:
+            manifest = self._sound(name, *(found or ([], [])))
+        elif found is None:
             return None
-        candidates, complaints = found
-        self._report(complaints)
-        for manifest in candidates:
-            damages = list(itertools.chain(*self._gather(self._together(partial(self._verify, manifest)))))
-            if not damages:
-                break
-            self._report(damages)
-            complaints += damages
-            self._rejected.add(manifest.seal)
         else:
-            raise CheckpointError(f"no good {which} checkpoint in {self.folder}: {'; '.join(complaints)}")
+            manifest = self._newest_good(*found)
+            self.last = manifest.folder.name
         saved = self._together(lambda: _read_index(manifest, wanted, prefix))
         self._together(lambda: _read_tensors(manifest, saved, wanted))
         return self._first(lambda: cast("dict[str, Any]", json.loads((manifest.folder / "state.json").read_bytes())))
@@ -309,13 +305,15 @@ class Checkpoints:
             for complaint in complaints:
                 self._log(complaint)
 
-    def _prepare(self, step: int, tensors: Mapping[str, Tensor | Shards], state: dict[str, Any], best: bool) -> _Job:
+    def _prepare(
+        self, step: int, tensors: Mapping[str, Tensor | Shards], state: dict[str, Any], needs: str | None
+    ) -> _Job:
         if self._group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise CheckpointError("the process group is younger than this object (or it is closed): make a new one")
         shards = self._together(lambda: _all_shards(tensors))
         encoded = self._first(lambda: _encode_state(state))
         asked = {key: (tuple(each.size), each.dtype) for key, each in shards.items()}
-        ranks = self._gather(((step, best), asked, SavePlan(_write_items(shards))))
+        ranks = self._gather(((step, needs), asked, SavePlan(_write_items(shards))))
         _check_alike([told for told, _, _ in ranks], [its_asked for _, its_asked, _ in ranks])
         plans, index = _plan([plan for _, _, plan in ranks], asked)
         mine = {(item.index.fqn, tuple(item.index.offset or ())) for item in plans[self._rank].items}
@@ -325,17 +323,17 @@ class Checkpoints:
             for offsets, part in each.parts
             if (key, tuple(offsets)) in mine and _is_kept(each, part)
         }
-        folder, save, best_folder = self._first(lambda: self._begin(step, best))
+        folder, save = self._first(lambda: self._begin(step, needs))
         num_parts = sum(len(tensor.chunks) for tensor in index.values())
         num_bytes = sum(math.prod(tensor.size) * tensor.properties.dtype.itemsize for tensor in index.values())
         needed = num_bytes + len(encoded) + 256 * num_parts + 4096  # tensors.json, MANIFEST and the folder
         free = min(self._gather(self._together(lambda: shutil.disk_usage(self.folder).free)))
         if needed > free:
             raise CheckpointError(_disk_full(self.folder, needed, free))
-        return _Job(step, best, folder, save, best_folder, encoded, parts, index, needed)
+        return _Job(step, needs, folder, save, encoded, parts, index, needed)
 
-    def _begin(self, step: int, best: bool) -> tuple[Path, int, str | None]:
-        """Clear away what a killed save left; choose the folder, the number of the save and the best after it."""
+    def _begin(self, step: int, needs: str | None) -> tuple[Path, int]:
+        """Clear away what a killed save left; choose the folder and the number of the save."""
         if type(step) is not int or not 0 <= step < 10**9:
             raise CheckpointError(f"step is {step!r}: expected an int from 0 to 999999999")
         if not self.folder.exists():
@@ -350,11 +348,15 @@ class Checkpoints:
             latest = None
             damages.append(str(damage))
         self._report([f"{damage}; it is left alone" for damage in damages])
+        if needs is not None and needs not in (names := [manifest.folder.name for manifest in manifests]):
+            raise CheckpointError(
+                f"needs is {needs!r}, which is missing from {self.folder} or damaged: expected one of {sorted(names)}"
+            )
         suffixes = itertools.chain([""], (f".{i}" for i in itertools.count(2)))
         folders = (self.folder / f"step-{step:09d}{suffix}" for suffix in suffixes)
         folder = next(each for each in folders if not each.exists())
         save = 1 + max([m.save for m in manifests] + ([latest["save"]] if latest else []), default=0)
-        return folder, save, folder.name if best else _best_name(manifests, latest)
+        return folder, save
 
     def _write(self, job: _Job) -> None:
         hidden = job.folder.with_name(f".{job.folder.name}.partial")
@@ -389,23 +391,23 @@ class Checkpoints:
         files["tensors.json"] = _write_file(hidden / "tensors.json", [json.dumps(index).encode()])
         files["state.json"] = _write_file(hidden / "state.json", [job.state])
         name = job.folder.name
-        manifest = {"format": FORMAT, "folder": name, "step": job.step, "save": job.save, "best": job.best}
+        manifest = {"format": FORMAT, "folder": name, "step": job.step, "save": job.save, "needs": job.needs}
         seal = _write_sealed(hidden / "MANIFEST", {**manifest, "files": files})
         _sync_folder(hidden)
         hidden.rename(job.folder)
         _sync_folder(self.folder)
         latest = {"format": FORMAT, "folder": name, "step": job.step, "save": job.save, "manifest": seal}
         unnamed = self.folder / ".LATEST.partial"
-        _write_sealed(unnamed, {**latest, "best": job.best_folder})
+        _write_sealed(unnamed, latest)
         unnamed.replace(self.folder / "LATEST")
         _sync_folder(self.folder)
 
     def _delete_old(self) -> None:
         manifests, _ = self._scan()
         kept = [manifest for manifest in manifests if manifest.seal not in self._rejected][: self.keep_last]
-        best = _best_name(manifests, self._latest())
+        needed = {manifest.needs for manifest in kept}
         for manifest in manifests:
-            if manifest.save < kept[-1].save and manifest.folder.name != best:
+            if manifest.save < kept[-1].save and manifest.folder.name not in needed:
                 hidden = manifest.folder.with_name(f".{manifest.folder.name}.deleted")
                 manifest.folder.rename(hidden)  # so that a kill leaves no half of a step
                 shutil.rmtree(hidden)
@@ -426,14 +428,13 @@ class Checkpoints:
         if not path.exists():
             return None
         latest, _ = _read_sealed(path)
-        if not {"folder", "save", "manifest", "best"} <= latest.keys():
+        if not {"folder", "save", "manifest"} <= latest.keys():
             raise _Damage(f"{path.name}: not written by this version")
         return latest
 
-    def _find(self, which: str) -> tuple[list[_Manifest], list[str]] | None:
-        """The checkpoints to try, in order, and all that is wrong in the folder; None if nothing was ever saved."""
+    def _find(self) -> tuple[list[_Manifest], list[str]] | None:
+        """The checkpoints, newest first, and all that is wrong in the folder; None if nothing was ever saved."""
         manifests, complaints = self._scan()
-        unreadable = list(complaints)
         latest = None
         try:
             latest = self._latest()
@@ -455,22 +456,48 @@ class Checkpoints:
                 for manifest in manifests
                 if manifest.save > latest["save"]
             ]
-        if which == "latest":
-            return manifests, complaints
-        best = _best_name(manifests, latest)
-        if best is None and not (unreadable and latest is None):
-            raise CheckpointError(f"no checkpoint in {self.folder} was saved with best=True")
-        if latest is None and unreadable:  # any of them may have been the best
-            return [], complaints
-        candidates = [manifest for manifest in manifests if manifest.folder.name == best]
-        return candidates, complaints if candidates else [*complaints, f"{best}: is the best, and not readable"]
+        return manifests, complaints
+
+    def _newest_good(self, manifests: list[_Manifest], complaints: list[str]) -> _Manifest:
+        """The first that is sound and needs nothing that is not."""
+        self._report(complaints)
+        by_name = {manifest.folder.name: manifest for manifest in manifests}
+        good: dict[str, bool] = {}
+
+        def is_good(name: str) -> bool:
+            if name not in good:
+                damages = self._verify(by_name[name]) if name in by_name else [f"{name}: missing or damaged"]
+                self._report(damages)
+                complaints.extend(damages)
+                good[name] = not damages
+            return good[name]
+
+        for manifest in manifests:
+            if is_good(manifest.folder.name):
+                if manifest.needs is None or is_good(manifest.needs):
+                    return manifest
+                complaints.append(f"{manifest.folder.name}: of no use without {manifest.needs}")
+                self._report(complaints[-1:])
+            self._rejected.add(manifest.seal)
+        raise CheckpointError(f"no good checkpoint in {self.folder}: {'; '.join(complaints)}")
+
+    def _sound(self, name: str, manifests: list[_Manifest], complaints: list[str]) -> _Manifest:
+        """The one of that name."""
+        for manifest in manifests:
+            if manifest.folder.name == name:
+                if damages := self._verify(manifest):
+                    raise CheckpointError(f"{self.folder}/{name} is damaged: {'; '.join(damages)}")
+                return manifest
+        damages = [damage for damage in complaints if damage.startswith((f"{name}/", f"{name}:"))]
+        why = "; ".join(damages) or f"there are {sorted(manifest.folder.name for manifest in manifests)}"
+        raise CheckpointError(f"no checkpoint {name!r} in {self.folder}: {why}")
 
     def _verify(self, manifest: _Manifest) -> list[str]:
-        """What differs from the manifest, in this rank's share of the files."""
+        """How files differ from the manifest: each rank looks at some, all are told."""
         ranks = dist.get_world_size(self._group) if self._group else 1
         names = sorted(manifest.files, key=lambda name: manifest.files[name])[self._rank :: ranks]
-        checked = (_damage(manifest.folder / name, *manifest.files[name]) for name in names)
-        return [damage for damage in checked if damage]
+        checked = self._together(lambda: [_damage(manifest.folder / name, *manifest.files[name]) for name in names])
+        return [damage for damage in itertools.chain(*self._gather(checked)) if damage]
 
 
 def _all_shards(tensors: Mapping[str, Tensor | Shards]) -> dict[str, Shards]:
@@ -514,11 +541,11 @@ def _write_items(shards: Mapping[str, Shards]) -> list[WriteItem]:
     ]
 
 
-def _check_alike(told: list[tuple[int, bool]], asked: list[dict[str, Any]]) -> None:
+def _check_alike(told: list[tuple[int, str | None]], asked: list[dict[str, Any]]) -> None:
     """Raise if a rank was told another step, or asked for other tensors, than rank 0."""
     for rank in range(1, len(told)):
         if told[rank] != told[0]:
-            raise CheckpointError(f"step and best are {told[0]} on rank 0, but {told[rank]} on rank {rank}")
+            raise CheckpointError(f"step and needs are {told[0]} on rank 0, but {told[rank]} on rank {rank}")
         if odd := sorted(asked[rank].keys() ^ asked[0].keys()):
             raise CheckpointError(f"ranks 0 and {rank} save different keys: only one of them has {odd}")
         for key, (size, dtype) in asked[rank].items():
@@ -690,20 +717,12 @@ def _read_manifest(folder: Path) -> _Manifest:
         if value["folder"] != folder.name:
             raise _Damage(f"{folder.name}/MANIFEST: that of {value['folder']}")
         files = {name: (num_bytes, sha256) for name, (num_bytes, sha256) in value["files"].items()}
-        manifest = _Manifest(folder, seal, value["step"], value["save"], value["best"], files)
+        manifest = _Manifest(folder, seal, value["step"], value["save"], value["needs"], files)
     except (KeyError, TypeError, ValueError) as error:
         raise _Damage(f"{folder.name}/MANIFEST: not written by this version: {error!r}") from error
     if not {"tensors.json", "state.json"} <= files.keys() or any(Path(name).name != name for name in files):
         raise _Damage(f"{folder.name}/MANIFEST: not written by this version: it lists {sorted(files)}")
     return manifest
-
-
-def _best_name(manifests: Iterable[_Manifest], latest: Mapping[str, Any] | None) -> str | None:
-    """The folder of the best: the one in LATEST, damaged or not, unless a kill kept a newer save from LATEST."""
-    newest = next((manifest for manifest in manifests if manifest.best), None)
-    if newest and (latest is None or newest.save > latest["save"]):
-        return newest.folder.name
-    return latest["best"] if latest else None
 
 
 def _encode_state(state: object) -> bytes:

@@ -15,12 +15,11 @@ from ctrlib.batch import Batch
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
 from ctrlib.training.batch_norm import synchronise
-from ctrlib.training.checkpoint import Shards
 from ctrlib.training.distributed import gather, init_process_group, world_size
 from ctrlib.training.guard import Loss, clip_gradients, guarded_loss
 from ctrlib.training.plan import Plan, Sharding, TableOptimiser, check_plan, make_plan, show_plan, tables_of
 from ctrlib.training.rowwise_adagrad import RowwiseAdagrad
-from ctrlib.training.shard import load_weights, shard, shards, whole_weights
+from ctrlib.training.shard import load_weights, shard, sharded_state, whole_weights
 from ctrlib.training.state import State, adam, optimiser_state
 
 Precision = Literal["fp32", "bf16"]
@@ -91,13 +90,6 @@ class FusedEngine:
         fused = set().union(*gather(set(self.model.fused_optimizer.state_dict()["state"])))
         if fused != set(tables) - copied:
             raise RuntimeError(f"TorchRec moved tables {sorted(fused ^ (set(tables) - copied))} to another optimiser")
-        # Adagrad's running sums: one per row, or one per weight.
-        columns = 1 if table_optimiser == "rowwise_adagrad" else 2
-        self._sum_sizes = {
-            name: (config.num_embeddings, config.embedding_dim)[:columns]
-            for name, (_, _, config) in tables.items()
-            if name not in copied
-        }
         named = dict(self.model.named_parameters())
         self._dense = {name: parameter for name, parameter in named.items() if name not in tables}
         self._copied = {name: named[name] for name in sorted(copied)}
@@ -172,15 +164,9 @@ class FusedEngine:
 
         Names and shapes are the same under every plan; how a tensor is divided is not.
         """
-        found: State = {f"model.{name}": shards(tensor) for name, tensor in self.model.state_dict().items()}
-        found |= optimiser_state(self._optimisers[0], self._dense)
+        found = {**sharded_state(self.model), **optimiser_state(self._optimisers[0], self._dense)}
         if self._copied:
             found |= optimiser_state(self._optimisers[1], self._copied)
-        for name, size in self._sum_sizes.items():
-            found[f"optimiser.{name}.sum"] = Shards(size, ())  # of a table that other processes hold
-        for name, statistics in self.model.fused_optimizer.state_dict()["state"].items():
-            (tensor,) = statistics.values()
-            found[f"optimiser.{name}.sum"] = shards(tensor)
         return found
 
     def weights(self) -> dict[str, Tensor]:

@@ -278,11 +278,13 @@ class _Keeper:
                 "the same settings to go on, or give another folder (or delete this one) to start anew"
             )
         progress = Progress.from_dict(saved["progress"])
+        if saved["best"]:  # it could not yet know its own name
+            progress.best_checkpoint = self._checkpoints.last
         self._loader.load_state_dict(saved["loader"])
         self._engine.learning_rates = saved["learning_rates"]
         set_random_state(saved["random_state"], world_size())
-        if progress.best_epoch:
-            self._checkpoints.load(self._best, which="best", prefix="model.")
+        if progress.best_checkpoint:
+            self._checkpoints.load(self._best, name=progress.best_checkpoint, prefix="model.")
         self._console.print(f"goes on after step {progress.step:,}, in epoch {len(progress.epochs) + 1}")
         return progress
 
@@ -316,12 +318,16 @@ class _Keeper:
         assert self._checkpoints is not None
         state = {
             "identity": self._identity,
+            "best": best,
             "progress": progress.to_dict(),
             "loader": self._loader.state_dict(in_flight=self._given - self._taken),
             "learning_rates": self._engine.learning_rates,
             "random_state": random_state(),
         }
-        self._checkpoints.save(progress.step, self._engine.state(), state, best=best)
+        needs = None if best else progress.best_checkpoint
+        name = self._checkpoints.save(progress.step, self._engine.state(), state, needs=needs)
+        if best:
+            progress.best_checkpoint = name
         self._saved_at = time.monotonic()
 
     def _end(self) -> None:

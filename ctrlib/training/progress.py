@@ -34,6 +34,7 @@ class Progress:
     epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
     best_auc: float = float("-inf")
+    best_checkpoint: str | None = None  # which holds the best weights
     stale: int = 0  # epochs since the best one
     batches: int = 0  # of the epoch at work, as the next three
     rows: int = 0

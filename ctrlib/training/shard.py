@@ -28,6 +28,7 @@ from ctrlib.training.plan import (
     tables_of,
     to_torchrec,
 )
+from ctrlib.training.state import State
 
 
 def shard(
@@ -60,7 +61,8 @@ def shard(
     """
     device = torch.device(device)
     init_process_group(device)
-    for _, _, config in tables_of(model).values():
+    tables = tables_of(model)
+    for _, _, config in tables.values():
         if config.embedding_dim % 4:
             raise ValueError(
                 f"the fused engine needs table widths that are multiples of 4, table {config.name!r} has "
@@ -83,7 +85,7 @@ def shard(
     }
     before = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     torchrec_plan = to_torchrec(plan, model, world_size=world_size(), device_type=device.type)
-    for _, _, config in tables_of(model).values():
+    for _, _, config in tables.values():
         config.init_fn = _leave  # the kernels would draw initial rows of their own; the model's are the ones that count
     sharded = DistributedModelParallel(
         model,
@@ -94,6 +96,13 @@ def shard(
         init_data_parallel=world_size() > 1,
     )
     load_weights(sharded, before)
+    # Of Adagrad's running sums, one per row or one per weight, for `sharded_state`: a process knows no table of others.
+    columns = 1 if table_optimiser == "rowwise_adagrad" else 2
+    sharded.sum_sizes = {
+        name: (config.num_embeddings, config.embedding_dim)[:columns]
+        for name, (_, _, config) in tables.items()
+        if plan[name].sharding != "data_parallel"
+    }
     return sharded
 
 
@@ -107,6 +116,20 @@ def shards(tensor: Any) -> Tensor | Shards:
         return tensor.detach()  # type: ignore[no-any-return]
     parts = tuple((tuple(s.metadata.shard_offsets), s.tensor.detach()) for s in tensor.local_shards())
     return Shards(tuple(tensor.metadata().size), parts)
+
+
+def sharded_state(model: DistributedModelParallel) -> State:
+    """Weights, buffers and the tables' optimiser in what `shard` returned, for a checkpoint: the tensors themselves.
+
+    Names and shapes are the same under every plan; how a tensor is divided is not. Optimisers of the other parameters
+    are for the caller to add (`optimiser_state`).
+    """
+    found: State = {f"model.{name}": shards(tensor) for name, tensor in model.state_dict().items()}
+    found |= {f"optimiser.{name}.sum": Shards(size, ()) for name, size in model.sum_sizes.items()}
+    for name, statistics in model.fused_optimizer.state_dict()["state"].items():
+        (tensor,) = statistics.values()
+        found[f"optimiser.{name}.sum"] = shards(tensor)
+    return found
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,96 @@
+"""Rows follow their values into a vocabulary in which every id has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+import ctrlib as ctr
+from ctrlib import presets
+from ctrlib.serving.predictor import save_model
+from ctrlib.testing import example_batch
+
+FEATURES = [
+    ctr.Categorical("item"),
+    ctr.Sequence("history", vocabulary="item", separator="|"),
+    ctr.Categorical("city"),
+    ctr.Numeric("price"),
+]
+MONDAY = pl.DataFrame(
+    {
+        "item": ["a", "b", "b", "c", "a", "a"],
+        "history": ["a|b", "c", "", "a", "b", "c|c"],
+        "city": ["X", "Y", "X", "X", "Z", "Z"],
+        "price": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "click": [0, 1, 0, 1, 1, 0],
+    }
+)
+# "d" is new and more frequent than "a", "b" the most frequent: every id moves. "c" is gone.
+TUESDAY = MONDAY.with_columns(
+    item=pl.Series(["b", "b", "b", "b", "a", "d"]), history=pl.Series(["d", "d|d", "", "b", "a", "b"])
+)
+
+
+def prepared(frame: pl.DataFrame, folder: Path) -> Path:
+    ctr.prepare({"train": frame, "valid": frame, "test": frame}, folder, features=FEATURES, labels="click", log=None)
+    return folder
+
+
+def config(**arguments: Any) -> dict[str, Any]:
+    return {"preset": "deepfm", "embedding_dim": 4, "hidden": [6], "batch_norm": True, "wide_columns": 4, **arguments}
+
+
+def ids(folder: Path, vocabulary: str) -> dict[str, int]:
+    frame = pl.read_parquet(folder / "vocab" / f"{vocabulary}.parquet")
+    return dict(zip(frame["value"], frame["id"]))
+
+
+def trained(tmp_path: Path, **arguments: Any) -> tuple[Path, ctr.Model]:
+    data = prepared(MONDAY, tmp_path / "monday")
+    torch.manual_seed(1)
+    model = presets.build(config(**arguments), ctr.Schema.load(data))
+    model.train()(example_batch(ctr.Schema.load(data), 8))  # moves the running statistics
+    save_model(model, config(**arguments), data, tmp_path / "model")
+    return tmp_path / "model", model
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_rows_follow_their_values(tmp_path: Path, stacked: bool) -> None:
+    folder, old = trained(tmp_path, stacked=stacked)
+    data = prepared(TUESDAY, tmp_path / "tuesday")
+    schema = ctr.Schema.load(data)
+    torch.manual_seed(2)
+    new = presets.build(config(stacked=stacked), schema)
+    fresh = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    report = ctr.warm_start(new, data, folder)
+    assert (report["item"].carried, report["item"].new, report["item"].gone) == (2, 1, 1)
+    assert (report["city"].carried, report["city"].new, report["city"].gone) == (3, 0, 0)
+    before, after = ids(folder, "item"), ids(data, "item")
+    assert all(before[value] != after[value] for value in ("a", "b"))
+    sizes = [schema["item"].num_embeddings, ctr.Schema.load(folder)["item"].num_embeddings]
+    for name, tensor in new.state_dict().items():
+        was = old.state_dict()[name]
+        if "embedding_bags" not in name:
+            assert torch.equal(tensor, was), name
+            continue
+        if "item" in name or "stacked_mean" in name:  # the history pools by mean, and shares the items' table
+            assert torch.equal(tensor[:3], was[:3])
+            assert all(torch.equal(tensor[after[value]], was[before[value]]) for value in ("a", "b"))
+            assert torch.equal(tensor[after["d"]], fresh[name][after["d"]])
+        else:
+            assert "city" in name or "stacked_sum" in name
+            cities, were = ids(data, "city"), ids(folder, "city")
+            assert all(torch.equal(tensor[cities[city]], was[were[city]]) for city in "XYZ")
+    assert sizes == [6, 6]
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    folder, _ = trained(tmp_path)
+    data = prepared(TUESDAY, tmp_path / "tuesday")
+    for other in ({"hidden": [7]}, {"embedding_dim": 8}, {"batch_norm": False}):
+        with pytest.raises(ctr.SchemaError, match="does not fit"):
+            ctr.warm_start(presets.build(config(**other), ctr.Schema.load(data)), data, folder)
