@@ -22,6 +22,7 @@ _EXPORTS = {
     "embeddings.bst": ("BST",),
     "embeddings.combine": ("ConcatFields",),
     "embeddings.din": ("DIN", "MiniBatchAwareL2"),
+    "embeddings.managed": ("ManagedEmbedding", "ManagedSharder"),
     "embeddings.numeric": ("AutoDis", "Bucketised", "Periodic", "PiecewiseLinear", "ValueTimesVector"),
     "embeddings.sequence": ("MeanPooling", "SequenceEmbedding", "Unit"),
     "embeddings.sim": ("SIM", "TargetAttention"),

@@ -621,18 +621,22 @@ def test_asynchronous_errors_surface_on_all_ranks(tmp_path, monkeypatch):
 
 
 def test_what_is_kept(tmp_path):
-    make(tmp_path, 1, 2, 3, 4, 5, needs={3: 2, 4: 2, 5: 2})
-    assert kept(tmp_path) == [2, 4, 5]
+    make(tmp_path, 0, 1, 2, 3, 4, 5, needs={3: 2, 4: 2, 5: 2})
+    assert kept(tmp_path) == [1, 2, 4, 5]  # 1, since the others stand on 2
     log: list[str] = []
     check_loads(tmp_path, 5, log)
     check_loads(tmp_path, 2, log, name=named(2))
     assert not log
     make(tmp_path, 6)
     assert kept(tmp_path) == [2, 5, 6]  # 5 still needs 2
-    make(tmp_path, 7, needs={7: 6})
-    assert kept(tmp_path) == [6, 7]
-    make(tmp_path, 8, 9, 10, needs={8: 7, 9: 8, 10: 8})
-    assert kept(tmp_path) == [8, 9, 10]  # and not what 8 needs
+    make(tmp_path, 7, 8, needs={7: 6, 8: 6})
+    assert kept(tmp_path) == [2, 5, 6, 7, 8]  # as the two newest stand on 6, the newest that does not, with its own
+    make(tmp_path, 9)
+    assert kept(tmp_path) == [6, 8, 9]
+    make(tmp_path, 10, 11, keep_last=1, needs={11: 10})
+    assert kept(tmp_path) == [10, 11]
+    make(tmp_path, 12, 13, keep_last=1, needs={12: 11, 13: 12})
+    assert kept(tmp_path) == [12, 13]  # and not what 12 needs
 
 
 def test_pruning_keeps_what_the_rule_says(tmp_path, monkeypatch):
@@ -643,20 +647,27 @@ def test_pruning_keeps_what_the_rule_says(tmp_path, monkeypatch):
     for trial in range(200):
         folder = tmp_path / str(trial)
         keep_last = chance.choice((1, 2, 3))
-        saves: list[tuple[int, int | None]] = []  # step, needed step
-        expected: set[int] = set()
+        there: list[list[int]] = []  # of each on disk: its step, and the step that it needs
         for steps in (range(chance.randint(1, 5)), range(5, 5 + chance.randint(1, 5))):
             with Checkpoints(folder, keep_last=keep_last) as checkpoints:
                 for step in steps:
-                    needed = chance.choice([None, *sorted(expected)])
-                    checkpoints.save(step, {}, {}, needs=None if needed is None else named(needed))
-                    saves.append((step, needed))
-                    newest = saves[-keep_last:]
-                    expected = {each for pair in newest for each in pair if each is not None}
-                    assert set(kept(folder)) == expected, saves
-                    kinds.add((len(expected), len(newest)))
+                    needed = [] if chance.random() < 0.5 else chance.choices([pair[0] for pair in there] or [step])
+                    needed = [each for each in needed if each != step]
+                    checkpoints.save(step, {}, {}, needs=named(needed[0]) if needed else None)
+                    there.append([step, *needed])
+                    wanted = there[-keep_last:]
+                    shared = [each for each in wanted[0] if all(each in pair for pair in wanted)]
+                    others = [pair for pair in there if not set(pair) & set(shared)]
+                    others = [pair for pair in others if all(each in [pair[0] for pair in there] for each in pair)]
+                    if keep_last > 1 and shared and others:
+                        wanted = [others[-1], *wanted]
+                    there = [pair for pair in there if any(pair[0] in each for each in wanted)]
+                    assert kept(folder) == [pair[0] for pair in there]
+                    kinds.add((keep_last, len(wanted), len(there)))
+                    if keep_last > 1 and len(wanted) > keep_last:  # whichever is lost, something is left
+                        assert all(any(lost not in pair for pair in wanted) for lost in range(10))
         shutil.rmtree(folder)
-    assert {(6, 3), (2, 1), (1, 1), (3, 3)} <= kinds
+    assert {(1, 1, 2), (2, 2, 4), (2, 3, 5), (3, 3, 6), (3, 4, 5)} <= kinds
 
 
 def test_a_checkpoint_that_is_needed_must_be_there(tmp_path):

@@ -184,7 +184,7 @@ def make_tables(
     """
     tables: dict[str, list[list[SparseFeature]]] = {}  # name -> its vocabularies, each as the features that share it
     for members in by_vocabulary(features):
-        name = f"stacked_{_pooling(members)}" if stacked else table_name(vocabulary_of(members[0]))
+        name = f"stacked_{pooling_of(members)}" if stacked else table_name(vocabulary_of(members[0]))
         tables.setdefault(name + suffix, []).append(members)
     configs = []
     for name, vocabularies in tables.items():
@@ -196,7 +196,7 @@ def make_tables(
                 num_embeddings=sum(rows),
                 embedding_dim=embedding_dim,
                 feature_names=[member.name for members in vocabularies for member in members],
-                pooling=PoolingType.MEAN if _pooling(vocabularies[0]) == "mean" else PoolingType.SUM,
+                pooling=PoolingType.MEAN if pooling_of(vocabularies[0]) == "mean" else PoolingType.SUM,
                 init_fn=functools.partial(init_rows, std=init_std, copies=copies, padding=padding),
             )
         )
@@ -212,7 +212,7 @@ def first_rows(features: Sequence[SparseFeature]) -> dict[str, int]:
     used: dict[str, int] = {}
     first: dict[str, int] = {}
     for members in by_vocabulary(features):
-        pooling = _pooling(members)
+        pooling = pooling_of(members)
         first |= {member.name: used.get(pooling, 0) for member in members}
         used[pooling] = used.get(pooling, 0) + num_rows(members)
     return first
@@ -266,7 +266,7 @@ def num_rows(members: Sequence[SparseFeature]) -> int:
     return rows
 
 
-def _pooling(members: Sequence[SparseFeature]) -> str:
+def pooling_of(members: Sequence[SparseFeature]) -> str:
     """How features of one vocabulary are pooled: one id per row is its own mean and its own sum, so only bags and
     histories have a say."""
     pooling = {member.pooling for member in members if not isinstance(member, Categorical)} or {"sum"}

@@ -48,6 +48,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from ctrlib.training import distributed
+
 T = TypeVar("T")
 LOGGER = logging.getLogger(__name__)
 _Place = tuple[str, tuple[int, ...]]  # key and offsets: names one part among all ranks'
@@ -138,11 +140,13 @@ class _Job:
 class Checkpoints:
     """The checkpoints in one folder. All methods but `wait` are collective: every rank calls them, in the same order.
 
-    Make it after `init_process_group`, if there is one; it talks over a gloo group of its own.
+    Make it after `init_process_group`, if there is one; it talks over a gloo group of its own, in which a process that
+    needs CTRLIB_TIMEOUT seconds longer than another one, to write or to read, is taken for lost.
 
     Args:
         folder: where the checkpoints are; made by the first `save`.
-        keep_last: how many of the newest to keep, besides those that they need.
+        keep_last: how many of the newest to keep, with what they need. If it is 2 or more, and all of these stand on
+            one checkpoint, then also the newest that does not, so that no damage to one folder loses the training.
         asynchronous: `save` copies the tensors to the CPU's memory and returns; a thread writes them.
         log: called on rank 0 with a sentence for each damaged file that `load` met.
 
@@ -175,7 +179,9 @@ class Checkpoints:
         self.keep_last = keep_last
         self.last: str | None = None
         self._log = log
-        self._group: Any = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
+        self._group: Any = None
+        if dist.is_available() and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT)
         self._rank = dist.get_rank(self._group) if self._group else 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
@@ -184,7 +190,7 @@ class Checkpoints:
     def save(
         self, step: int, tensors: Mapping[str, Tensor | Shards], state: dict[str, Any], *, needs: str | None = None
     ) -> str:
-        """Write a checkpoint and return its name; then delete all but the last `keep_last` and what those need.
+        """Write a checkpoint and return its name; then delete what `keep_last` does not keep.
 
         A save of a step that exists already is written beside it, as `step-000000300.2`, and is the newer one.
 
@@ -404,10 +410,15 @@ class Checkpoints:
 
     def _delete_old(self) -> None:
         manifests, _ = self._scan()
-        kept = [manifest for manifest in manifests if manifest.seal not in self._rejected][: self.keep_last]
-        needed = {manifest.needs for manifest in kept}
+        good = [manifest for manifest in manifests if manifest.seal not in self._rejected]
+        kept = good[: self.keep_last]
+        oldest = kept[-1].save
+        if self.keep_last > 1:  # these would be lost together
+            shared, there = set.intersection(*map(_stands_on, kept)), {manifest.folder.name for manifest in good}
+            kept += [each for each in good if not shared & _stands_on(each) and _stands_on(each) <= there][:1]
+        names = set().union(*map(_stands_on, kept))
         for manifest in manifests:
-            if manifest.save < kept[-1].save and manifest.folder.name not in needed:
+            if manifest.save < oldest and manifest.folder.name not in names:
                 hidden = manifest.folder.with_name(f".{manifest.folder.name}.deleted")
                 manifest.folder.rename(hidden)  # so that a kill leaves no half of a step
                 shutil.rmtree(hidden)
@@ -479,7 +490,9 @@ class Checkpoints:
                 complaints.append(f"{manifest.folder.name}: of no use without {manifest.needs}")
                 self._report(complaints[-1:])
             self._rejected.add(manifest.seal)
-        raise CheckpointError(f"no good checkpoint in {self.folder}: {'; '.join(complaints)}")
+        raise CheckpointError(
+            f"no good checkpoint in {self.folder}: {'; '.join(complaints)}. Delete the folder to start anew"
+        )
 
     def _sound(self, name: str, manifests: list[_Manifest], complaints: list[str]) -> _Manifest:
         """The one of that name."""
@@ -723,6 +736,11 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not {"tensors.json", "state.json"} <= files.keys() or any(Path(name).name != name for name in files):
         raise _Damage(f"{folder.name}/MANIFEST: not written by this version: it lists {sorted(files)}")
     return manifest
+
+
+def _stands_on(manifest: _Manifest) -> set[str]:
+    """Itself and what it needs."""
+    return {manifest.folder.name} | ({manifest.needs} if manifest.needs else set())
 
 
 def _encode_state(state: object) -> bytes:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ctrlib.batch import Batch
+from ctrlib.embeddings.managed import ManagedEmbedding
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
 from ctrlib.training.batch_norm import synchronise
 from ctrlib.training.distributed import init_process_group, rank, world_size
-from ctrlib.training.guard import Loss, clip_gradients, guarded_loss
+from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_managed_ids
 from ctrlib.training.state import State, adam, optimiser_state
 
 
@@ -55,6 +56,7 @@ class ExactEngine:
         loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
+        refuse_managed_ids(model)
         self.device = torch.device(device)
         self.model: nn.Module = model.to(self.device)
         self.embedding_l2 = embedding_l2
@@ -66,6 +68,9 @@ class ExactEngine:
         network = {id(p) for part in model.network() for p in part.parameters()}
         self._regularised = [parameter for parameter in self._parameters if id(parameter) not in network]
         self._optimiser = adam(self._named, learning_rate)
+        for module in model.modules():
+            if isinstance(module, ManagedEmbedding):
+                module.forget_evicted(self._optimiser)
         self._forward: Callable[[Batch], Tensor] = self.model
         if world_size() > 1:
             init_process_group(self.device)

@@ -16,7 +16,7 @@ from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
 from ctrlib.training.batch_norm import synchronise
 from ctrlib.training.distributed import gather, init_process_group, world_size
-from ctrlib.training.guard import Loss, clip_gradients, guarded_loss
+from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_managed_ids
 from ctrlib.training.plan import Plan, Sharding, TableOptimiser, check_plan, make_plan, show_plan, tables_of
 from ctrlib.training.rowwise_adagrad import RowwiseAdagrad
 from ctrlib.training.shard import load_weights, shard, sharded_state, whole_weights
@@ -41,6 +41,7 @@ class FusedEngine:
     Raises:
         ValueError: a table's width is not a multiple of 4, the precision is unknown, or the plan does not fit.
         MemoryError: this process's share of the tables does not fit in memory.
+        NotImplementedError: several processes, and an embedding that manages ids without a vocabulary.
     """
 
     name = "fused"
@@ -62,6 +63,7 @@ class FusedEngine:
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"unknown precision {precision!r}, expected one of {get_args(Precision)}")
+        refuse_managed_ids(model)
         self.device = torch.device(device)
         self.precision = precision
         self.max_grad_norm = max_grad_norm

@@ -8,10 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.embeddings.managed import ManagedEmbedding
 from ctrlib.losses import collect_auxiliary, total_auxiliary
 from ctrlib.training.distributed import all_rows, any_rank, rank, world_size
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits (B, T), labels (B, T), weights (B,)) -> scalar
+
+
+def refuse_managed_ids(model: nn.Module) -> None:
+    """Copies of a map from ids to rows would drift apart unnoticed.
+
+    Raises:
+        NotImplementedError: there are several processes, and a part of the model is a `ManagedEmbedding`.
+    """
+    if world_size() > 1 and any(isinstance(module, ManagedEmbedding) for module in model.modules()):
+        raise NotImplementedError(
+            f"the engines train a ManagedEmbedding in one process, and {world_size()} were started: start one, or "
+            "shard it in a loop of your own with ctrlib.ManagedSharder"
+        )
 
 
 def guarded_loss(

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/epoch_speed.py data/frappe --embedding-dim 10 --batch-norm --dropout 0.2 --l2 0.05
     python tests/benchmarks/epoch_speed.py data/criteo_synthetic --engine fused --precision bf16
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tests/benchmarks/epoch_speed.py data/criteo_synthetic --engine fused
 
 Compare ratios of runs made one after the other on a quiet machine, never figures of different days.
 """
@@ -22,6 +23,7 @@ from tyro.conf import FlagCreatePairsOff, Positional
 import ctrlib as ctr
 from ctrlib.cli import Tower
 from ctrlib.training.allocator import keep_freed_memory
+from ctrlib.training.distributed import rank, world_size
 from ctrlib.training.run import make_engine
 
 
@@ -48,7 +50,11 @@ class Arguments:
     l2: float = 0.0
     """L2 on whole tables."""
     batch_size: int = 4096
-    """Rows per step."""
+    """Rows per step, of all processes together."""
+    sharding: Literal["auto", "table_wise", "row_wise", "data_parallel"] = "auto"
+    """How tables are spread over processes."""
+    stacked: bool | None = None
+    """Lay tables one below the other; otherwise as the engine wants it."""
     epochs: int = 3
     """How many to time; the median counts. The first includes decoding the files."""
     workers: int = 1
@@ -66,25 +72,26 @@ def main(arguments: Arguments) -> None:
     takes = ctr.presets.arguments_of(arguments.model)
     config |= {name: getattr(arguments, name) for name in ("hidden", "batch_norm", "dropout") if name in takes}
     config = ctr.presets.for_engine(config, arguments.engine)
+    config |= {} if arguments.stacked is None else {"stacked": arguments.stacked}
     engine = make_engine(
         ctr.presets.build(config, schema),
         arguments.engine,
         embedding_l2=arguments.l2,
         precision=arguments.precision,
+        sharding=arguments.sharding,
         check_ids=False,  # as in ctr.run: the loader has
     )
-    train = ctr.Loader(
-        arguments.data, "train", batch_size=arguments.batch_size, shuffle=True, workers=arguments.workers
-    )
+    share: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "workers": arguments.workers}
+    train = ctr.Loader(arguments.data, "train", batch_size=arguments.batch_size // world_size(), shuffle=True, **share)
     seconds, scores = [], []
     for _ in range(arguments.epochs):
         engine.model.train()
         started = time.perf_counter()
-        for batch in train:
-            engine.step(batch)
+        for _ in engine.train(train):
+            pass
         seconds.append(time.perf_counter() - started)
         if arguments.evaluate:
-            splits = {split: ctr.Loader(arguments.data, split, batch_size=8192) for split in ("valid", "test")}
+            splits = {split: ctr.Loader(arguments.data, split, batch_size=4096, **share) for split in ("valid", "test")}
             scores.append(
                 {split: ctr.evaluate(engine.model, part, quick=True)["auc"] for split, part in splits.items()}
             )
@@ -92,12 +99,14 @@ def main(arguments: Arguments) -> None:
         "engine": arguments.engine,
         "precision": arguments.precision,
         "model": arguments.model,
+        "processes": world_size(),
         "threads": torch.get_num_threads(),
         "samples_per_second": round(train.num_rows / statistics.median(seconds)),
         "epoch_seconds": [round(value, 2) for value in seconds],
         **({"auc": scores} if scores else {}),
     }
-    print(json.dumps(result))
+    if rank() == 0:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":
