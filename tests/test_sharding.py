@@ -214,3 +214,18 @@ def test_tables_that_do_not_fit_are_refused_before_the_first_step(monkeypatch: p
     monkeypatch.setattr("ctrlib.training.shard.available_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match="start more processes"):
         ctr.FusedEngine(build())
+
+
+def test_learning_rates_are_the_same_on_ranks_without_tables() -> None:
+    def rates() -> tuple[list[float], bool]:
+        engine = ctr.FusedEngine(build(), learning_rate=0.01, embedding_learning_rate=0.04, sharding="table_wise")
+        engine.learning_rates = [rate / 2 for rate in engine.learning_rates]
+        before = engine.weights()
+        engine.learning_rates = [0.0, 0.0]
+        engine.model.train()
+        engine.step(part(example_batch(SCHEMA, 32)))
+        after = engine.weights()
+        learned = [name for name in before if "running_" not in name and "num_batches" not in name]
+        return engine.learning_rates, all(torch.equal(before[name], after[name]) for name in learned)
+
+    assert run_ranks(2, rates) == [([0.0, 0.0], True)] * 2

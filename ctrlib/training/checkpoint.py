@@ -141,7 +141,7 @@ class Checkpoints:
     """The checkpoints in one folder. All methods but `wait` are collective: every rank calls them, in the same order.
 
     Make it after `init_process_group`, if there is one; it talks over a gloo group of its own, in which a process that
-    needs CTRLIB_TIMEOUT seconds longer than another one, to write or to read, is taken for lost.
+    takes CTRLIB_TIMEOUT seconds longer than another one, to write or to read, is taken for lost.
 
     Args:
         folder: where the checkpoints are; made by the first `save`.
@@ -481,6 +481,8 @@ class Checkpoints:
                 self._report(damages)
                 complaints.extend(damages)
                 good[name] = not damages
+                if damages and name in by_name:
+                    self._rejected.add(by_name[name].seal)
             return good[name]
 
         for manifest in manifests:
@@ -489,7 +491,7 @@ class Checkpoints:
                     return manifest
                 complaints.append(f"{manifest.folder.name}: of no use without {manifest.needs}")
                 self._report(complaints[-1:])
-            self._rejected.add(manifest.seal)
+                self._rejected.add(manifest.seal)
         raise CheckpointError(
             f"no good checkpoint in {self.folder}: {'; '.join(complaints)}. Delete the folder to start anew"
         )

@@ -100,7 +100,7 @@ class ExactEngine:
 
     @property
     def learning_rates(self) -> list[float]:
-        """The current learning rates of all optimisers; the network's comes first. Can be set."""
+        """The current learning rate, as a list of one. Can be set."""
         return [float(group["lr"]) for group in self._optimiser.param_groups]
 
     @learning_rates.setter

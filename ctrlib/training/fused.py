@@ -95,6 +95,7 @@ class FusedEngine:
         named = dict(self.model.named_parameters())
         self._dense = {name: parameter for name, parameter in named.items() if name not in tables}
         self._copied = {name: named[name] for name in sorted(copied)}
+        self._rates = [learning_rate, embedding_learning_rate]
         self._pipelined: list[nn.Module] | None = None  # found in the first step, where there is somewhere to send ids
         self._optimisers: list[torch.optim.Optimizer] = [adam(self._dense, learning_rate)]
         if self._copied:
@@ -147,19 +148,21 @@ class FusedEngine:
 
     @property
     def learning_rates(self) -> list[float]:
-        """The current learning rates of all optimisers; the network's comes first. Can be set."""
-        return [float(group["lr"]) for group in self._groups()]
+        """The current learning rates of the network and of the tables. Can be set."""
+        return list(self._rates)
 
     @learning_rates.setter
     def learning_rates(self, rates: list[float]) -> None:
-        for group, rate in zip(self._groups(), rates, strict=True):
-            group["lr"] = rate
-        self.model.fused_optimizer.step()  # hands the rates to the kernels; updates nothing, that happened in backward
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [
-            group for optimiser in (*self._optimisers, self.model.fused_optimizer) for group in optimiser.param_groups
-        ]
+        network, tables = rates
+        self._rates = [network, tables]
+        fused = self.model.fused_optimizer
+        for groups, rate in (
+            (self._optimisers[0].param_groups, network),
+            *((optimiser.param_groups, tables) for optimiser in (*self._optimisers[1:], fused)),
+        ):
+            for group in groups:
+                group["lr"] = rate
+        fused.step()  # hands the rate to the kernels; updates nothing, that happened in backward
 
     def state(self) -> State:
         """Every tensor that the next step depends on, itself and not a copy: model.NAME, optimiser.NAME.STATISTIC.

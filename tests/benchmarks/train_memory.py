@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 
 import ctrlib as ctr
+from ctrlib.training.allocator import keep_freed_memory
 
 FEATURES = tuple(ctr.Categorical(f"c{n}", num_embeddings=10 ** (n % 4 + 2)) for n in range(8))
 
@@ -41,6 +42,7 @@ def write_folder(folder: Path, num_rows: int) -> None:
 
 def train(folder: Path) -> None:
     """One epoch; prints the peak in MiB, and rows per second."""
+    keep_freed_memory()  # as the command line and the recipes do
     started = time.perf_counter()
     ctr.run(
         folder,
