@@ -17,6 +17,7 @@ _EXPORTS = {
     "data.prepare": ("prepare",),
     "data.quantiles": ("quantile_edges",),
     "data.scan": ("DataError",),
+    "data.fingerprint": ("fingerprint",),
     "data.loader": ("Loader",),
     "batch": ("Batch",),
     "embeddings.bst": ("BST",),

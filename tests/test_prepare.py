@@ -14,7 +14,7 @@ import pytest
 from ctrlib.data.encode import count_ids, encode
 from ctrlib.data.infer import infer_features
 from ctrlib.data.prepare import prepare
-from ctrlib.data.raw import read_raw
+from ctrlib.data.raw import RawTable, read_raw
 from ctrlib.data.split import row_hash
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema, SchemaError, Sequence
 
@@ -407,7 +407,7 @@ def test_types_are_inferred_with_reasons(tmp_path):
         "empty": None,
         "hours": Categorical("hours"),
     }
-    guesses = infer_features(frame.lazy(), [name for name in frame.columns if name != "label"])
+    guesses = infer_features(RawTable((frame.lazy(),), "test"), [name for name in frame.columns if name != "label"])
     assert {guess.name: guess.feature for guess in guesses} == expected
     assert all(guess.reason for guess in guesses)
     reasons = {guess.name: guess.reason for guess in guesses}
@@ -415,7 +415,8 @@ def test_types_are_inferred_with_reasons(tmp_path):
     assert "'?' (missing_values?)" in reasons["hours"]
     as_text = frame.drop("tags").with_columns(pl.all().exclude("tags").cast(pl.String))
     names = [name for name in as_text.columns if name not in ("label", "floats")]
-    assert {g.name: g.feature for g in infer_features(as_text.lazy(), names)} == {n: expected[n] for n in names}
+    guesses = infer_features(RawTable((as_text.lazy(),), "test"), names)
+    assert {g.name: g.feature for g in guesses} == {n: expected[n] for n in names}
 
     messages: list[Any] = []
     features = [Categorical("price"), Sequence("genres")]
@@ -434,7 +435,7 @@ def test_a_sample_does_not_decide_alone_what_is_left_out(monkeypatch):
     values = ["a"] * 1000
     values[501] = "b"
     frame = pl.LazyFrame({"nearly": values, "same": ["a"] * 1000})
-    nearly, same = infer_features(frame)
+    nearly, same = infer_features(RawTable((frame,), "test"))
     assert (nearly.feature, same.feature) == (Categorical("nearly"), None)
 
 

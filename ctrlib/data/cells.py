@@ -6,7 +6,6 @@ or as a float (which pandas makes of integers as soon as one is missing).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +13,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from ctrlib.data.raw import ROW, RawTable, naming
+from ctrlib.data.raw import ROW, RawTable
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.schema import (
     Categorical,
@@ -244,7 +243,7 @@ def _integral(name: str, column: pl.Expr) -> Check:
     return Check(name, _not_integral(column), "", expected, retyped=True)
 
 
-def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) -> pl.LazyFrame:
+def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) -> RawTable:
     """The table without the rows that fail a check; they are counted in `raw.skipped`, once each.
 
     Raises:
@@ -252,33 +251,30 @@ def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) ->
         SchemaError: a column has come in another type.
     """
     if not found:
-        return raw.frame
-    with naming(raw.name):
-        totals = raw.frame.select(check.bad.sum().alias(str(i)) for i, check in enumerate(found)).collect(
-            engine="streaming"
-        )
-    failed = {check: total for check, total in zip(found, totals.row(0)) if total}
+        return raw
+    totals = raw.gather(lambda piece: piece.select(check.bad.sum().alias(str(i)) for i, check in enumerate(found)))
+    failed = {check: total for check, total in zip(found, totals.sum().row(0)) if total}
     for check, total in failed.items():
         retyped = check.retyped
         if total > 1 and not retyped and not check.missing:
             # If no cell is as expected, it is the column that is wrong and not the row.
-            good = (~check.bad & pl.col(check.column).is_not_null()).any()
-            retyped = not raw.frame.select(good).collect(engine="streaming").item()
+            retyped = not holds(raw, ~check.bad & pl.col(check.column).is_not_null())
         if retyped or on_bad_row == "raise":
-            cells = raw.frame.filter(check.bad).select(ROW, check.column).head(1).collect(engine="streaming")
-            row, value = cells.row(0)
+            row, value = raw.first(check.bad, check.column)
             others = ", and no other row is better" if retyped and not check.retyped else ""
             message = f"{raw.place(row)}, column {check.column!r} holds {value!r}{others}; expected {check.expected}"
             raise SchemaError(message) if retyped else DataError(message)
     if not failed:
-        return raw.frame
+        return raw
     verdict = pl.coalesce(pl.when(check.bad).then(i) for i, check in enumerate(failed)).alias("verdict")
-    counts: Counter[str] = Counter()
-    for i, count in raw.frame.group_by(verdict).len().collect(engine="streaming").iter_rows():
-        if i is not None:
-            check = list(failed)[i]
-            counts[f"{check.column}: {check.reason}"] += count
-    raw.skipped.update(counts)
-    unfit = raw.frame.filter(pl.any_horizontal(check.bad for check in failed)).select(ROW).collect(engine="streaming")
+    unfit = raw.gather(lambda piece: piece.select(ROW, verdict).drop_nulls("verdict"))
+    for i, count in unfit.group_by("verdict").len().sort("verdict").iter_rows():
+        check = list(failed)[i]
+        raw.skipped[f"{check.column}: {check.reason}"] += count
     raw.unfit = unfit[ROW].to_numpy().astype(np.int64)
-    return raw.frame.filter(~pl.any_horizontal(check.bad for check in failed))
+    return raw.map(lambda piece: piece.filter(~pl.any_horizontal(check.bad for check in failed)))
+
+
+def holds(raw: RawTable, condition: pl.Expr) -> bool:
+    """Whether a condition is true of any row."""
+    return bool(raw.gather(lambda piece: piece.select(holds=condition.any()))["holds"].any())

@@ -10,7 +10,7 @@ from typing import Any
 
 from ctrlib.data.cells import shortened
 from ctrlib.data.infer import Guess, infer_features
-from ctrlib.data.raw import RawTable, naming
+from ctrlib.data.raw import RawTable
 from ctrlib.data.scan import check_on_bad_row
 from ctrlib.schema import (
     Categorical,
@@ -86,8 +86,7 @@ def describe(
         not_features[split_by] = "ignored: the split goes by it"
     to_infer = [name for name in table.dtypes if name not in not_features and name not in names]
     sharers = _sharers(given, list(table.dtypes))
-    with naming(table.name):
-        inferred = infer_features(table.frame, to_infer) if to_infer else []
+    inferred = infer_features(table, to_infer) if to_infer else []
     # What others share a vocabulary with has ids, whatever it looks like.
     inferred = [
         Guess(guess.name, Categorical(guess.name), f"{sharers[guess.name].name!r} shares its vocabulary")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 
-from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, text, without_bad_rows
+from ctrlib.data.cells import check_columns, checks, fitted_number, holds, label, number, text, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
-from ctrlib.data.raw import RawTable, naming
+from ctrlib.data.raw import RawTable
 from ctrlib.data.scan import OnBadRow
-from ctrlib.data.vocabulary import load_vocabularies, load_vocabulary
+from ctrlib.data.vocabulary import (
+    Count,
+    count_here,
+    load_vocabularies,
+    load_vocabulary,
+    values_of,
+    vocabulary_path,
+)
 from ctrlib.schema import (
     MISSING_ID,
-    NUM_RESERVED_IDS,
     OOV_ID,
     Categorical,
     MultiValued,
@@ -27,6 +33,7 @@ from ctrlib.schema import (
     vocabulary_of,
 )
 
+ROWS_PER_GROUP = 65_536
 MIN_UNSEEN = 10  # cells that have to be unseen, all of them, before a column is taken for a wrong one
 
 
@@ -58,41 +65,45 @@ def encode(
         SchemaError: a column is missing or has another type than before.
         DataError: a cell is bad; the message names row and column.
     """
+    if not schema.is_fitted:
+        raise SchemaError("the schema is not fitted: use the one that `prepare` returns or stores in schema.json")
     check_columns(raw, schema, with_labels=require_labels)
     options: dict[str, Any] = {"missing_labels": missing_labels, "label_positive": label_positive}
     found = checks(schema, raw.dtypes, with_labels=require_labels, **options)
-    frame = without_bad_rows(raw, found, on_bad_row)
-    checked = dataclasses.replace(raw, frame=frame)
-    groups = fit_groups([checked], schema.group) if require_labels else None
-    return encode_checked(
-        checked, schema, vocab_folder, with_labels=require_labels, label_positive=label_positive, groups=groups
-    )
+    checked = without_bad_rows(raw, found, on_bad_row)
+    known = load_vocabularies(vocab_folder, schema)
+    refuse_other_spelling(checked, schema, vocab_folder)
+    if require_labels and (groups := fit_groups([checked], schema.group)) is not None:
+        known[GROUP_COLUMN] = groups
+    return encode_checked(checked.frame, schema, known, with_labels=require_labels, label_positive=label_positive)
 
 
 def encode_checked(
-    raw: RawTable,
+    rows: pl.LazyFrame,
     schema: Schema,
-    vocab_folder: Path,
+    known: Mapping[str, pl.DataFrame],
     *,
     with_labels: bool,
     label_positive: Mapping[str, str] | None = None,
-    groups: pl.Series | None = None,
 ) -> pl.LazyFrame:
-    """`encode` for a table without bad rows. `groups`: the sorted texts of groups that are not integers."""
-    if not schema.is_fitted:
-        raise SchemaError("the schema is not fitted: use the one that `prepare` returns or stores in schema.json")
-    dtypes = raw.dtypes
-    vocabularies = load_vocabularies(vocab_folder, schema)
-    _refuse_ids_as_floats(raw, schema, vocabularies)
-    _refuse_retyped(raw, schema)
-    enums = {name: pl.Enum(values) for name, values in vocabularies.items()}
+    """`encode` for rows without bad ones.
+
+    Args:
+        rows: some or all rows of a table.
+        schema: fitted.
+        known: vocabulary name -> value and id, of all values that `rows` and the vocabulary share, in any order; and
+            the same for groups that are not integers, under `GROUP_COLUMN`.
+        with_labels: also give labels, weight and group.
+        label_positive: as in `encode`.
+    """
+    dtypes = rows.collect_schema()
     columns = []
     for feature in schema.features:
         dtype = dtypes[feature.name]
         if isinstance(feature, Numeric):
             columns.append(fitted_number(feature, dtype).cast(pl.Float32).alias(feature.name))
         else:
-            columns.append(_ids(feature, dtype, enums[vocabulary_of(feature)]).alias(feature.name))
+            columns.append(_ids(feature, dtype, known[vocabulary_of(feature)]).alias(feature.name))
     if with_labels:
         for name in schema.labels:
             value = label(name, dtypes[name], (label_positive or {}).get(name))
@@ -100,69 +111,120 @@ def encode_checked(
         if schema.weight is not None:
             columns.append(number(schema.weight, dtypes[schema.weight]).cast(pl.Float32).alias(schema.weight))
         if schema.group is not None:
-            columns.append(_group(schema.group, dtypes[schema.group], groups).alias(GROUP_COLUMN))
-    return raw.frame.select(columns)
+            columns.append(_group(schema.group, dtypes[schema.group], known.get(GROUP_COLUMN)).alias(GROUP_COLUMN))
+    return rows.select(columns)
 
 
-def _ids(feature: SparseFeature, dtype: pl.DataType, values: pl.Enum) -> pl.Expr:
+def _ids(feature: SparseFeature, dtype: pl.DataType, known: pl.DataFrame) -> pl.Expr:
     raw_text = text(feature, dtype)
     if isinstance(feature, Categorical):
-        return pl.when(raw_text.is_null()).then(pl.lit(MISSING_ID, pl.Int32)).otherwise(_id(raw_text, values))
+        return pl.when(raw_text.is_null()).then(pl.lit(MISSING_ID, pl.Int32)).otherwise(_id(raw_text, known, OOV_ID))
     empty = [MISSING_ID] if isinstance(feature, MultiValued) else []
-    return raw_text.list.eval(_id(pl.element(), values)).fill_null(pl.lit(empty, pl.List(pl.Int32)))
+    return raw_text.list.eval(_id(pl.element(), known, OOV_ID)).fill_null(pl.lit(empty, pl.List(pl.Int32)))
 
 
-def _id(value: pl.Expr, values: pl.Enum) -> pl.Expr:
-    # A cast to an enumeration of the vocabulary is a hash look-up that keeps the order of rows; unknown text is null.
-    position = value.cast(values, strict=False).to_physical().cast(pl.Int32)
-    return (position + NUM_RESERVED_IDS).fill_null(OOV_ID)
+def _id(value: pl.Expr, known: pl.DataFrame, default: int) -> pl.Expr:
+    ids = known["id"]
+    first = ids[0] if len(ids) else 0
+    if ids.is_sorted() and first + len(ids) - 1 == (ids[-1] if len(ids) else -1):
+        # A whole vocabulary: an enumeration is the smallest look-up, and positions in it are ids but for the first.
+        position = value.cast(pl.Enum(known["value"]), strict=False).to_physical().cast(pl.Int32)
+        return (position + first).fill_null(default)
+    return value.replace_strict(known["value"], ids, default=default, return_dtype=pl.Int32)
 
 
-def _group(name: str, dtype: pl.DataType, groups: pl.Series | None) -> pl.Expr:
-    if groups is None:
+def _group(name: str, dtype: pl.DataType, known: pl.DataFrame | None) -> pl.Expr:
+    if known is None:
         return pl.col(name).cast(pl.Int64)
-    return text(Categorical(name), dtype).cast(pl.Enum(groups)).to_physical().cast(pl.Int64).fill_null(-1)
+    return _id(text(Categorical(name), dtype), known, -1).cast(pl.Int64)
 
 
-def fit_groups(tables: Iterable[RawTable], group: str | None) -> pl.Series | None:
-    """None if all groups are integers; else their texts over all tables, sorted. Rows without group form one group.
+def fit_groups(tables: Sequence[RawTable], group: str | None, count: Count = count_here) -> pl.DataFrame | None:
+    """None if all groups are integers; else their texts over all tables, sorted: value, id. Rows without group form
+    one group.
 
     Unlike ids, groups are no input of a model, so those of valid and test may be looked at.
     """
     if group is None:
         return None
-    columns = [table.frame.select(text(Categorical(group), table.dtypes[group]).alias("value")) for table in tables]
-    integer = (pl.col("value").cast(pl.Int64, strict=False).cast(pl.String) == pl.col("value")).fill_null(False)
-    if all(column.select(integer.all()).collect(engine="streaming").item() for column in columns):
+    value = pl.col("value")
+    integer = (value.cast(pl.Int64, strict=False).cast(pl.String) == value).fill_null(False)
+    texts = [table.map(values_of((Categorical(group),), table.dtypes)) for table in tables]
+    if not any(holds(table, ~integer) for table in texts):
         return None
-    return pl.concat(columns).unique().collect(engine="streaming")["value"].drop_nulls().sort()
+    counts = count(texts, {GROUP_COLUMN: lambda piece: piece})[GROUP_COLUMN]
+    values = counts.select("value").drop_nulls().collect(engine="streaming")
+    return values.sort("value").with_columns(id=pl.int_range(pl.len(), dtype=pl.Int64))
 
 
-def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocabularies: Mapping[str, pl.Series]) -> None:
-    """Text such as "17.0" for ids that were "17": every value would be out of vocabulary, silently."""
+def write_part(
+    rows: pl.LazyFrame,
+    path: Path,
+    schema: Schema,
+    known: Mapping[str, pl.DataFrame],
+    label_positive: Mapping[str, str] | None,
+) -> Totals:
+    """Encode rows without bad ones into a file, and count what it holds; arguments as in `encode_checked`."""
+    encoded = encode_checked(rows, schema, known, with_labels=True, label_positive=label_positive)
+    encoded.sink_parquet(path, compression="snappy", row_group_size=ROWS_PER_GROUP)
+    written = pl.scan_parquet(path, glob=False)
+    labels = [(pl.col(name) == 1).sum().alias(f"{name} positive") for name in schema.labels]
+    labels += [pl.col(name).is_not_nan().sum().alias(f"{name} present") for name in schema.labels]
+    found = written.select(pl.len().alias("rows"), *labels).collect(engine="streaming").row(0, named=True)
+    return Totals(
+        int(found["rows"]),
+        {name: {what: int(found[f"{name} {what}"]) for what in ("positive", "present")} for name in schema.labels},
+        count_ids(written, schema),
+    )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What encoded rows hold: label -> number of "positive" ones and of those "present"; `ids` as in `count_ids`."""
+
+    rows: int
+    labels: dict[str, dict[str, int]]
+    ids: dict[str, dict[str, int]]
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(self.rows + other.rows, _added(self.labels, other.labels), _added(self.ids, other.ids))
+
+
+def _added(a: dict[str, dict[str, int]], b: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    return {name: {what: number + b[name][what] for what, number in numbers.items()} for name, numbers in a.items()}
+
+
+def refuse_other_spelling(raw: RawTable, schema: Schema, vocab_folder: Path) -> None:
+    """Refuse columns whose ids are written otherwise than in train, so that all would be out of vocabulary, silently.
+
+    Raises:
+        SchemaError: as said.
+    """
+    _refuse_ids_as_floats(raw, schema, vocab_folder)
+    _refuse_retyped(raw, schema)
+
+
+def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocab_folder: Path) -> None:
+    """Text such as "17.0" for ids that were "17"."""
     dtypes = raw.dtypes
-    suspects = [
-        feature.name
-        for feature in schema.sparse
-        if isinstance(feature, Categorical)
-        and not feature.bucket
-        and dtypes[feature.name] == pl.String
-        and not vocabularies[vocabulary_of(feature)].head(1000).str.ends_with(".0").any()
-    ]
+    suspects = []
+    for feature in schema.sparse:
+        if isinstance(feature, Categorical) and not feature.bucket and dtypes[feature.name] == pl.String:
+            path = vocabulary_path(vocab_folder, vocabulary_of(feature))
+            head = pl.scan_parquet(path, glob=False).head(1000).collect()["value"]
+            if not head.str.ends_with(".0").any():
+                suspects.append(feature.name)
 
-    def like_floats(rows: pl.LazyFrame, columns: list[str]) -> list[str]:
-        verdicts = [
-            pl.col(column).str.contains(r"^-?\d+\.0$").all(ignore_nulls=True) & (pl.col(column).count() > 0)
-            for column in columns
-        ]
-        if not verdicts:
+    def like_floats(table: RawTable, columns: list[str]) -> list[str]:
+        if not columns:
             return []
-        with naming(raw.name):
-            found = rows.select(verdicts).collect(engine="streaming")
-        return [column for column in columns if found[column][0]]
+        like = [pl.col(column).str.contains(r"^-?\d+\.0$").all(ignore_nulls=True) for column in columns]
+        present = [pl.col(column).is_not_null().any().name.suffix(" present") for column in columns]
+        found = table.gather(lambda piece: piece.select(like + present))
+        return [column for column in columns if found[column].all() and found[f"{column} present"].any()]
 
     # The first rows acquit nearly every column; only what is left is read in full.
-    for column in like_floats(raw.frame, like_floats(raw.frame.head(1000), suspects)):
+    for column in like_floats(raw, like_floats(raw.map(lambda piece: piece.head(1000)), suspects)):
         raise SchemaError(
             f"{raw.name}: column {column!r} holds ids that look like floats (such as 17.0), expected the text that "
             "train has (such as 17): write the column as integers"
@@ -177,10 +239,9 @@ def _refuse_retyped(raw: RawTable, schema: Schema) -> None:
         pair = {types[name], expected.get(name, types[name])}
         if not isinstance(feature, Categorical) or feature.bucket or len(pair) == 1 or pair & {"parsed", "null"}:
             continue
-        present = text(feature, raw.dtypes[name]).is_not_null().any()  # pandas makes floats of a column without values
-        with naming(raw.name):
-            if not raw.frame.select(present).collect(engine="streaming").item():
-                continue
+        present = text(feature, raw.dtypes[name]).is_not_null()
+        if not holds(raw, present):  # pandas makes floats of a column without values
+            continue
         raise SchemaError(
             f"{raw.name}: column {name!r} holds values of kind {types[name]} ({raw.dtypes[name]}), in training they "
             f"were of kind {expected[name]}: cast the column to what it was"

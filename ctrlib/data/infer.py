@@ -8,11 +8,12 @@ is wrong: a number treated as ids is bucketed by its values.
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 
-from ctrlib.data.raw import ROW
+from ctrlib.data.raw import RawTable
 from ctrlib.schema import Categorical, Feature, MultiValued, Numeric
 
 SAMPLE_ROWS = 200_000
@@ -37,28 +38,31 @@ class Guess(NamedTuple):
     reason: str
 
 
-def infer_features(frame: pl.LazyFrame, names: list[str] | None = None) -> list[Guess]:
+def infer_features(table: RawTable, names: list[str] | None = None) -> list[Guess]:
     """Guess what columns mean, from about 200,000 rows spread over the whole table.
 
     Args:
-        frame: with or without the `__row__` column of `read_raw`.
+        table: with or without the `__row__` column of `read_raw`.
         names: the columns to look at, by default all.
 
     >>> ages = [20 + i % 60 for i in range(200)]
     >>> frame = pl.LazyFrame({"age": ages, "price": [i / 7 for i in ages], "shop": [f"s{i}" for i in ages]})
-    >>> for guess in infer_features(frame): print(guess.feature, "|", guess.reason)
+    >>> for guess in infer_features(RawTable((frame,), "demo")): print(guess.feature, "|", guess.reason)
     Numeric(name='age', transform='standard', parameters=None) | integers, the name of a measurement
     Numeric(name='price', transform='standard', parameters=None) | numbers with fractions
     Categorical(name='shop', min_count=1, max_values=None, vocabulary=None, bucket=None, num_embeddings=None) | text
     """
-    dtypes = {name: dtype for name, dtype in frame.collect_schema().items() if name != ROW}
-    names = list(dtypes) if names is None else names
-    num_rows = frame.select(pl.len()).collect(engine="streaming").item()
+    names = list(table.dtypes) if names is None else names
+    ends = np.cumsum(table.gather(lambda piece: piece.select(pl.len()))["len"].to_numpy().astype(np.int64))
+    num_rows = int(ends[-1])
     step = max(1, num_rows // SAMPLE_ROWS)
-    sample = frame.select(names).gather_every(step).collect(engine="streaming")
+    # Every so manieth row of the whole, wherever a piece begins.
+    offsets = [-int(start) % step for start in (0, *ends[:-1])]
+    plans = [piece.select(names).gather_every(step, offset) for piece, offset in zip(table.pieces, offsets)]
+    sample = pl.concat(table.run(plans, table.name))
     guesses = [_guess(sample[name]) for name in names]
     if step > 1:
-        guesses = _confirm_left_out(frame, guesses, num_rows, sample)
+        guesses = [_confirmed(guess, table, num_rows) for guess in guesses]
     return guesses
 
 
@@ -134,21 +138,18 @@ def _skewness(numbers: pl.Series) -> float:
     return float(numbers.skew() or 0.0)
 
 
-def _confirm_left_out(frame: pl.LazyFrame, guesses: list[Guess], num_rows: int, sample: pl.DataFrame) -> list[Guess]:
+def _confirmed(guess: Guess, table: RawTable, num_rows: int) -> Guess:
     """A column that is constant, or never repeats, in the sample only is a feature after all."""
-    doubtful = [guess for guess in guesses if guess.feature is None and not sample[guess.name].dtype.is_nested()]
-    if not doubtful:
-        return guesses
-    names = [guess.name for guess in doubtful]
-    counts: dict[str, Any] = (
-        frame.select(pl.col(names).cast(pl.String).approx_n_unique()).collect(engine="streaming").row(0, named=True)
-    )
-    confirmed = []
-    for guess in guesses:
-        num_distinct = counts.get(guess.name)
-        constant = guess.reason.startswith(("ignored: always", "ignored: no values"))
-        if num_distinct is None or (num_distinct == 1 if constant else num_distinct > 0.9 * num_rows):
-            confirmed.append(guess)
-        else:
-            confirmed.append(Guess(guess.name, Categorical(guess.name), f"about {num_distinct:,} distinct values"))
-    return confirmed
+    name = guess.name
+    if guess.feature is not None or table.dtypes[name].is_nested():
+        return guess
+    value = pl.col(name).cast(pl.String).hash().alias(name)
+    if guess.reason.startswith(("ignored: always", "ignored: no values")):
+        bounds = table.gather(lambda piece: piece.select(low=value.min(), high=value.max()))
+        same = bounds["low"].min() == bounds["high"].max()
+        return guess if same else Guess(name, Categorical(name), "more than one value, though few rows have another")
+    # How many distinct values there are is told from those whose hash is small: about SAMPLE_ROWS, if none repeats.
+    share = min(1.0, SAMPLE_ROWS / num_rows)
+    small = table.gather(lambda piece: piece.select(value).filter(pl.col(name) < int(share * 2**64)).unique())
+    distinct = small[name].n_unique() > 0.9 * share * num_rows
+    return guess if distinct else Guess(name, Categorical(name), "values that repeat")

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 import rich
@@ -17,20 +17,25 @@ from rich import box
 from rich.table import Table
 
 from ctrlib.data.cells import check_columns, checks, without_bad_rows
+from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
-from ctrlib.data.encode import count_ids, encode_checked, fit_groups
-from ctrlib.data.raw import RawData, RawTable, naming, read_raw
+from ctrlib.data.encode import Totals, fit_groups, refuse_other_spelling
+from ctrlib.data.raw import RawData, RawTable, naming
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, split_table
-from ctrlib.data.vocabulary import fit
+from ctrlib.data.vocabulary import fit, vocabulary_path
+from ctrlib.data.workers import ThisMachine, Workers
 from ctrlib.schema import Feature, Numeric, Schema, SchemaError, kind_of
 
-ROWS_PER_GROUP = 65_536
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame as SparkFrame
+    from pyspark.sql import SparkSession
+
 Log = Callable[[Any], None]
 
 
 def prepare(
-    data: RawData | Mapping[str, RawData],
+    data: RawData | SparkFrame | Mapping[str, RawData | SparkFrame],
     out: str | Path,
     *,
     features: Iterable[Feature] | None = None,
@@ -51,6 +56,7 @@ def prepare(
     label_positive: Mapping[str, str] | None = None,
     note: str = "",
     overwrite: bool = False,
+    spark: SparkSession | None = None,
     log: Log | None = rich.print,
 ) -> Schema:
     """Prepare raw data for training and return the fitted schema.
@@ -59,8 +65,8 @@ def prepare(
     leaves none. Memory is bounded by the largest vocabulary, not by the number of rows.
 
     Args:
-        data: a CSV, TSV or parquet file, a folder of parquet files, or a polars frame, which is then split; or a
-            dictionary of those with keys "train" and, if there are any, "valid" and "test".
+        data: a CSV, TSV or parquet file, a folder of parquet files, a polars frame or a Spark DataFrame, which is then
+            split; or a dictionary of those with keys "train" and, if there are any, "valid" and "test".
         out: the folder to make.
         features: what columns mean; the type of every other column is inferred and shown. Fields keep this order, with
             the inferred ones after them in the order of the file.
@@ -81,6 +87,8 @@ def prepare(
         label_positive: for labels that are text, label -> text of the positive class, such as {"income": ">50K"}.
         note: kept in report.json and beside every number that `run` makes from this data.
         overwrite: replace an older prepared folder.
+        spark: a Spark session whose executors do the work, with the same result bit for bit (`ctrlib.data.spark` says
+            what they need). A Spark DataFrame as `data` brings its session along.
         log: is called with each message or table (`rich.print`); None for silence.
 
     Raises:
@@ -110,11 +118,13 @@ def prepare(
         "missing_labels": missing_labels,
         "label_positive": dict(label_positive) if label_positive else None,
     }
+    parts = _parts(data)
     with _folder_in_the_making(out, overwrite) as folder:
+        workers = _workers(parts, spark, folder)
         tables = {
-            name: read_raw(part, folder / "raw" / name, name=name, separator=separator, columns=columns,
-                           missing_values=missing_values, on_bad_row=on_bad_row)
-            for name, part in _parts(data).items()
+            name: workers.read(part, folder / "raw" / name, name=name, separator=separator, columns=columns,
+                               missing_values=missing_values, on_bad_row=on_bad_row)
+            for name, part in parts.items()
         }  # fmt: skip
         rare = {"min_count": min_count, "max_values": max_values}
         if isinstance(data, Mapping):
@@ -125,34 +135,33 @@ def prepare(
             train = _part(tables["data"], rows_of["train"])
         schema, reasons = describe(train, given, labels, weight, group, split_by, ignore, rare)
         _refuse_other_columns(tables, reasons)
-        for table in tables.values():
+        for name, table in tables.items():
             check_columns(table, schema, with_labels=True)
             found = checks(schema, table.dtypes, with_labels=True, **options)
-            table.frame = without_bad_rows(table, found, on_bad_row)
+            tables[name] = without_bad_rows(table, found, on_bad_row)
         skipped = {name: dict(table.skipped) for name, table in tables.items() if table.skipped}
         if rows_of:
             tables = {name: _part(tables["data"], rows) for name, rows in rows_of.items()}
 
         with naming(tables["train"].name):
-            schema = fit(tables["train"].frame, schema, tables["train"].dtypes, folder / "vocab")
+            schema = fit(tables["train"], schema, folder / "vocab", workers.count)
             types = tables["train"].types
             raw_format["types"] = {feature.name: types[feature.name] for feature in schema.sparse}
             schema = dataclasses.replace(schema, raw_format=raw_format)
-            groups = fit_groups(tables.values(), group)
+            known = {name: vocabulary_path(folder / "vocab", name) for name in schema.vocabularies}
+            groups = fit_groups(list(tables.values()), group, workers.count)
             if groups is not None:
-                pl.DataFrame({"value": groups, "id": range(len(groups))}).write_parquet(folder / "groups.parquet")
+                known[GROUP_COLUMN] = folder / "groups.parquet"
+                groups.write_parquet(known[GROUP_COLUMN])
         report = _Report(schema, reasons, skipped)
         for name, table in tables.items():
-            encoded = encode_checked(
-                table, schema, folder / "vocab", with_labels=True, label_positive=label_positive, groups=groups
-            )
-            part_path = folder / name / "part-00000.parquet"
-            part_path.parent.mkdir()
-            with naming(table.name):
-                encoded.sink_parquet(part_path, compression="snappy", row_group_size=ROWS_PER_GROUP)
-            report.add(name, pl.scan_parquet(part_path, glob=False), label_positive)
+            refuse_other_spelling(table, schema, folder / "vocab")
+            (folder / name).mkdir()
+        for name, totals in workers.write(tables, folder, schema, known, label_positive).items():
+            report.add(name, totals, label_positive)
         schema.save(folder / "schema.json")
-        shutil.rmtree(folder / "raw", ignore_errors=True)
+        for temporary in ("raw", "spark"):
+            shutil.rmtree(folder / temporary, ignore_errors=True)
         report.content["note"] = note
         (folder / "report.json").write_text(json.dumps(report.content, indent=1) + "\n", encoding="utf-8")
     if log is not None:
@@ -185,7 +194,16 @@ def _folder_in_the_making(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _parts(data: RawData | Mapping[str, RawData]) -> dict[str, RawData]:
+def _workers(parts: Mapping[str, Any], spark: SparkSession | None, folder: Path) -> Workers:
+    sessions = [part.sparkSession for part in parts.values() if hasattr(part, "sparkSession")]
+    if spark is None and not sessions:
+        return ThisMachine()
+    from ctrlib.data.spark import SparkWorkers  # pyspark is needed by those only who have it
+
+    return SparkWorkers(spark or sessions[0], folder / "spark")
+
+
+def _parts(data: RawData | SparkFrame | Mapping[str, RawData | SparkFrame]) -> dict[str, RawData | SparkFrame]:
     if not isinstance(data, Mapping):
         return {"data": data}
     unknown = [name for name in data if name not in SPLITS]
@@ -206,7 +224,7 @@ def _refuse_other_columns(tables: Mapping[str, RawTable], reasons: Mapping[str, 
 
 
 def _part(table: RawTable, rows: pl.Expr) -> RawTable:
-    return dataclasses.replace(table, frame=table.frame.filter(rows))
+    return table.map(lambda piece: piece.filter(rows))
 
 
 class _Report:
@@ -224,28 +242,28 @@ class _Report:
             self.content["features"][feature.name] = entry
         self.content["left_out"] = {name: why for name, why in reasons.items() if why.startswith("ignored")}
 
-    def add(self, split: str, encoded: pl.LazyFrame, label_positive: Mapping[str, str] | None) -> None:
+    def add(self, split: str, totals: Totals, label_positive: Mapping[str, str] | None) -> None:
         """Count a split.
 
         Raises:
             DataError: it has no rows.
             SchemaError: the text that is to be the positive class never comes up in train.
         """
-        means = {name: pl.col(name).fill_nan(None).mean() for name in self._schema.labels}
-        found = encoded.select(pl.len().alias("__rows__"), **means).collect(engine="streaming").row(0, named=True)
-        num_rows = found.pop("__rows__")
-        if not num_rows:
+        if not totals.rows:
             raise DataError(f"{split} would have no rows: give more data, or another split")
         for name, positive in (label_positive or {}).items():
-            if split == "train" and not found[name]:
+            if split == "train" and not totals.labels[name]["positive"]:
                 raise SchemaError(
                     f"label {name!r} never holds {positive!r} in train: check how the positive class is written"
                 )
-        self.content["rows"][split] = num_rows
-        self.content["label_mean"][split] = found
-        for name, counts in count_ids(encoded, self._schema).items():
+        self.content["rows"][split] = totals.rows
+        self.content["label_mean"][split] = {
+            name: counts["positive"] / counts["present"] if counts["present"] else None
+            for name, counts in totals.labels.items()
+        }
+        for name, counts in totals.ids.items():
             entry = self.content["features"][name]
-            entry["missing"][split] = counts["missing"] / num_rows
+            entry["missing"][split] = counts["missing"] / totals.rows
             entry["oov"][split] = counts["unseen"] / max(1, counts["ids"])
 
     def show(self, out: Path, log: Log) -> None:
@@ -267,6 +285,7 @@ class _Report:
             for reason, number in counts.items():
                 log(f"{split}: skipped {number:,} rows ({reason})")
         for split, num_rows in self.content["rows"].items():
-            means = ", ".join(f"{name} {mean:.4f}" for name, mean in self.content["label_mean"][split].items())
+            found = self.content["label_mean"][split]
+            means = ", ".join(f"{name} {'-' if mean is None else f'{mean:.4f}'}" for name, mean in found.items())
             log(f"{split}: {num_rows:,} rows, mean of labels: {means}")
         log(f"prepared {out}")

@@ -1,5 +1,9 @@
 """Open raw data of any supported kind as one lazy table, checked.
 
+A table comes in pieces, which follow each other: one on a single machine, many where machines share the work
+(`ctrlib.data.spark`). Whatever is found out about a table is found out about every piece and then put together, such
+that it cannot depend on where the pieces end.
+
 Text (CSV, TSV, gzipped or not) is checked row by row (`ctrlib.data.scan`) and written once, block by block, as a
 temporary parquet table whose columns are all text: what follows reads single columns from it, as often as it likes.
 Parquet files and polars frames are used as they are. In every text column surrounding blanks are cut and the missing
@@ -17,11 +21,11 @@ import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import polars as pl
@@ -35,31 +39,63 @@ from ctrlib.schema import SchemaError
 ROW = "__row__"  # a row's number in the raw data, counted from 0: for messages and for the random split
 RawData = str | Path | pl.DataFrame | pl.LazyFrame
 Ints = NDArray[np.int64]
+Plan = Callable[[pl.LazyFrame], pl.LazyFrame]
+Run = Callable[[Sequence[pl.LazyFrame], str], list[pl.DataFrame]]
+
+
+def run_here(plans: Sequence[pl.LazyFrame], name: str) -> list[pl.DataFrame]:
+    """What the plans make, one after another, on this machine; `name` is what damaged data is called in messages."""
+    with naming(name):
+        return [plan.collect(engine="streaming") for plan in plans]
 
 
 @dataclass
 class RawTable:
     """A lazy table with what is needed to speak about its rows.
 
-    `frame` has a first column `__row__`. `name` is the file's, for messages. `first_line` is the line of the file that
-    holds row 1, or None where rows and lines do not go together. `skipped` counts the rows left out, by reason;
-    `malformed` holds the numbers (from 0) of those that are not in `frame`, `unfit` the `__row__` of those that failed
-    a check later. `parsed`: all columns are text, from a text file.
+    `pieces` follow each other and have a first column `__row__`. `name` is the file's, for messages. `first_line` is
+    the line of the file that holds row 1, or None where rows and lines do not go together. `skipped` counts the rows
+    left out, by reason; `malformed` holds the numbers (from 0) of those that are in no piece, `unfit` the `__row__` of
+    those that failed a check later. `parsed`: all columns are text, from a text file. `run` executes plans.
     """
 
-    frame: pl.LazyFrame
+    pieces: tuple[pl.LazyFrame, ...]
     name: str
     first_line: int | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     malformed: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     unfit: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     parsed: bool = False
+    run: Run = run_here
+
+    def map(self, plan: Plan) -> RawTable:
+        """The table with every piece changed by `plan`, lazily."""
+        return dataclasses.replace(self, pieces=tuple(plan(piece) for piece in self.pieces))
+
+    def gather(self, plan: Plan) -> pl.DataFrame:
+        """What `plan` makes of each piece, one after another: a row for each piece where it makes totals.
+
+        >>> table = RawTable((pl.LazyFrame({"x": [1, 2]}), pl.LazyFrame({"x": [3]})), "demo")
+        >>> table.gather(lambda piece: piece.select(pl.col("x").sum()))["x"].to_list()
+        [3, 3]
+        """
+        return pl.concat(self.run([plan(piece) for piece in self.pieces], self.name))
+
+    def first(self, where: pl.Expr, column: str) -> tuple[int, Any]:
+        """The `__row__`, and what `column` holds, of the first row for which `where` is true; there must be one."""
+        row, value = self.gather(lambda piece: piece.filter(where).select(ROW, column).head(1)).row(0)
+        return row, value
+
+    @property
+    def frame(self) -> pl.LazyFrame:
+        """All rows, for this machine."""
+        return pl.concat(self.pieces) if len(self.pieces) > 1 else self.pieces[0]
 
     @property
     def dtypes(self) -> dict[str, pl.DataType]:
         """Column name -> type, without `__row__`."""
         with naming(self.name):
-            return {name: dtype for name, dtype in self.frame.collect_schema().items() if name != ROW}
+            return {name: dtype for name, dtype in self.pieces[0].collect_schema().items() if name != ROW}
 
     @property
     def types(self) -> dict[str, str]:
@@ -111,6 +147,7 @@ def read_raw(
     missing_values: Sequence[str] = ("",),
     on_bad_row: OnBadRow = "raise",
     may_lack: Sequence[Sequence[str]] = (),
+    piece_rows: int | None = None,
 ) -> RawTable:
     """Open a CSV, TSV or parquet file (or a folder of parquet files, or a polars frame) and check its form.
 
@@ -123,6 +160,7 @@ def read_raw(
         missing_values: what a cell without value holds.
         on_bad_row: "raise" at the first bad row, or "skip" and count them.
         may_lack: sets of `columns`; the first that makes the others as many as the file's cells is left out.
+        piece_rows: of files, make pieces of so many rows; by default there is one piece.
 
     Raises:
         DataError: the file is damaged or empty; the message names the row.
@@ -130,22 +168,42 @@ def read_raw(
     """
     if isinstance(data, pl.DataFrame | pl.LazyFrame):
         with naming(name):
-            _check_names(name, data.lazy().collect_schema().names())
-            table = RawTable(_clean(data.lazy(), missing_values), name)
+            check_names(name, data.lazy().collect_schema().names())
+            return RawTable((numbered(clean(data.lazy(), missing_values)),), name)
     elif isinstance(data, str | Path):
         path = Path(data)
         if not path.exists():
             raise DataError(f"{path} does not exist: expected a CSV, TSV or parquet file")
         if path.is_dir() or path.suffix in (".parquet", ".pq"):
-            table = _read_parquet(path, missing_values, on_bad_row)
-        else:
-            table = _read_text(path, temporary, separator, columns, missing_values, on_bad_row, may_lack)
-    else:
-        raise TypeError(
-            f"{name} is a {type(data).__name__}, expected a path or a polars DataFrame or LazyFrame "
-            "(from pandas: polars.from_pandas(frame))"
-        )
-    return dataclasses.replace(table, frame=table.frame.with_row_index(ROW))
+            return read_parquet(path, str(path), missing_values, on_bad_row, piece_rows)
+        return _read_text(path, temporary, separator, columns, missing_values, on_bad_row, may_lack, piece_rows)
+    raise TypeError(
+        f"{name} is a {type(data).__name__}, expected a path or a polars DataFrame or LazyFrame "
+        "(from pandas: polars.from_pandas(frame))"
+    )
+
+
+def numbered(frame: pl.LazyFrame, first: int = 0) -> pl.LazyFrame:
+    """The rows with their numbers, counted from `first`, in the column `__row__`."""
+    # Polars' own row numbers end at 2^32.
+    return frame.with_row_index(ROW).with_columns(pl.col(ROW).cast(pl.Int64) + first)
+
+
+def scan_pieces(files: list[Path], piece_rows: int | None) -> list[pl.LazyFrame]:
+    """The numbered rows of parquet files as one piece, or as pieces of `piece_rows` rows but for the last."""
+    # Paths and no pattern: brackets in a folder's name would be read as part of it.
+    if piece_rows is None:
+        return [numbered(pl.scan_parquet(files, glob=False))]
+    num_rows = [pq.ParquetFile(file).metadata.num_rows for file in files]
+    ends = np.cumsum(num_rows)
+    pieces = []
+    for start in range(0, int(ends[-1]), piece_rows):
+        stop = min(start + piece_rows, int(ends[-1]))
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
+        before = int(ends[first]) - num_rows[first]
+        rows = pl.scan_parquet(files[first : last + 1], glob=False).slice(start - before, stop - start)
+        pieces.append(numbered(rows, start))
+    return pieces
 
 
 @contextlib.contextmanager
@@ -174,6 +232,7 @@ def _read_text(
     missing_values: Sequence[str],
     on_bad_row: OnBadRow,
     may_lack: Sequence[Sequence[str]],
+    piece_rows: int | None,
 ) -> RawTable:
     temporary.mkdir(parents=True, exist_ok=True)
     try:
@@ -195,7 +254,7 @@ def _read_text(
                 names = _header(path, stream, mark)
             else:
                 names = _fitting([str(column) for column in columns], may_lack, head, mark)
-            _check_names(str(path), names, has_header=columns is None)
+            check_names(str(path), names, has_header=columns is None)
             first_line = 1 if columns is not None else 2
             scanner = RowScanner(str(path), mark, num_cells=len(names), on_bad_row=on_bad_row, first_line=first_line)
 
@@ -217,10 +276,9 @@ def _read_text(
     if not scanner.num_rows:
         skipped = f" but {dict(scanner.skipped)}, which were skipped" if scanner.skipped else ""
         raise DataError(f"{path} has no rows{skipped}: expected at least one row of {len(names)} cells")
-    # Not a pattern: brackets in the folder's name would be read as part of it.
-    frame = pl.scan_parquet(sorted(temporary.glob("*.parquet")), glob=False)
+    pieces = scan_pieces(sorted(temporary.glob("*.parquet")), piece_rows)
     line = first_line if scanner.one_line_per_row and not scanner.skipped else None
-    return RawTable(frame, str(path), line, scanner.skipped, np.array(scanner.bad_rows, np.int64), parsed=True)
+    return RawTable(tuple(pieces), str(path), line, scanner.skipped, np.array(scanner.bad_rows, np.int64), parsed=True)
 
 
 def _fitting(columns: list[str], may_lack: Sequence[Sequence[str]], head: bytes, separator: bytes) -> list[str]:
@@ -257,7 +315,8 @@ def _header(path: Path, stream: BinaryIO, separator: bytes) -> list[str]:
     return [name.strip() or f"column_{position}" for position, name in enumerate(names, start=1)]
 
 
-def _check_names(source: str, names: list[str], *, has_header: bool = False) -> None:
+def check_names(source: str, names: list[str], *, has_header: bool = False) -> None:
+    """Refuse names of columns that are given twice or mean something else."""
     repeated = sorted(name for name, number in Counter(names).items() if number > 1)
     if repeated:
         hint = " (or, if the file has no header, pass columns=[...] with their names)" if has_header else ""
@@ -283,7 +342,10 @@ def _parse(block: bytes, names: list[str], separator: bytes, missing_values: Seq
 # -------------------------------------------------------------------------------------------------- parquet and frames
 
 
-def _read_parquet(path: Path, missing_values: Sequence[str], on_bad_row: OnBadRow) -> RawTable:
+def read_parquet(
+    path: Path, name: str, missing_values: Sequence[str], on_bad_row: OnBadRow, piece_rows: int | None
+) -> RawTable:
+    """A parquet file, or the files of a folder in the order of their names; arguments as in `read_raw`."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} is a folder without parquet files: expected a file, or a folder of *.parquet")
@@ -292,7 +354,7 @@ def _read_parquet(path: Path, missing_values: Sequence[str], on_bad_row: OnBadRo
     for file in files:
         with naming(str(file)):
             metadata = pq.ParquetFile(file).metadata
-        _check_names(str(file), metadata.schema.to_arrow_schema().names)
+        check_names(str(file), metadata.schema.to_arrow_schema().names)
         num_rows += metadata.num_rows
         for number in range(metadata.num_row_groups):
             if metadata.row_group(number).num_rows == 0:
@@ -303,11 +365,13 @@ def _read_parquet(path: Path, missing_values: Sequence[str], on_bad_row: OnBadRo
                     )
                 skipped["row group without rows"] += 1
     if not num_rows:
-        raise DataError(f"{path} has no rows: expected at least one")
-    return RawTable(_clean(pl.scan_parquet(files, glob=False), missing_values), str(path), None, skipped)
+        raise DataError(f"{name} has no rows: expected at least one")
+    pieces = scan_pieces(files, piece_rows)
+    with naming(name):
+        return RawTable(tuple(clean(piece, missing_values) for piece in pieces), name, None, skipped)
 
 
-def _clean(frame: pl.LazyFrame, missing_values: Sequence[str]) -> pl.LazyFrame:
+def clean(frame: pl.LazyFrame, missing_values: Sequence[str]) -> pl.LazyFrame:
     """Text columns with the blanks around them cut and missing tokens as null; enumerations become text."""
     cleaned = []
     for name, dtype in frame.collect_schema().items():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from ctrlib.data.raw import ROW, RawTable, naming
+from ctrlib.data.raw import ROW, RawTable
 from ctrlib.data.scan import DataError
 from ctrlib.schema import SchemaError
 
@@ -49,8 +49,8 @@ def split_table(raw: RawTable, ratio: Sequence[float], *, split_by: str | None, 
         edges: list[float] = [int(bound * 2**64) for bound in bounds]
     else:
         position = _time(raw, split_by)
-        frame = raw.frame.select(position.alias("time"))
-        edges = [float("-inf"), *(_quantile(frame, bound) for bound in bounds[1:3]), float("inf")]
+        times = raw.map(lambda piece: piece.select(position.alias("time")))
+        edges = [float("-inf"), *(_quantile(times, bound) for bound in bounds[1:3]), float("inf")]
     parts: dict[str, pl.Expr] = {}
     for name, low, high, share in zip(SPLITS, edges, edges[1:], ratio):
         if share > 0:
@@ -75,13 +75,12 @@ def _time(raw: RawTable, name: str) -> pl.Expr:
         candidates += [column.str.to_datetime(form, strict=False).dt.epoch("us").cast(pl.Float64) for form in _FORMS]
     elif dtype.is_temporal():
         candidates = [column.to_physical().cast(pl.Float64)]
-    with naming(raw.name):
-        bad = raw.frame.select((~c.is_finite()).fill_null(True).sum().alias(str(i)) for i, c in enumerate(candidates))
-        num_bad = bad.collect(engine="streaming").row(0)
+    bad = [(~candidate.is_finite()).fill_null(True) for candidate in candidates]
+    totals = raw.gather(lambda piece: piece.select(is_bad.sum().alias(str(i)) for i, is_bad in enumerate(bad)))
+    num_bad = totals.sum().row(0)
     best = min(range(len(candidates)), key=lambda i: num_bad[i])
     if num_bad[best]:
-        wrong = raw.frame.filter((~candidates[best].is_finite()).fill_null(True)).select(ROW, name).head(1)
-        row, value = wrong.collect(engine="streaming").row(0)
+        row, value = raw.first(bad[best], name)
         raise DataError(
             f"{raw.place(row)}, column {name!r} holds {value!r}; expected a number or a date such as 2024-05-31 or "
             "2024-05-31 12:00:00, by which to split"
@@ -93,29 +92,29 @@ _FORMS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d 
 _NUM_BINS = 1 << 16
 
 
-def _quantile(frame: pl.LazyFrame, share: float) -> float:
+def _quantile(times: RawTable, share: float) -> float:
     """The smallest time up to which there are at least `share` of the rows.
 
     Found by histograms that narrow down, so that memory does not grow with the rows.
     """
-    low, high, num_rows = (
-        frame.select(pl.col("time").min().alias("low"), pl.col("time").max().alias("high"), pl.len().alias("rows"))
-        .collect(engine="streaming")
-        .row(0)
-    )
+    low, high, num_rows = times.gather(lambda piece: piece.select(_RANGE)).select(_MERGED).row(0)
     # Rounded: 0.8 + 0.1 of 10 rows shall be 9, not 9.000000000000002.
     wanted, before = round(share * num_rows, 6), 0
     while low < high:
-        inside = frame.filter(pl.col("time").is_between(low, high))
-        bin_of = ((pl.col("time") - low) * (_NUM_BINS / (high - low))).floor().clip(0, _NUM_BINS - 1).alias("bin")
-        bins = (
-            inside.group_by(bin_of)
-            .agg(pl.len().alias("rows"), pl.col("time").min().alias("low"), pl.col("time").max().alias("high"))
-            .collect(engine="streaming")
-            .sort("bin")
-        )
+        bins = _histogram(times, low, high)
         counted = before + bins["rows"].cum_sum()
         chosen = int((counted >= wanted).arg_max() or 0)
         before = int(counted[chosen] - bins["rows"][chosen])
         low, high = bins["low"][chosen], bins["high"][chosen]
     return float(low)
+
+
+_RANGE = [pl.col("time").min().alias("low"), pl.col("time").max().alias("high"), pl.len().cast(pl.Int64).alias("rows")]
+_MERGED = [pl.col("low").min(), pl.col("high").max(), pl.col("rows").sum()]
+
+
+def _histogram(times: RawTable, low: float, high: float) -> pl.DataFrame:
+    time = pl.col("time")
+    bin_of = ((time - low) * (_NUM_BINS / (high - low))).floor().clip(0, _NUM_BINS - 1).alias("bin")
+    found = times.gather(lambda piece: piece.filter(time.is_between(low, high)).group_by(bin_of).agg(_RANGE))
+    return found.group_by("bin").agg(_MERGED).sort("bin")

@@ -9,33 +9,51 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 import polars as pl
 
 from ctrlib.data.cells import number, text, transformed
+from ctrlib.data.moments import moments
+from ctrlib.data.raw import Plan, RawTable
 from ctrlib.schema import NUM_RESERVED_IDS, Categorical, Numeric, Schema, SchemaError, SparseFeature, vocabulary_of
 
+# Tables, and for each name what makes a column `value` of a piece -> for each name a lazy frame of value and count.
+Count = Callable[[Sequence[RawTable], Mapping[str, Plan]], Mapping[str, pl.LazyFrame]]
 
-def fit(train: pl.LazyFrame, schema: Schema, dtypes: Mapping[str, pl.DataType], folder: Path) -> Schema:
+
+def count_here(tables: Sequence[RawTable], plans: Mapping[str, Plan]) -> dict[str, pl.LazyFrame]:
+    """How often each value comes up in columns made of the tables, lazily."""
+    pieces = [piece for table in tables for piece in table.pieces]
+    return {name: counted(pl.concat([plan(piece) for piece in pieces])) for name, plan in plans.items()}
+
+
+def counted(column: pl.LazyFrame) -> pl.LazyFrame:
+    """Value and count of a column `value`."""
+    return column.group_by("value").agg(count=pl.len().cast(pl.Int64))
+
+
+def fit(train: RawTable, schema: Schema, folder: Path, count: Count = count_here) -> Schema:
     """The fitted copy of `schema`; writes the vocabularies into `folder`.
 
-    Memory is bounded by the largest vocabulary: one vocabulary is counted at a time, numbers in one streaming pass.
+    Memory is bounded by the largest vocabulary: one vocabulary is counted at a time.
 
     Raises:
         SchemaError: features that share a vocabulary disagree on what goes into it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sizes, hashes = {}, {}
-    for name, features in schema.vocabularies.items():
-        vocabulary = count_values(train, features, dtypes)
+    dtypes = train.dtypes
+    limits = {name: _limits(features) for name, features in schema.vocabularies.items()}
+    plans = {name: values_of(features, dtypes) for name, features in schema.vocabularies.items()}
+    for name, counts in count([train], plans).items():
+        vocabulary = in_order(counts, *limits[name])
         vocabulary.write_parquet(vocabulary_path(folder, name))
         sizes[name] = len(vocabulary) + NUM_RESERVED_IDS
         hashes[name] = hash_values(vocabulary["value"])
-    parameters = fit_numbers(train, schema.dense, dtypes)
+    parameters = fit_numbers(train, schema.dense)
     fitted = tuple(
         dataclasses.replace(feature, parameters=parameters[feature.name])
         if isinstance(feature, Numeric)
@@ -45,27 +63,33 @@ def fit(train: pl.LazyFrame, schema: Schema, dtypes: Mapping[str, pl.DataType], 
     return dataclasses.replace(schema, features=fitted, vocabulary_hashes=hashes)
 
 
-def count_values(
-    train: pl.LazyFrame, features: tuple[SparseFeature, ...], dtypes: Mapping[str, pl.DataType]
-) -> pl.DataFrame:
-    """The vocabulary of features that share one: value, id, count."""
+def values_of(features: tuple[SparseFeature, ...], dtypes: Mapping[str, pl.DataType]) -> Plan:
+    """What makes of a piece all values of features that share a vocabulary, as one column `value`."""
+    texts = [text(feature, dtypes[feature.name]) for feature in features]
+    lists = [value if isinstance(f, Categorical) else value.explode() for f, value in zip(features, texts)]
+    values = [value.alias("value") for value in lists]
+    return lambda piece: pl.concat([piece.select(value) for value in values])
+
+
+def _limits(features: tuple[SparseFeature, ...]) -> tuple[int, int | None]:
     rules = {feature.name: (feature.min_count, feature.max_values) for feature in features}
     if len(set(rules.values())) > 1:
         raise SchemaError(
             f"features that share vocabulary {vocabulary_of(features[0])!r} must agree on (min_count, max_values), "
             f"got {rules}"
         )
-    columns = []
-    for feature in features:
-        value = text(feature, dtypes[feature.name])
-        value = value if isinstance(feature, Categorical) else value.explode()
-        columns.append(train.select(value.alias("value")))
-    min_count, max_values = rules[features[0].name]
+    return rules[features[0].name]
+
+
+def in_order(counts: pl.LazyFrame, min_count: int, max_values: int | None) -> pl.DataFrame:
+    """The vocabulary of counted values: value, id, count.
+
+    >>> counts = pl.LazyFrame({"value": ["b", None, "c", "a"], "count": [1, 7, 2, 1]})
+    >>> in_order(counts, 1, 2).rows()
+    [('c', 3, 2), ('a', 4, 1)]
+    """
     values = (
-        pl.concat(columns)
-        .group_by("value")
-        .agg(count=pl.len().cast(pl.Int64))
-        .filter(pl.col("value").is_not_null() & (pl.col("count") >= min_count))
+        counts.filter(pl.col("value").is_not_null() & (pl.col("count") >= min_count))
         .collect(engine="streaming")
         .sort("count", "value", descending=[True, False])
     )
@@ -75,25 +99,19 @@ def count_values(
     return values.select("value", ids.alias("id"), "count")
 
 
-def fit_numbers(
-    train: pl.LazyFrame, features: tuple[Numeric, ...], dtypes: Mapping[str, pl.DataType]
-) -> dict[str, dict[str, float]]:
+def fit_numbers(train: RawTable, features: tuple[Numeric, ...]) -> dict[str, dict[str, float]]:
     """Feature name -> parameters of its transform; a column without any number counts as all zeros."""
     if not features:
         return {}
-    # Two selects, so that each cell is parsed once and not once for each statistic.
+    dtypes = train.dtypes
     columns = [transformed(number(f.name, dtypes[f.name]), f.transform).alias(f.name) for f in features]
-    statistics = []
-    for x in (pl.col(feature.name) for feature in features):
-        statistics += [x.mean().name.suffix(" mean"), x.std(ddof=0).name.suffix(" sd")]
-        statistics += [x.min().name.suffix(" min"), x.max().name.suffix(" max")]
-    found = train.select(columns).select(statistics).collect(engine="streaming").row(0, named=True)
+    found = moments(train.map(lambda piece: piece.select(columns)))
     fitted = {}
     for feature in features:
-        mean, sd, low, high = (float(found[f"{feature.name} {what}"] or 0.0) for what in ("mean", "sd", "min", "max"))
+        mean, sd, low, high = found[feature.name]
         if feature.transform in ("standard", "log_standard"):
             # A constant column has no scale: 1 maps it to 0, and what differs from it in other splits stays finite.
-            fitted[feature.name] = {"fill": 0.0, "mean": mean, "sd": sd if sd > 0 and math.isfinite(sd) else 1.0}
+            fitted[feature.name] = {"fill": 0.0, "mean": mean, "sd": sd if sd > 0 else 1.0}
         elif feature.transform == "minmax":
             span = high - low
             fitted[feature.name] = {"fill": (mean - low) / span if span > 0 else 0.0, "min": low, "max": high}
@@ -112,17 +130,30 @@ def vocabulary_path(folder: Path, name: str) -> Path:
 
 
 def hash_values(values: pl.Series) -> str:
-    """16 hexadecimal digits that say which values have which ids."""
-    return hashlib.sha256(json.dumps(values.to_list(), ensure_ascii=False).encode()).hexdigest()[:16]
+    """16 hexadecimal digits that say which values have which ids: of their JSON, made slice by slice.
+
+    >>> hash_values(pl.Series(["a", "b"])) == hashlib.sha256(b'["a", "b"]').hexdigest()[:16]
+    True
+    """
+    digest = hashlib.sha256(b"[")
+    for start in range(0, len(values), _SLICE):
+        listed = json.dumps(values[start : start + _SLICE].to_list(), ensure_ascii=False)
+        digest.update(((", " if start else "") + listed[1:-1]).encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:16]
 
 
-def load_vocabularies(folder: Path, schema: Schema) -> dict[str, pl.Series]:
-    """Vocabulary name -> its values in the order of their ids.
+_SLICE = 1 << 20
+
+
+def load_vocabularies(folder: Path, schema: Schema) -> dict[str, pl.DataFrame]:
+    """Vocabulary name -> value and id, in the order of the ids.
 
     Raises:
         SchemaError: as in `load_vocabulary`.
     """
-    return {name: load_vocabulary(folder, name, schema) for name in schema.vocabularies}
+    values = {name: load_vocabulary(folder, name, schema) for name in schema.vocabularies}
+    return {name: value.to_frame("value").with_row_index("id", NUM_RESERVED_IDS) for name, value in values.items()}
 
 
 def load_vocabulary(folder: Path, name: str, schema: Schema) -> pl.Series:

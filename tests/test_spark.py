@@ -1,0 +1,182 @@
+"""Spark prepares the same folder as one machine, bit for bit, and says the same of damaged data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from every_kind import COLUMNS, EVERY_KIND, every_kind
+
+import ctrlib as ctr
+from ctrlib.data.fingerprint import fingerprint
+from ctrlib.data.prepare import prepare
+
+ROOT = Path(__file__).parent.parent
+REAL = Path(os.environ.get("CTRLIB_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[Any]:
+    if importlib.util.find_spec("pyspark") is None:
+        pytest.skip('PySpark is not installed: pip install "ctrlib[spark]"')
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        pytest.skip("PySpark needs Java 17 or later, and there is no java on the path and no JAVA_HOME")
+    from pyspark.sql import SparkSession
+
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    session = (
+        SparkSession.builder.master("local[2]")
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.driver.extraJavaOptions", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")  # starts twice as fast
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .getOrCreate()
+    )
+    yield session
+    session.stop()
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: Any) -> None:
+    monkeypatch.setattr("ctrlib.data.spark.PIECE_ROWS", 400)
+
+
+def check_same(spark: Any, tmp_path: Path, data: Any, spark_data: Any, **options: Any) -> dict[str, int]:
+    """Prepare with both; the number of files of each split that Spark wrote."""
+    options = {"log": None, "overwrite": True, **options}
+    expected = prepare(data, tmp_path / "polars", **options)
+    assert prepare(spark_data, tmp_path / "spark", spark=spark, **options) == expected
+    assert fingerprint(tmp_path / "spark") == fingerprint(tmp_path / "polars")
+    files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "part-" not in path.name)
+             for folder in (tmp_path / "polars", tmp_path / "spark")]  # fmt: skip
+    assert files[0] == files[1]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("polars", "spark")]
+    assert reports[0] == reports[1]
+    return {split: len(list((tmp_path / "spark" / split).iterdir())) for split in reports[0]["rows"]}
+
+
+def test_a_text_file(spark, tmp_path):
+    path = every_kind(tmp_path)
+    files = check_same(spark, tmp_path, path, path, **EVERY_KIND["random"])
+    assert files == {"train": 2, "valid": 2, "test": 2}
+    skipped = json.loads((tmp_path / "spark" / "report.json").read_text())["skipped"]["data"]
+    assert skipped == {"too few cells": 6, "price: not a finite number": 7}
+
+
+def test_a_spark_frame_split_by_time(spark, tmp_path):
+    rows = pl.read_csv(
+        every_kind(tmp_path),
+        separator="\t",
+        has_header=False,
+        new_columns=COLUMNS,
+        truncate_ragged_lines=True,
+        infer_schema=False,
+    )
+    rows = rows.filter(pl.col("score").is_not_null()).with_columns(
+        pl.col("seen").str.split("|"), pl.col("age", "time").cast(pl.Int32, strict=False), none=pl.lit(None, pl.String)
+    ).with_row_index("row").with_columns(pl.col("row").cast(pl.Int64))  # fmt: skip
+    options = {**EVERY_KIND["by time"], "ignore": ("row", "score", "w")}
+    rows.sample(fraction=1.0, shuffle=True, seed=0).write_parquet(tmp_path / "rows.parquet")
+    # Three partitions, the first without a row.
+    frame = spark.read.parquet(str(tmp_path / "rows.parquet")).repartitionByRange(3, "row").orderBy("row")
+    check_same(spark, tmp_path, rows, frame, **options)
+
+
+def test_parquet_files_that_are_split_already(spark, tmp_path):
+    for split, num_rows in (("train", 150), ("test", 40)):
+        (tmp_path / split).mkdir()
+        for number in range(3):
+            columns = {
+                "label": [0, 1] * num_rows,
+                "item": range(2 * num_rows),
+                "price": np.arange(2 * num_rows) / (3 + number),
+            }
+            pl.DataFrame(columns).write_parquet(tmp_path / split / f"{number}.parquet", row_group_size=300)
+    data = {"train": tmp_path / "train", "test": tmp_path / "test"}
+    # Only numbers, so that there is nothing to look up.
+    files = check_same(spark, tmp_path, data, data, features=[ctr.Numeric("price")], ignore="item")
+    assert files == {"train": 3, "test": 1}
+    frames = {"train": pl.read_parquet(tmp_path / "train"), "test": pl.read_parquet(tmp_path / "test").lazy()}
+    check_same(spark, tmp_path, frames, frames, features=[ctr.Categorical("item"), ctr.Numeric("price")])
+
+
+def test_criteo(spark, tmp_path, monkeypatch):
+    path = REAL / "criteo_10k" / "train.txt.gz"
+    if not path.exists():
+        pytest.skip(f"no real data: {path} does not exist")
+    monkeypatch.setattr("ctrlib.data.spark.PIECE_ROWS", 6000)
+    counts, categories = [f"I{i}" for i in range(1, 14)], [f"C{i}" for i in range(1, 27)]
+    features = [ctr.Categorical(name, bucket="log_squared") for name in counts[:6]]
+    features += [ctr.Numeric(name, "log_standard") for name in counts[6:]]
+    features += [ctr.Categorical(name, min_count=2) for name in categories]
+    options = {"columns": ["label", *counts, *categories], "separator": "\t", "features": features}
+    check_same(spark, tmp_path, path, path, **options)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        ({"price": ["1"] * 700 + ["dear"] + ["2"] * 99}, {}),
+        ({"price": ["dear"] * 800}, {}),
+        ({"time": ["2024-05-31"] * 500 + ["noon"] * 300}, {"split_by": "time"}),
+        ({}, {"features": [ctr.Categorical("colour")]}),
+        ({}, {"split": (1, 1e-9, 0)}),
+        ({"*": [1] * 800}, {}),
+    ],
+)  # fmt: skip
+def test_damaged_data_is_refused_in_the_same_words(spark, tmp_path, columns, options):
+    rows = pl.DataFrame(
+        {"label": [0, 1] * 400, "item": ["a", "b"] * 400, "price": ["1"] * 800, **columns}, strict=False
+    )
+    options = {"features": [ctr.Categorical("item"), ctr.Numeric("price")], "log": None, **options}
+    messages = []
+    for session in (None, spark):
+        with pytest.raises((ctr.DataError, ctr.SchemaError)) as error:
+            prepare(rows, tmp_path / "out", spark=session, **options)
+        messages.append((type(error.value), str(error.value)))
+    assert messages[0] == messages[1]
+    assert list(tmp_path.iterdir()) == []  # nothing half done
+
+
+def test_spark_frames_that_cannot_be_prepared(spark, tmp_path):
+    frame = spark.createDataFrame([(1, "a"), (0, "b")], "label int, item string")
+    with pytest.raises(ctr.DataError, match="train has no rows: expected at least one"):
+        prepare({"train": frame.where("label > 1")}, tmp_path / "out", log=None)
+    with pytest.raises(ctr.SchemaError, match=r"train: columns \['item'\] appear more than once"):
+        prepare({"train": frame.join(frame.select("item"))}, tmp_path / "out", log=None)
+    with pytest.raises(TypeError, match="is a list, expected a path"):
+        prepare([1, 2], tmp_path / "out", spark=spark, log=None)
+
+
+def test_damaged_files_are_named(spark, tmp_path):
+    path = tmp_path / "raw.parquet"
+    rng = np.random.default_rng(0)
+    pl.DataFrame({"label": [0, 1] * 500, "item": rng.integers(0, 10**9, 1000).astype(str)}).write_parquet(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 3000 + content[3004:])
+    with pytest.raises(ctr.DataError, match=r"raw.parquet cannot be read, it may be truncated or damaged"):
+        prepare(path, tmp_path / "out", features=[ctr.Categorical("item")], spark=spark, log=None)
+
+
+def test_pyspark_is_needed_by_those_only_who_use_it(tmp_path):
+    code = f"""
+import sys
+sys.modules["pyspark"] = None
+import ctrlib as ctr, polars as pl
+frame = pl.DataFrame({{"item": ["a", "b"], "label": [0, 1]}})
+ctr.prepare({{"train": frame}}, {str(tmp_path / "p")!r}, features=[ctr.Categorical("item")], log=None)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
