@@ -1,7 +1,10 @@
-"""A model is an embedding, a tower and a head, and nothing else."""
+"""A model is an embedding, a tower and a head, and nothing else; an ensemble is several models."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
@@ -74,3 +77,34 @@ class Model(nn.Module):
         """Bytes of the weights that depend on ids and numbers: embedding and wide part."""
         network = {id(p) for part in self.network() for p in part.parameters()}
         return sum(p.numel() * p.element_size() for p in self.parameters() if id(p) not in network)
+
+
+class Ensemble(nn.Module):
+    """The mean of the logits of models that were trained apart (Lakshminarayanan et al., NeurIPS 2017).
+
+    Models of different towers err differently, and their mean is often better than any of them, at the sum of their
+    cost. Train each by itself: a common loss would make them alike.
+
+    Shape: Batch -> (B, T) logits.
+
+    Raises:
+        ValueError: there is no model.
+
+    >>> from ctrlib import presets
+    >>> from ctrlib.testing import example_batch, example_schema
+    >>> schema = example_schema()
+    >>> members = [presets.mlp(presets.Inputs(schema, embedding_dim=4), hidden=(8,)) for _ in range(2)]
+    >>> batch = example_batch(schema, 3)
+    >>> bool(torch.allclose(Ensemble(members)(batch), (members[0](batch) + members[1](batch)) / 2))
+    True
+    """
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        if not self.models:
+            raise ValueError("an ensemble needs one or more models, got none")
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Batch -> (B, T) logits."""
+        return torch.stack([model(batch) for model in self.models]).mean(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -10,12 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from ctrlib import presets
+from ctrlib.data.loader import Loader
 from ctrlib.data.quantiles import quantile_edges
+from ctrlib.model import Ensemble
+from ctrlib.schema import Schema
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.distributed import rank, world_size
+from ctrlib.training.evaluate import evaluate, predict, score
 from ctrlib.training.loop import to_json
-from ctrlib.training.run import Device, EngineName, record, run
+from ctrlib.training.run import Device, EngineName, choose_device, record, run
 
 
 @dataclass(frozen=True)
@@ -69,18 +76,91 @@ def run_recipe(
     Raises:
         SystemExit: `record` is asked for a run that is cut short.
     """
+    folder = _prepared(knobs, recipe, data, script)
+    result = {"data": data, "model": model, **_train(knobs, folder, config, training)[1]}
+    _report(knobs, recipe, result)
+    return result
+
+
+def run_ensemble_recipe(
+    knobs: RecipeKnobs,
+    *,
+    recipe: str,
+    data: str,
+    script: Sequence[str],
+    model: str,
+    members: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+) -> dict[str, Any]:
+    """As `run_recipe`, of the mean of several models, each trained by itself.
+
+    Args:
+        knobs: the flags.
+        recipe: path of the recipe.
+        data: name of the data in results.csv, and of the prepared folder.
+        script: file name of the data-set script and its arguments.
+        model: name of the ensemble in results.csv.
+        members: `config` and `training` of each, as in `run_recipe`.
+
+    Raises:
+        SystemExit: as `run_recipe`, and for several processes.
+    """
+    if world_size() > 1:
+        raise SystemExit("the members of an ensemble are scored together in one process: start one")
+    folder = _prepared(knobs, recipe, data, script)
+    models, results = [], []
+    for number, (config, training) in enumerate(members):
+        out = None if knobs.out is None else knobs.out / f"member-{number}"
+        member, result = _train(dataclasses.replace(knobs, out=out), folder, config, training)
+        models.append(member)
+        results.append(result)
+    device = choose_device(knobs.device)
+    ensemble = Ensemble(models).to(device)
+    with_group = Schema.load(folder).group is not None
+    valid, test = (Loader(folder, split, batch_size=8192, with_group=with_group) for split in ("valid", "test"))
+    valid_scores = evaluate(ensemble, valid, device=device)
+    started = time.perf_counter()
+    scored = predict(ensemble, test, device=device)
+    inference = test.num_rows / (time.perf_counter() - started)
+    test_scores = score(scored)
+    summed = ("parameters", "network_parameters", "embedding_bytes", "seconds")
+    result = {
+        **{"data": data, "model": model, **results[0]},
+        **{name: sum(result[name] for result in results) for name in summed},
+        "valid_auc": valid_scores["auc"],
+        "valid_logloss": valid_scores["log_loss"],
+        "test_auc": test_scores["auc"],
+        "test_logloss": test_scores["log_loss"],
+        **{f"test_{name}": value for name, value in test_scores.items() if name not in ("auc", "log_loss")},
+        "samples_per_second": round(1 / sum(1 / result["samples_per_second"] for result in results), 1),
+        "inference_samples_per_second": round(inference, 1),
+        "epochs": max(result["epochs"] for result in results),
+        "best_epoch": max(result["best_epoch"] for result in results),
+    }
+    _report(knobs, recipe, result)
+    return result
+
+
+def _prepared(knobs: RecipeKnobs, recipe: str, data: str, script: Sequence[str]) -> Path:
+    """The prepared folder, made first if need be."""
     if knobs.raw and world_size() > 1:
         raise SystemExit("--raw prepares the data: run the recipe with it in one process first, then start several")
     if knobs.record and knobs.epochs != RecipeKnobs.epochs:
         raise SystemExit("--record takes whole runs only: leave --epochs out")
-    keep_freed_memory()
-    here = Path(recipe).parent
-    folder = knobs.data or here.parent / "data" / data
+    root = Path(recipe).parent.parent
+    folder = knobs.data or root / "data" / data
     if rank() == 0 and (knobs.raw or not folder.exists()):
-        command = [sys.executable, str(here.parent / "datasets" / script[0]), *script[1:], "--out", str(folder)]
+        command = [sys.executable, str(root / "datasets" / script[0]), *script[1:], "--out", str(folder)]
         subprocess.run(command + (["--raw", str(knobs.raw)] if knobs.raw else []), check=True, stdout=sys.stderr)
     while not folder.exists():  # the first process makes it, and it appears when it is complete
         time.sleep(1)
+    return folder
+
+
+def _train(
+    knobs: RecipeKnobs, folder: Path, config: dict[str, Any], training: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """One model by the flags: what `run` returns."""
+    keep_freed_memory()
     if knobs.engine == "fused":
         config = {**config, "embedding_dim": -(-config["embedding_dim"] // 4) * 4}
         training = {**training, "embedding_l2": 0.0}
@@ -88,7 +168,7 @@ def run_recipe(
     if "bins" in config:
         config = {**config, "edges": quantile_edges(folder, config["bins"])}
         del config["bins"]
-    _, result = run(
+    return run(
         folder,
         lambda schema: presets.build(config, schema),
         engine=knobs.engine,
@@ -100,9 +180,10 @@ def run_recipe(
         plan=knobs.plan,
         **training,
     )
-    result = {"data": data, "model": model, **result}
+
+
+def _report(knobs: RecipeKnobs, recipe: str, result: dict[str, Any]) -> None:
     if rank() == 0:
         print(to_json(result))
         if knobs.record:
-            record(result, here / "results.csv", data=data, model=model)
-    return result
+            record(result, Path(recipe).parent / "results.csv", data=result["data"], model=result["model"])
