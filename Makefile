@@ -16,7 +16,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_inf
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: help setup install dev test check format demo clean
+.PHONY: help setup install dev test faults check format demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -70,6 +70,9 @@ dev: setup
 
 test: dev  ## the whole suite: tests/ and the examples in the docstrings (ARGS='-k name' narrows it)
 	$(PY) -m pytest $(ARGS)
+
+faults: dev  ## hundreds of small runs, killed, stopped and damaged: each must end as if nothing was (ARGS='--help')
+	$(PY) tests/faults.py $(ARGS)
 
 check: dev  ## lint, format, types, and that imports point one way
 	$(PY) -m ruff check .

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -41,7 +43,12 @@ def init_process_group(device: torch.device) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # After a restart torchrun gives the same store again, with the addresses of the dead processes in it. (On
+            # several machines their counts of restarts may differ: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.)
+            store = PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
 

@@ -352,7 +352,10 @@ class _Keeper:
 
 
 # What gloo and nccl say when the other side of a connection is gone, or silent.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out", "NCCL")
+_LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("Timed out", "timed out", "timeout", "NCCL"),
+)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,71 @@
+"""Runs survive faults: a short version of `make faults`, in a process of its own, since it forks and kills."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+NONE = {
+    **dict.fromkeys(("kills", "terminations", "flips", "truncations", "swaps", "resumed", "full-disks"), 0),
+    **dict.fromkeys(("lost", "stopped", "torchruns", "rank-changes"), 0),
+}
+# Twenty runs killed one to three times each.
+SHORT = {
+    **{"kills": 20, "terminations": 1, "flips": 3, "truncations": 3, "swaps": 3, "resumed": 3, "full-disks": 1},
+    **{"lost": 1, "stopped": 1, "torchruns": 1, "suicides": 1, "rank-changes": 1},
+}
+
+
+def run(folder: Path, trials: dict[str, int], command: list[str]) -> subprocess.CompletedProcess[str]:
+    flags = [text for name, count in trials.items() for text in (f"--{name}", str(count))]
+    environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, *command, *flags], capture_output=True, text=True, env=environment)
+
+
+def test_every_fault_is_survived(tmp_path: Path) -> None:
+    assert set(NONE) <= set(SHORT)
+    done = run(tmp_path, SHORT, [str(TESTS / "faults.py")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    counts = {cells[1].strip(): [int(cells[place]) for place in (2, 3, 4)] for cells in lines}
+    kills = [numbers for fault, numbers in counts.items() if fault.startswith("kill -9: ")]
+    assert [runs for runs, _, _ in kills] == [5, 5, 5, 5]
+    assert sum(injected for _, injected, _ in kills) >= 20
+    assert len(counts) == 4 + 1 + 3 + 5
+    assert all(survived == runs <= injected for runs, injected, survived in counts.values())
+    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("torch")]  # torch's own are torch's
+    assert not left
+
+
+CARELESS = """
+import sys
+
+sys.path.insert(0, sys.argv.pop(1))
+import faults
+import tyro
+from ctrlib.training.checkpoint import Checkpoints
+
+load = Checkpoints.load
+
+
+def careless(self, tensors, **options):
+    state = load(self, tensors, **options)
+    if state is not None:
+        for tensor in tensors.values():
+            if tensor.is_floating_point():
+                tensor.mul_(1 + 1e-6)
+    return state
+
+
+Checkpoints.load = careless
+sys.exit(faults.main(tyro.cli(faults.Trials)))
+"""
+
+
+def test_a_resume_that_loses_the_last_bits_is_found_out(tmp_path: Path) -> None:
+    done = run(tmp_path, {**NONE, "full-disks": 1}, ["-c", CARELESS, str(TESTS)])
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "ended with other bits" in done.stdout
