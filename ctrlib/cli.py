@@ -295,18 +295,21 @@ class Train:
         from ctrlib.training.run import run
 
         out = self.out or Path("runs") / f"{self.data.name}-{self.tower}"
-        if (out / "model.json").exists() and not self.overwrite:
+        unfinished = (out / "checkpoints").exists()  # of this very run, or `run` refuses it
+        if (out / "model.json").exists() and not self.overwrite and not unfinished:
             raise ValueError(f"{out} holds a model already: give another --out, or --overwrite to replace it")
         config = self.config()
         keep_freed_memory()
-        console = Console(stderr=True)
+        built: list[Model] = []
 
         def build(schema: Schema) -> Model:
             model = presets.build(config, schema)
-            if self.warm_start is not None:
-                for vocabulary, rows in warm_start(model, self.data, self.warm_start).items():
+            if self.warm_start is not None and not built:  # `run` builds a second one for the trained weights
+                carried = warm_start(model, self.data, self.warm_start)
+                for vocabulary, rows in carried.items() if rank() == 0 else ():
                     counts = f"{rows.carried:,} values carried over, {rows.new:,} new, {rows.gone:,} gone"
-                    console.print(f"warm start: {vocabulary}: {counts}", highlight=False)
+                    print(f"warm start: {vocabulary}: {counts}", file=sys.stderr)
+            built[:] = [model]
             return model
 
         _, result = run(
@@ -327,6 +330,7 @@ class Train:
             plan=self.plan,
             checkpoint_seconds=self.checkpoint_seconds,
             out=out,
+            identity={"warm_start": str(self.warm_start)},
             tensorboard=self.tensorboard,
             on_trained=lambda model: save_model(model, config, self.data, out),
         )

@@ -39,7 +39,7 @@ def add_auxiliary(losses: Tensor) -> None:
     """Add a part's own loss to the training loss: self-distillation, a regulariser of the rows looked up, and the like.
 
     Called in `forward`, in training only. Losses of rows are averaged with the batch's weights, a scalar is added as it
-    is. Where no engine collects (evaluation, your own loop), nothing happens.
+    is (of several processes: the sum of theirs). Where no engine collects (evaluation, your own loop), nothing happens.
 
     Shape: (B,) or ().
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import cli, presets
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.layers import Dice
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training import loop, run
-from ctrlib.training.batch_norm import synchronise
+from ctrlib.training.batch_norm import synchronise_batch_norm
 from ctrlib.training.distributed import rank, world_size
 from ctrlib.training.loop import LostProcessError, _name_lost_processes
 
@@ -184,7 +185,7 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ..
     def part() -> Any:
         rows = [slice(0, 4), slice(4, 4), slice(4, 6)][rank()]
         layer: Any = nn.BatchNorm1d(3) if len(shape) == 2 else nn.BatchNorm2d(3)
-        synchronise(layer)
+        synchronise_batch_norm(layer)
         own = x[rows].clone().requires_grad_()
         y = layer(own)
         (y * weight[rows]).sum().backward()
@@ -211,7 +212,7 @@ def test_dice_shares_its_statistics() -> None:
 
     def part() -> Tensor:
         layer = Dice(3)
-        synchronise(layer)
+        synchronise_batch_norm(layer)
         return layer(x[4 * rank() : 4 * rank() + 4]).detach()  # type: ignore[no-any-return]
 
     torch.testing.assert_close(torch.cat(run_ranks(2, part)), expected.detach())
@@ -227,6 +228,42 @@ def test_a_lost_process_is_named_and_other_errors_are_not(monkeypatch: pytest.Mo
         raise RuntimeError("[gloo] Connection closed by peer [::1]:2")
     with pytest.raises(RuntimeError, match="shapes do not match"), _name_lost_processes():
         raise RuntimeError("shapes do not match")
+
+
+def test_ctrl_c_ends_two_processes_in_the_same_step(data: Path) -> None:
+    def run_until_interrupted() -> int:
+        taken = 0
+        original = ctr.ExactEngine.step
+
+        def step(self: Any, batch: ctr.Batch) -> Tensor:
+            nonlocal taken
+            taken += 1
+            if taken == 24 + rank():  # in the second epoch, and not at the same time
+                signal.raise_signal(signal.SIGINT)
+            return original(self, batch)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ctr.ExactEngine, "step", step)
+            _, result = quick_run(data)
+        assert result["best_epoch"] == 1
+        return taken
+
+    assert run_ranks(2, run_until_interrupted) == [24, 24]
+
+
+def test_the_command_goes_on_after_its_model_was_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(data), "--tower", "mlp", "--hidden", "8", "--epochs", "1", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.delattr(run, "predict")
+        with pytest.raises(NameError):
+            cli.main(command)
+    assert (tmp_path / "run" / "model.json").exists()
+    assert cli.main(command) == 0
+    assert "goes on after step" in capsys.readouterr().err
+    assert cli.main(command) == 1
+    assert "holds a model already" in capsys.readouterr().err
 
 
 def test_the_example_of_a_trainer_goes_on_under_torchrun(data: Path, tmp_path: Path) -> None:

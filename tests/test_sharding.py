@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 import ctrlib as ctr
 from ctrlib import presets
 from ctrlib.batch import Batch
+from ctrlib.embeddings.din import DIN, MiniBatchAwareL2
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training.distributed import rank, world_size
+from ctrlib.training.guard import refuse_what_needs_one_process
 
 SCHEMA = example_schema()
 
@@ -54,6 +57,8 @@ def trained(make: Callable[[], Any]) -> tuple[list[float], dict[str, Tensor]]:
         batch.weights[:] = torch.rand(32, generator=torch.Generator().manual_seed(seed))
         batches.append(part(batch))
     losses = [loss.item() for _, loss in engine.train(batches)]
+    if isinstance(engine, ctr.FusedEngine) and world_size() > 1:
+        assert engine._pipelined, "TorchRec's pipeline found no tables"
     return losses, engine.weights()
 
 
@@ -188,6 +193,68 @@ def test_planner_gives_each_process_its_share() -> None:
     sizes = ctr.plan_bytes(plan, embedding, world_size=4)
     per_rank = [sum(size[n] for size in sizes.values()) for n in range(4)]
     assert per_rank == [25_000 * 9 * 4 + 2 * 1000 * 9 * 4] * 4
+
+
+def test_auto_plans_tables_that_no_machine_here_could_hold() -> None:
+    with torch.device("meta"):
+        features = [ctr.Categorical(f"c{n}", num_embeddings=1000) for n in range(4)]
+        large = ctr.Categorical("large", num_embeddings=1_000_000_000)
+        embedding = ctr.TableEmbedding([*features, large], embedding_dim=64)
+    for device_type in ("cpu", "cuda"):
+        plan = ctr.make_plan(embedding, world_size=4, device_type=device_type)
+        assert plan["tables.embedding_bags.table_large.weight"].sharding == "row_wise"
+        assert sorted(p.ranks for p in plan.values() if p.sharding == "table_wise") == [(0,), (1,), (2,), (3,)]
+
+
+def test_no_process_keeps_the_whole_table() -> None:
+    def held() -> int:
+        model = build()
+        engine = ctr.FusedEngine(model, sharding="row_wise")
+        engine.model.train()
+        engine.step(part(example_batch(SCHEMA, 32)))
+        gc.collect()
+        weights = [t for t in gc.get_objects() if isinstance(t, nn.Parameter) and tuple(t.shape) == (30, 8)]
+        return sum(t.untyped_storage().nbytes() for t in weights)
+
+    assert run_ranks(2, held) == [0, 0]  # the items' table: rows are held in parts only
+
+
+def test_row_losses_of_all_processes_add_up() -> None:
+    def losses() -> Any:
+        torch.manual_seed(0)
+        decay = MiniBatchAwareL2(torch.ones(30), strength=5.0, per_occurrence=True)
+        embedding = ctr.SequenceEmbedding(
+            SCHEMA.features,
+            units=(ctr.Unit(("item",), ("history",), DIN(8)),),
+            embedding_dim=8,
+            row_losses={"item": decay},
+        )
+        tower = ctr.MLP(embedding.out_shape, hidden=(8,))
+        return trained(lambda: ctr.FusedEngine(ctr.Model(embedding, tower, ctr.LinearHead(tower.out_shape))))
+
+    (alone,), together = run_ranks(1, losses), run_ranks(2, losses)
+    assert_same_training(alone, together)
+
+    def refused() -> str:
+        with pytest.raises(NotImplementedError, match="per_occurrence=True"):
+            refuse_what_needs_one_process(MiniBatchAwareL2(torch.ones(30)))
+        return "refused"
+
+    assert run_ranks(2, refused) == ["refused", "refused"]
+
+
+def test_bf16_counts_and_averages_in_float32() -> None:
+    x = (torch.randn(600, 3, generator=torch.Generator().manual_seed(0)) + 30).bfloat16()
+
+    def part_of() -> Tensor:
+        layer = nn.BatchNorm1d(3)
+        ctr.synchronise_batch_norm(layer)
+        layer(x[300 * rank() : 300 * rank() + 300])
+        assert layer.running_mean is not None
+        return layer.running_mean
+
+    for mean in run_ranks(2, part_of):
+        torch.testing.assert_close(mean, x.float().mean(0) * 0.1, atol=1e-5, rtol=1e-5)
 
 
 def test_reported_bytes_are_the_bytes_held() -> None:

@@ -13,7 +13,7 @@ from ctrlib.layers import Dice
 from ctrlib.training.distributed import all_rows
 
 
-def synchronise(model: nn.Module) -> None:
+def synchronise_batch_norm(model: nn.Module) -> None:
     """Let every BatchNorm and Dice in `model` take mean and variance over the batches of all processes, in training.
 
     `nn.SyncBatchNorm` does this on GPUs only. Names and values of the weights stay; evaluation is untouched. Every
@@ -78,26 +78,28 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype, x = x.dtype, x.float()  # bfloat16 cannot even count the rows
         num_rows = x.shape[0]
         # Deviations from the process's own mean, put together as Chan et al. (1979) do: sums of squares would cancel.
         mean = x.mean(0) if num_rows else x.new_zeros(x.shape[1])
         deviation = (x - mean).square().sum(0)
-        parts = all_rows(torch.cat([x.new_tensor([num_rows]), mean, deviation]).float().unsqueeze(0))
+        parts = all_rows(torch.cat([x.new_tensor([num_rows]), mean, deviation]).unsqueeze(0))
         counts, means, deviations = parts[:, :1], *parts[:, 1:].chunk(2, dim=1)
         count = counts.sum().clamp(min=1)
         total_mean = (counts * means).sum(0) / count
         var = (deviations + counts * (means - total_mean).square()).sum(0) / count
         scale = (var + eps).rsqrt()
-        y = (x - total_mean.to(x.dtype)) * scale.to(x.dtype)
+        y = (x - total_mean) * scale
         ctx.save_for_backward(y, scale, count)
         ctx.mark_non_differentiable(total_mean, var, count)
-        return y, total_mean, var, count
+        return y.to(dtype), total_mean, var, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         y, scale, count = ctx.saved_tensors
-        sums = torch.stack([grad.sum(0), (grad * y).sum(0)]).float()
+        dtype, grad = grad.dtype, grad.float()
+        sums = torch.stack([grad.sum(0), (grad * y).sum(0)])
         dist.all_reduce(sums)
-        means = (sums / count).to(grad.dtype)
-        return (grad - means[0] - y * means[1]) * scale.to(grad.dtype), None
+        means = sums / count
+        return ((grad - means[0] - y * means[1]) * scale).to(dtype), None

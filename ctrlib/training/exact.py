@@ -12,9 +12,9 @@ from ctrlib.batch import Batch
 from ctrlib.embeddings.managed import ManagedEmbedding
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
-from ctrlib.training.batch_norm import synchronise
+from ctrlib.training.batch_norm import synchronise_batch_norm
 from ctrlib.training.distributed import init_process_group, rank, world_size
-from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_managed_ids
+from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_what_needs_one_process
 from ctrlib.training.state import State, adam, optimiser_state
 
 
@@ -56,7 +56,7 @@ class ExactEngine:
         loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
-        refuse_managed_ids(model)
+        refuse_what_needs_one_process(model)
         self.device = torch.device(device)
         self.model: nn.Module = model.to(self.device)
         self.embedding_l2 = embedding_l2
@@ -74,7 +74,7 @@ class ExactEngine:
         self._forward: Callable[[Batch], Tensor] = self.model
         if world_size() > 1:
             init_process_group(self.device)
-            synchronise(self.model)
+            synchronise_batch_norm(self.model)
             self._forward = DistributedDataParallel(self.model, broadcast_buffers=False)
 
     def step(self, batch: Batch) -> Tensor:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
-from ctrlib.training.batch_norm import synchronise
+from ctrlib.training.batch_norm import synchronise_batch_norm
 from ctrlib.training.distributed import gather, init_process_group, world_size
-from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_managed_ids
+from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_what_needs_one_process
 from ctrlib.training.plan import Plan, Sharding, TableOptimiser, check_plan, make_plan, show_plan, tables_of
 from ctrlib.training.rowwise_adagrad import RowwiseAdagrad
 from ctrlib.training.shard import load_weights, shard, sharded_state, whole_weights
@@ -41,7 +42,7 @@ class FusedEngine:
     Raises:
         ValueError: a table's width is not a multiple of 4, the precision is unknown, or the plan does not fit.
         MemoryError: this process's share of the tables does not fit in memory.
-        NotImplementedError: several processes, and an embedding that manages ids without a vocabulary.
+        NotImplementedError: several processes, and a part that works in one only (`refuse_what_needs_one_process`).
     """
 
     name = "fused"
@@ -63,15 +64,14 @@ class FusedEngine:
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"unknown precision {precision!r}, expected one of {get_args(Precision)}")
-        refuse_managed_ids(model)
+        refuse_what_needs_one_process(model)
         self.device = torch.device(device)
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.loss = loss
-        model.to(self.device)  # sharding moves tables only
         init_process_group(self.device)
         if world_size() > 1:
-            synchronise(model)
+            synchronise_batch_norm(model)
         self._buffers = [buffer for part in model.network() for buffer in part.buffers()]
         if plan is None:
             plan = make_plan(model, world_size=world_size(), sharding=sharding, device_type=self.device.type)
@@ -79,6 +79,9 @@ class FusedEngine:
         self.plan = plan
         self.plan_table = show_plan(plan, model, world_size=world_size(), optimiser=table_optimiser)  # to print
         tables = tables_of(model)
+        for name, part in (*model.named_parameters(), *model.named_buffers()):
+            if name not in tables:  # sharding moves those, each to where its parts go
+                part.data = part.data.to(self.device)
         self.model: Any = shard(
             model,
             plan=plan,
@@ -115,6 +118,7 @@ class FusedEngine:
         """A step for every batch: gives each batch back, when it has been trained on, with its loss."""
         iterator = iter(batches)
         for batch in iterator:
+            batch = batch.to(self.device)
             if self._pipelined is None and (world_size() > 1 or self.device.type == "cuda"):
                 with _find_pipelined(self.model, batch) as found:
                     loss = self.step(batch)
@@ -195,7 +199,7 @@ def _find_pipelined(model: nn.Module, batch: Batch) -> Iterator[list[nn.Module]]
     """
     calls: list[tuple[nn.Module, bool]] = []
     hooks = [
-        module.register_forward_pre_hook(lambda called, args: calls.append((called, args[0] is batch.sparse)))
+        module.register_forward_pre_hook(lambda called, args: calls.append((called, _same(args[0], batch.sparse))))
         for module in model.modules()
         if isinstance(module, ShardedModule)
     ]
@@ -207,6 +211,11 @@ def _find_pipelined(model: nn.Module, batch: Batch) -> Iterator[list[nn.Module]]
             hook.remove()
     called = [module for module, _ in calls]
     found += [module for module, as_is in calls if as_is and called.count(module) == 1]
+
+
+def _same(ids: Any, others: KeyedJaggedTensor) -> bool:
+    """Whether both are the same ids in memory: moving a batch to where it is already makes a new object of them."""
+    return bool(ids.keys() == others.keys() and ids.values().data_ptr() == others.values().data_ptr())
 
 
 class _Lookups(nn.Module):

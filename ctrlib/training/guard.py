@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.embeddings.din import MiniBatchAwareL2
 from ctrlib.embeddings.managed import ManagedEmbedding
 from ctrlib.losses import collect_auxiliary, total_auxiliary
 from ctrlib.training.distributed import all_rows, any_rank, rank, world_size
@@ -15,13 +16,22 @@ from ctrlib.training.distributed import all_rows, any_rank, rank, world_size
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits (B, T), labels (B, T), weights (B,)) -> scalar
 
 
-def refuse_managed_ids(model: nn.Module) -> None:
-    """Copies of a map from ids to rows would drift apart unnoticed.
+def refuse_what_needs_one_process(model: nn.Module) -> None:
+    """What would be wrong in several processes, unnoticed: copies of a map from ids to rows drift apart, and ids looked
+    up in two processes count twice in a sum over different ids.
 
     Raises:
-        NotImplementedError: there are several processes, and a part of the model is a `ManagedEmbedding`.
+        NotImplementedError: there are several processes, and a part of the model is a `ManagedEmbedding`, or a
+            `MiniBatchAwareL2` that does not count occurrences.
     """
-    if world_size() > 1 and any(isinstance(module, ManagedEmbedding) for module in model.modules()):
+    if world_size() == 1:
+        return
+    if any(isinstance(module, MiniBatchAwareL2) and not module.per_occurrence for module in model.modules()):
+        raise NotImplementedError(
+            f"MiniBatchAwareL2 knows the ids of its own process only, and {world_size()} were started: start one, or "
+            "use MiniBatchAwareL2(..., per_occurrence=True)"
+        )
+    if any(isinstance(module, ManagedEmbedding) for module in model.modules()):
         raise NotImplementedError(
             f"the engines train a ManagedEmbedding in one process, and {world_size()} were started: start one, or "
             "shard it in a loop of your own with ctrlib.ManagedSharder"
@@ -56,6 +66,8 @@ def guarded_loss(
         loss, weight = _loss_of_all(logits, batch, loss_function)
         total = world_size() * loss
         if auxiliary:
+            # Means of rows become those of all processes' rows, and scalars, sums over look-ups, their sum.
+            auxiliary = [loss if loss.dim() else world_size() * loss for loss in auxiliary]
             total = total + total_auxiliary(auxiliary, batch.weights, weight / world_size())
             if any_rank(not bool(torch.isfinite(total)))[0]:
                 total = total + torch.nan

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,8 +20,8 @@ from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
-from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.distributed import any_rank, world_size
+from ctrlib.training.checkpoint import CheckpointError, Checkpoints
+from ctrlib.training.distributed import any_rank, rank, world_size
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.progress import Epoch, Progress, random_state, set_random_state
 from ctrlib.training.state import State, copy_state, restore_state
@@ -135,7 +134,7 @@ def fit(
     console = console or Console(stderr=True)
     started = time.perf_counter()
     keeper = _Keeper(engine, train, checkpoints, checkpoint_seconds, identity or {}, console)
-    with _Log(out, tensorboard) as log, keeper, _name_lost_processes():
+    with _Log(out if rank() == 0 else None, tensorboard and rank() == 0) as log, keeper, _name_lost_processes():
         progress = keeper.load()
         for line in progress.epochs:
             log.write(line)
@@ -177,7 +176,7 @@ def fit(
                 # None is brought below 1e-6, or raised to it.
                 engine.learning_rates = [max(r * cut_factor, min(r, 1e-6)) for r in engine.learning_rates]
             keeper.save(progress, best=better)
-        keeper.restore_best()
+        keeper.restore_best(progress)
     history = History(progress.epochs, progress.best_epoch)
     if progress.total_seconds:
         history.samples_per_second = round(progress.total_rows / progress.total_seconds, 1)
@@ -241,27 +240,29 @@ class _Keeper:
             )
         self._engine, self._train, self._checkpoints = engine, train, checkpoints
         self._seconds, self._identity, self._console = seconds, identity, console
-        self._best: State | None = None
+        self._best: State | None = None  # a copy, where no checkpoint has it
         self._given = 0  # batches handed to the engine since the start of this process ...
         self._taken = 0  # ... and trained on
-        self._terminated = False
-        self._handler: Any = None
+        self._signals: set[int] = set()  # that came
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        if self._checkpoints is not None and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._terminate)
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGTERM] if self._checkpoints is not None else []
+            # Ctrl-C reaches several processes in different steps: they agree on one.
+            numbers += [signal.SIGINT] if world_size() > 1 else []
+            for number in numbers:
+                self._handlers[number] = signal.signal(number, lambda came, frame: self._signals.add(came))
         self._saved_at = time.monotonic()
 
-    def __exit__(self, *_: object) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        self._terminated = True
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if signal.SIGTERM in self._signals and kind is None:  # came when all was done
+            signal.raise_signal(signal.SIGTERM)
 
     def load(self) -> Progress:
         """Where the saved run stands, with everything put back; a new run if there is none."""
-        self._best = copy_state(self._weights())
         if self._checkpoints is None:
             return Progress()
         saved = self._checkpoints.load(self._engine.state())
@@ -283,8 +284,6 @@ class _Keeper:
         self._loader.load_state_dict(saved["loader"])
         self._engine.learning_rates = saved["learning_rates"]
         set_random_state(saved["random_state"], world_size())
-        if progress.best_checkpoint:
-            self._checkpoints.load(self._best, name=progress.best_checkpoint, prefix="model.")
         self._console.print(f"goes on after step {progress.step:,}, in epoch {len(progress.epochs) + 1}")
         return progress
 
@@ -297,22 +296,24 @@ class _Keeper:
     def save_if_due(self, progress: Progress) -> None:
         """After a step: save if it is time, or the process is to end."""
         self._taken += 1
-        if self._checkpoints is None:
-            return
-        due, terminated = any_rank(time.monotonic() - self._saved_at >= self._seconds, self._terminated)
+        due = self._checkpoints is not None and time.monotonic() - self._saved_at >= self._seconds
+        came = (number in self._signals for number in (signal.SIGTERM, signal.SIGINT))
+        due, terminated, interrupted = any_rank(due, *came)
         if due or terminated:
             self._write(progress, best=False)
         if terminated:
             self._end()
+        if interrupted:
+            raise KeyboardInterrupt
 
     def save(self, progress: Progress, *, best: bool) -> None:
         """After an epoch."""
-        if best:
-            self._best = copy_state(self._weights())
         if self._checkpoints is not None:
             self._write(progress, best=best)
-            if any_rank(self._terminated)[0]:
+            if any_rank(signal.SIGTERM in self._signals)[0]:
                 self._end()
+        elif best:
+            self._best = copy_state(self._weights())
 
     def _write(self, progress: Progress, *, best: bool) -> None:
         assert self._checkpoints is not None
@@ -338,10 +339,12 @@ class _Keeper:
         )
         raise Terminated
 
-    def restore_best(self) -> None:
+    def restore_best(self, progress: Progress) -> None:
         """The best epoch's weights back into the model."""
-        assert self._best is not None
-        restore_state(self._weights(), self._best)
+        if self._checkpoints is not None and progress.best_checkpoint is not None:
+            self._checkpoints.load(self._weights(), name=progress.best_checkpoint, prefix="model.")
+        elif self._best is not None:
+            restore_state(self._weights(), self._best)
 
     def _weights(self) -> State:
         return {name: tensor for name, tensor in self._engine.state().items() if name.startswith("model.")}
@@ -363,7 +366,7 @@ def _name_lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world_size() == 1 or not any(text in str(error) for text in _LOST):
+        if world_size() == 1 or isinstance(error, CheckpointError) or not any(text in str(error) for text in _LOST):
             raise
         raise LostProcessError(
             "another process of this training died or does not answer; this one ends too. Start the same command again "
@@ -375,7 +378,7 @@ def _name_lost_processes() -> Iterator[None]:
 def _save_batch(batch: Batch, out: Path | None) -> str:
     if out is None:
         return "Pass out= to have the batch saved."
-    path = out / "non_finite_batch.pt"
+    path = out / ("non_finite_batch.pt" if world_size() == 1 else f"non_finite_batch.rank-{rank()}.pt")
     tensors = {
         "keys": batch.sparse.keys(),
         "values": batch.sparse.values(),
@@ -424,7 +427,7 @@ class _Log:
                 raise ImportError(
                     f"TensorBoard is not installed ({error}): pip install 'ctrlib[tensorboard]'"
                 ) from error
-            self._events = SummaryWriter(str(out))
+            self._events = SummaryWriter(str(out), purge_step=1)  # a run that goes on writes its epochs again
 
     def write(self, line: Epoch) -> None:
         values = dataclasses.asdict(line)

@@ -129,8 +129,13 @@ def _plan_whole_tables(model: nn.Module, names: list[str], world_size: int, devi
     # drop the in-backward optimiser.
     constraint = ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused"])
     planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=world_size, compute_device=device_type, local_world_size=_local(world_size)),
-        storage_reservation=FixedPercentageStorageReservation(0.0),  # what fits is for `check_memory` to say
+        topology=Topology(
+            world_size=world_size,
+            compute_device=device_type,
+            local_world_size=_local(world_size),
+            **dict.fromkeys(("hbm_cap", "ddr_cap"), 1 << 60),  # what fits is for `check_memory` to say
+        ),
+        storage_reservation=FixedPercentageStorageReservation(0.0),
         constraints={config.name: constraint for _, _, config in tables.values()},
         debug=False,
     )
@@ -295,7 +300,9 @@ def available_memory(device: torch.device) -> int:
         free = int(values["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        # Files that were read count as used, but make room.
+        parts = dict(line.split() for line in used.with_name("memory.stat").read_text().splitlines())
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + int(parts.get("inactive_file", 0)))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

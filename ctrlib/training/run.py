@@ -130,6 +130,7 @@ def run(
     out: str | Path | None = None,
     checkpoint_seconds: float | None = 300.0,
     asynchronous_checkpoints: bool = False,
+    identity: dict[str, Any] | None = None,
     tensorboard: bool = False,
     on_trained: Callable[[Model], None] | None = None,
     console: Console | None = None,
@@ -143,12 +144,13 @@ def run(
     to save it.
 
     While it trains, `out`/checkpoints holds all that is needed to go on: after a kill, start the same run again (`fit`
-    tells more). None for `checkpoint_seconds`: no checkpoints.
+    tells more). None for `checkpoint_seconds`: no checkpoints. `identity`: what makes it this run, beside the
+    arguments; checkpoints of a run with another one are refused.
 
     Started by `torchrun`, the processes share each batch of `batch_size` rows evenly, and all get the result. The
-    trained model is on rank 0, which alone calls `on_trained` and writes; elsewhere the returned model has its initial
-    weights. With the fused engine, tables are spread as `sharding` says (`make_plan`) or as the file `plan` does
-    (`save_plan`); the plan is printed, and written to `out`/plan.json.
+    trained model is on rank 0, which alone calls `on_trained` and writes; elsewhere the returned model has no weights
+    (it is on the "meta" device). With the fused engine, tables are spread as `sharding` says (`make_plan`) or as the
+    file `plan` does (`save_plan`); the plan is printed, and written to `out`/plan.json.
 
     Two runs with the same arguments give the same bits on a CPU, whatever `workers` is.
 
@@ -199,6 +201,7 @@ def run(
         Loader(data, split, batch_size=2 * own_size, with_group=with_group, **share) for split in ("valid", "test")
     )
     identity = {
+        **(identity or {}),
         **{"data": schema.hash, "model": hashlib.sha256(printout.encode()).hexdigest(), "engine": engine},
         **{"batch_size": batch_size, "learning_rate": learning_rate, "embedding_l2": embedding_l2, "seed": seed},
         **{"embedding_learning_rate": embedding_learning_rate, "precision": precision, "patience": patience},
@@ -215,16 +218,17 @@ def run(
             valid,
             max_epochs=max_epochs,
             patience=patience,
-            out=out if is_first else None,
+            out=out,
             checkpoints=checkpoints,
             checkpoint_seconds=checkpoint_seconds or 0.0,
             identity=identity,
-            tensorboard=tensorboard and is_first,
+            tensorboard=tensorboard,
             console=console,
         )
     # The engine may have wrapped the model or moved it: a plain one with the trained weights, for saving and serving.
-    plain = build(schema)
     weights = trainer.weights()
+    with contextlib.nullcontext() if is_first else torch.device("meta"):
+        plain = build(schema)
     if is_first:
         plain.load_state_dict(weights)
         if on_trained is not None:
@@ -260,7 +264,8 @@ def run(
     if out is not None and is_first:
         (out / "metrics.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         draw_curve(history, out / "curve.png")
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the run is over: started again, it begins anew
+        if checkpoint_seconds is not None:
+            shutil.rmtree(out / "checkpoints")  # the run is over: started again, it begins anew
     return plain, result
 
 

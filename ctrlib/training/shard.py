@@ -53,6 +53,8 @@ def shard(
     DistributedDataParallel, and want an ordinary optimiser; tables that the plan makes data_parallel want
     `RowwiseAdagrad`, which is the same rule.
 
+    Batch normalisation takes each process's rows by themselves, unless `synchronise_batch_norm(model)` came before.
+
     `sharding` is as in `make_plan`; `plan` pins one. Joins the process group of `torchrun`, if that has not been done.
 
     Raises:
@@ -84,6 +86,8 @@ def shard(
         "bounds_check_mode": BoundsCheckMode.FATAL if check_ids else BoundsCheckMode.NONE,
     }
     before = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    cut = [name for name in tables if plan[name].sharding != "data_parallel"]
+    whole = [weight for name, weight in model.named_parameters() if name in cut]
     torchrec_plan = to_torchrec(plan, model, world_size=world_size(), device_type=device.type)
     for _, _, config in tables.values():
         config.init_fn = _leave  # the kernels would draw initial rows of their own; the model's are the ones that count
@@ -96,6 +100,9 @@ def shard(
         init_data_parallel=world_size() > 1,
     )
     load_weights(sharded, before)
+    del before
+    for weight in whole:  # TorchRec keeps the parameters that it has cut, and with them all of their rows
+        weight.data = weight.data.new_empty(0)
     # Of Adagrad's running sums, one per row or one per weight, for `sharded_state`: a process knows no table of others.
     columns = 1 if table_optimiser == "rowwise_adagrad" else 2
     sharded.sum_sizes = {
