@@ -13,7 +13,7 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
-    "schema": ("Categorical", "Feature", "MultiValued", "Numeric", "Schema", "SchemaError", "Sequence"),
+    "schema": ("Categorical", "Feature", "MultiValued", "Numeric", "RawId", "Schema", "SchemaError", "Sequence"),
     "data.prepare": ("prepare",),
     "data.quantiles": ("quantile_edges",),
     "data.scan": ("DataError",),
@@ -48,6 +48,7 @@ _EXPORTS = {
     "model": ("Ensemble", "Model"),
     "presets": ("Inputs",),
     "losses": ("binary_cross_entropy",),
+    "training.batch_norm": ("synchronise_batch_norm",),
     "training.checkpoint": ("CheckpointError", "Checkpoints", "Shards"),
     "training.evaluate": ("evaluate", "predict"),
     "training.exact": ("ExactEngine",),

@@ -22,18 +22,20 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 # Three reserved ids in every vocabulary, distinct from each other and from every value of the data.
 PADDING_ID = 0  # no value at all: never looked up, only there so that padded layouts have a neutral id
 MISSING_ID = 1  # the cell was empty (null, or one of the missing tokens)
 OOV_ID = 2  # a value that the training split does not hold often enough to have a row of its own
 NUM_RESERVED_IDS = 3
+MISSING_RAW_ID = -(2**63)  # an empty cell of a `RawId`, which has no vocabulary
 
 SCHEMA_VERSION = 1
 
 NumericTransform = Literal["none", "log", "log_standard", "log_squared", "minmax", "standard"]
 Pooling = Literal["mean", "sum"]
+RawForm = Literal["integer", "text"]
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,38 @@ class Numeric:
     parameters: dict[str, float] | None = None
 
 
-SparseFeature = Categorical | MultiValued | Sequence
-Feature = Categorical | MultiValued | Sequence | Numeric
+@dataclass(frozen=True)
+class RawId:
+    """One 64-bit id per row as it is in the log, without vocabulary; which row of a table it reads, the embedding
+    decides (`ctrlib.ManagedEmbedding`).
+
+    No id is reserved; a missing cell is an id of its own, -2^63. `form`, unless given, is filled in by preparation:
+    "integer" if every value of train is one, or the text of one as integers are printed ("12", not "012" or "12.0");
+    ids are those integers, from 2^63 on less 2^64, so that the bits are the same. Otherwise "text": the id is the
+    8-byte BLAKE2b digest of the text in UTF-8, read as a signed little-endian integer. Among n texts, two have one id
+    with probability n^2 / 2^65. Columns of the other form are refused, those of valid, test and prediction too.
+
+    >>> list(Schema((RawId("user"), Categorical("item")), ("click",)).vocabularies)
+    ['item']
+    """
+
+    name: str
+    form: RawForm | None = None
+    # For all who ask any sparse feature: it has neither of these, and one id is its own sum.
+    vocabulary: ClassVar[None] = None
+    num_embeddings: ClassVar[None] = None
+    pooling: ClassVar[Pooling] = "sum"
+
+
+VocabularyFeature = Categorical | MultiValued | Sequence
+SparseFeature = VocabularyFeature | RawId
+Feature = SparseFeature | Numeric
 _KINDS: dict[str, type[Any]] = {
     "categorical": Categorical,
     "multi_valued": MultiValued,
     "sequence": Sequence,
     "numeric": Numeric,
+    "raw_id": RawId,
 }
 _KIND_NAMES = {cls: name for name, cls in _KINDS.items()}
 
@@ -125,7 +152,7 @@ def kind_of(feature: Feature) -> str:
 
 
 def vocabulary_of(feature: SparseFeature) -> str:
-    """The vocabulary, and so the embedding table, that a feature's ids belong to.
+    """The vocabulary, and so the embedding table, that a feature's ids belong to; a `RawId` has a table of its own.
 
     >>> vocabulary_of(Sequence("history", vocabulary="item")), vocabulary_of(Categorical("item"))
     ('item', 'item')
@@ -146,8 +173,8 @@ class Schema:
     new files the same way. The latter says nothing about ids and numbers and is not part of the hash.
 
     Raises:
-        SchemaError: a name is used twice, there is no feature or no label, or features that share a vocabulary
-            disagree on `num_embeddings`.
+        SchemaError: a name is used twice, there is no feature or no label, features that share a vocabulary disagree on
+            `num_embeddings`, or a feature wants to share the vocabulary of a `RawId`, which has none.
     """
 
     features: tuple[Feature, ...]
@@ -173,6 +200,12 @@ class Schema:
             )
         for feature in self.features:
             _check_arguments(feature)
+            if isinstance(feature, RawId) and feature.name in self.vocabularies:
+                sharers = [sharer.name for sharer in self.vocabularies[feature.name]]
+                raise SchemaError(
+                    f"features {sharers} have vocabulary={feature.name!r}, but {feature.name!r} is a RawId, without "
+                    "vocabulary: name another, or make it a Categorical"
+                )
         sizes: dict[str, int | None] = {}
         for feature in self.sparse:
             vocabulary = vocabulary_of(feature)
@@ -193,19 +226,21 @@ class Schema:
         return tuple(feature for feature in self.features if isinstance(feature, Numeric))
 
     @property
-    def vocabularies(self) -> dict[str, tuple[SparseFeature, ...]]:
+    def vocabularies(self) -> dict[str, tuple[VocabularyFeature, ...]]:
         """Vocabulary name -> the features that share it, in the order of first use."""
-        groups: dict[str, list[SparseFeature]] = {}
+        groups: dict[str, list[VocabularyFeature]] = {}
         for feature in self.sparse:
-            groups.setdefault(vocabulary_of(feature), []).append(feature)
+            if not isinstance(feature, RawId):
+                groups.setdefault(vocabulary_of(feature), []).append(feature)
         return {name: tuple(features) for name, features in groups.items()}
 
     @property
     def is_fitted(self) -> bool:
-        """Whether preparation has filled in every table size and numeric parameter."""
-        return all(feature.num_embeddings is not None for feature in self.sparse) and all(
-            feature.parameters is not None for feature in self.dense
-        )
+        """Whether preparation has filled in every table size, form of raw ids and numeric parameter."""
+        return all(
+            (feature.form if isinstance(feature, RawId) else feature.num_embeddings) is not None
+            for feature in self.sparse
+        ) and all(feature.parameters is not None for feature in self.dense)
 
     def __getitem__(self, name: str) -> Feature:
         for feature in self.features:
@@ -313,6 +348,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "transform": get_args(NumericTransform),
     "pooling": get_args(Pooling),
     "bucket": (None, "log_squared"),
+    "form": (None, *get_args(RawForm)),
 }
 _COUNTS = ("min_count", "max_values", "max_length")
 

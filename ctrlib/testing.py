@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ctrlib.batch import Batch
-from ctrlib.schema import NUM_RESERVED_IDS, Categorical, MultiValued, Numeric, Schema, Sequence
+from ctrlib.schema import NUM_RESERVED_IDS, Categorical, MultiValued, Numeric, RawId, Schema, Sequence
 
 
 def example_schema(num_tasks: int = 1) -> Schema:
@@ -36,7 +36,7 @@ def example_schema(num_tasks: int = 1) -> Schema:
 
 
 def example_batch(schema: Schema, size: int, seed: int = 0) -> Batch:
-    """Random rows that fit a fitted schema; bags and histories hold 0 to 4 ids.
+    """Random rows that fit a fitted schema; bags and histories hold 0 to 4 ids, raw ids are any of 64 bits.
 
     >>> example_batch(example_schema(), 3).labels.shape
     torch.Size([3, 1])
@@ -44,6 +44,10 @@ def example_batch(schema: Schema, size: int, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     lengths, values = [], []
     for feature in schema.sparse:
+        if isinstance(feature, RawId):
+            lengths.append(torch.ones(size, dtype=torch.int64))
+            values.append(torch.randint(-(2**63), 2**63 - 1, (size,), generator=generator))
+            continue
         assert feature.num_embeddings is not None, "the schema must be fitted"
         length = torch.ones(size, dtype=torch.int64)
         if not isinstance(feature, Categorical):

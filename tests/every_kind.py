@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrlib.schema import Categorical, MultiValued, Numeric, Sequence
+from ctrlib.schema import Categorical, MultiValued, Numeric, RawId, Sequence
 
 COLUMNS = [
     "label",
@@ -33,6 +33,8 @@ FEATURES = [
     Numeric("price", "log_standard"),
     Numeric("age", "minmax"),
     Categorical("amount", bucket="log_squared"),
+    RawId("user"),  # text
+    RawId("time"),  # integers
 ]
 _COMMON: dict[str, Any] = {
     "features": FEATURES,

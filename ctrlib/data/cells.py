@@ -6,6 +6,7 @@ or as a float (which pandas makes of integers as soon as one is missing).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ from ctrlib.schema import (
     MultiValued,
     Numeric,
     NumericTransform,
+    RawId,
     Schema,
     SchemaError,
     Sequence,
@@ -72,6 +74,34 @@ def _scalar_text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
     return column if dtype == pl.String else column.cast(pl.String)
 
 
+def raw_id(feature: RawId) -> pl.Expr:
+    """The id as int64, by the feature's form; null where the cell is missing. `RawId` says which id it is."""
+    if feature.form == "text":
+        return pl.col(feature.name).cast(pl.String).map_batches(_hashed, return_dtype=pl.Int64, is_elementwise=True)
+    return pl.coalesce(_parsed(pl.col(feature.name), pl.Int64), _parsed(pl.col(feature.name), pl.UInt64))
+
+
+def is_raw_integer(name: str, dtype: pl.DataType) -> pl.Expr:
+    """Whether the cell holds an integer, or the text of one as integers are printed; true where it is missing."""
+    column = pl.col(name)
+    if dtype != pl.String:
+        return pl.lit(True)
+    printed = [column.cast(wide, strict=False).cast(pl.String) == column for wide in (pl.Int64, pl.UInt64)]
+    return column.is_null() | pl.any_horizontal(text.fill_null(False) for text in printed)
+
+
+def _parsed(column: pl.Expr, wide: type[pl.Int64 | pl.UInt64]) -> pl.Expr:
+    return column.cast(wide, strict=False).reinterpret(signed=True)
+
+
+def _hashed(texts: pl.Series) -> pl.Series:
+    """The id of each text; each distinct one is hashed once. Polars' own hash may change from version to version."""
+    distinct = texts.drop_nulls().unique()
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in distinct)
+    ids = pl.Series([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=pl.Int64)
+    return texts.replace_strict(distinct, ids, default=None, return_dtype=pl.Int64)
+
+
 def transformed(x: pl.Expr, transform: NumericTransform) -> pl.Expr:
     """The part of a numeric transform that needs no parameters."""
     if transform in ("log", "log_standard"):
@@ -117,7 +147,10 @@ def check_columns(raw: RawTable, schema: Schema, *, with_labels: bool) -> None:
     for feature in schema.features:
         dtype = dtypes[feature.name]
         scalar = not dtype.is_nested() and dtype not in (pl.Binary, pl.Object)
-        if isinstance(feature, Categorical | Numeric):
+        if isinstance(feature, RawId):
+            fits = dtype in (pl.String, pl.Null) or (dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128))
+            wanted = "integers of up to 64 bits, or text,"
+        elif isinstance(feature, Categorical | Numeric):
             fits = scalar and not (isinstance(feature, Numeric) and dtype.is_temporal())
             wanted = "a number" if isinstance(feature, Numeric) else "text or integer"
         else:

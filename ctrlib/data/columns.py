@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctrlib.schema import Categorical, Schema, SchemaError, SparseFeature
+from ctrlib.schema import Categorical, RawId, Schema, SchemaError, SparseFeature, VocabularyFeature
 
 GROUP_COLUMN = "__group__"  # not the raw column's name: the group may be a feature as well
 Array = npt.NDArray[Any]
@@ -61,7 +61,8 @@ class Columns:
     """N decoded rows. Single-valued columns lie side by side, so that gathering a row touches two cache lines, not 26.
 
     Shape:
-        ids: (N, number of `Categorical` features) int32, in the schema's order.
+        ids: (N, number of `Categorical` and `RawId` features) in the schema's order; int64 if there is a `RawId`, else
+            int32.
         ragged: name -> `Ragged` of N rows, for the other sparse features.
         floats: (N, numeric features + labels + 1 if the schema has a weight) float32, in that order.
         group: (N,) int64, or None when it was not asked for.
@@ -114,7 +115,7 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
         SchemaError: the schema is not fitted; there is no such split, no file or no row in it; a file cannot be read;
             columns are missing, extra or of another type; statistics show a null or an id out of range.
     """
-    unfitted = [feature.name for feature in schema.sparse if feature.num_embeddings is None]
+    unfitted = [f.name for f in schema.sparse if not isinstance(f, RawId) and f.num_embeddings is None]
     if unfitted:
         raise SchemaError(f"{folder}: num_embeddings of {unfitted} is not set; `ctrlib prepare` writes a fitted schema")
     paths = sorted((folder / split).glob("*.parquet"))
@@ -149,14 +150,15 @@ def decode(groups: Sequence[RowGroup], schema: Schema, with_group: bool = False)
             feature's max_length; a number that is not finite; a label other than 0, 1 or NaN; a weight that is negative
             or not finite. The message names file, column, row, value and limit.
     """
-    single = [feature for feature in schema.sparse if isinstance(feature, Categorical)]
-    lists = [feature for feature in schema.sparse if not isinstance(feature, Categorical)]
+    single = [feature for feature in schema.sparse if isinstance(feature, Categorical | RawId)]
+    lists = [feature for feature in schema.sparse if not isinstance(feature, Categorical | RawId)]
+    raw = any(isinstance(feature, RawId) for feature in single)
     numbers = (
         [feature.name for feature in schema.dense] + list(schema.labels) + ([schema.weight] if schema.weight else [])
     )
     names = [feature.name for feature in schema.sparse] + numbers + ([GROUP_COLUMN] if with_group else [])
     num_rows = sum(group.num_rows for group in groups)
-    ids = np.empty((num_rows, len(single)), dtype=np.int32)
+    ids = np.empty((num_rows, len(single)), dtype=np.int64 if raw else np.int32)
     floats = np.empty((num_rows, len(numbers)), dtype=np.float32)
     group_column = np.empty(num_rows, dtype=np.int64) if with_group else None
     pieces: dict[str, list[Ragged]] = {feature.name: [] for feature in lists}
@@ -209,7 +211,8 @@ def _read(group: RowGroup, names: list[str]) -> Any:
 
 
 def _check_types(path: Path, found: Any, schema: Schema) -> None:
-    expected = {f.name: "int32" if isinstance(f, Categorical) else "list<int32>" for f in schema.sparse}
+    kinds = {Categorical: "int32", RawId: "int64"}
+    expected = {feature.name: kinds.get(type(feature), "list<int32>") for feature in schema.sparse}
     expected |= dict.fromkeys([f.name for f in schema.dense] + list(schema.labels), "float")
     expected |= {schema.weight: "float"} if schema.weight else {}
     expected |= {GROUP_COLUMN: "int64"} if schema.group else {}
@@ -231,7 +234,7 @@ def _check_types(path: Path, found: Any, schema: Schema) -> None:
 
 def _looks_bad(metadata: Any, names: list[str], schema: Schema) -> bool:
     """Whether the statistics of a row group show a null or an id out of range: known before the first step."""
-    limits = {feature.name: feature.num_embeddings or 0 for feature in schema.sparse}
+    limits = {f.name: f.num_embeddings or 0 for f in schema.sparse if not isinstance(f, RawId)}
     for position, name in enumerate(names):  # one leaf per column: `_check_types` has seen to that
         statistics = metadata.column(position).statistics
         if statistics is None:
@@ -257,7 +260,7 @@ def _plain(column: Any, name: str, group: RowGroup) -> Array:
     return array
 
 
-def _ragged(column: Any, feature: SparseFeature, group: RowGroup) -> Ragged:
+def _ragged(column: Any, feature: VocabularyFeature, group: RowGroup) -> Ragged:
     column = column.combine_chunks()
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
@@ -286,7 +289,7 @@ def _row_of(offsets: Array, position: int) -> int:
 
 def _check_ids(ids: Array, feature: SparseFeature, group: RowGroup, offsets: Array | None = None) -> None:
     limit = feature.num_embeddings or 0
-    if len(ids) == 0 or (ids.min() >= 0 and ids.max() < limit):
+    if isinstance(feature, RawId) or len(ids) == 0 or (ids.min() >= 0 and ids.max() < limit):
         return
     position = int(np.flatnonzero((ids < 0) | (ids >= limit))[0])
     row = position if offsets is None else _row_of(offsets, position)

@@ -9,7 +9,18 @@ from typing import Any, Literal
 
 import polars as pl
 
-from ctrlib.data.cells import check_columns, checks, fitted_number, holds, label, number, text, without_bad_rows
+from ctrlib.data.cells import (
+    check_columns,
+    checks,
+    fitted_number,
+    holds,
+    is_raw_integer,
+    label,
+    number,
+    raw_id,
+    text,
+    without_bad_rows,
+)
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.raw import RawTable
 from ctrlib.data.scan import OnBadRow
@@ -23,13 +34,15 @@ from ctrlib.data.vocabulary import (
 )
 from ctrlib.schema import (
     MISSING_ID,
+    MISSING_RAW_ID,
     OOV_ID,
     Categorical,
     MultiValued,
     Numeric,
+    RawId,
     Schema,
     SchemaError,
-    SparseFeature,
+    VocabularyFeature,
     vocabulary_of,
 )
 
@@ -102,6 +115,8 @@ def encode_checked(
         dtype = dtypes[feature.name]
         if isinstance(feature, Numeric):
             columns.append(fitted_number(feature, dtype).cast(pl.Float32).alias(feature.name))
+        elif isinstance(feature, RawId):
+            columns.append(raw_id(feature).fill_null(MISSING_RAW_ID).alias(feature.name))
         else:
             columns.append(_ids(feature, dtype, known[vocabulary_of(feature)]).alias(feature.name))
     if with_labels:
@@ -115,7 +130,7 @@ def encode_checked(
     return rows.select(columns)
 
 
-def _ids(feature: SparseFeature, dtype: pl.DataType, known: pl.DataFrame) -> pl.Expr:
+def _ids(feature: VocabularyFeature, dtype: pl.DataType, known: pl.DataFrame) -> pl.Expr:
     raw_text = text(feature, dtype)
     if isinstance(feature, Categorical):
         return pl.when(raw_text.is_null()).then(pl.lit(MISSING_ID, pl.Int32)).otherwise(_id(raw_text, known, OOV_ID))
@@ -195,13 +210,14 @@ def _added(a: dict[str, dict[str, int]], b: dict[str, dict[str, int]]) -> dict[s
 
 
 def refuse_other_spelling(raw: RawTable, schema: Schema, vocab_folder: Path) -> None:
-    """Refuse columns whose ids are written otherwise than in train, so that all would be out of vocabulary, silently.
+    """Refuse columns whose ids are written otherwise than in train, so that all would be unknown, silently.
 
     Raises:
         SchemaError: as said.
     """
     _refuse_ids_as_floats(raw, schema, vocab_folder)
     _refuse_retyped(raw, schema)
+    _refuse_other_form(raw, schema)
 
 
 def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocab_folder: Path) -> None:
@@ -248,6 +264,27 @@ def _refuse_retyped(raw: RawTable, schema: Schema) -> None:
         )
 
 
+def _refuse_other_form(raw: RawTable, schema: Schema) -> None:
+    """Raw ids that are text where train had integers, or the other way round."""
+    dtypes = raw.dtypes
+    for feature in schema.sparse:
+        if not isinstance(feature, RawId):
+            continue
+        name, dtype = feature.name, dtypes[feature.name]
+        if feature.form == "integer":
+            other = ~is_raw_integer(name, dtype)
+        else:
+            other = pl.col(name).is_not_null() & pl.lit(dtype.is_integer())
+        if holds(raw, other):
+            row, value = raw.first(other, name)
+            wanted = 'integers, such as 12 (no "012", no "12.0")' if feature.form == "integer" else "text"
+            raise SchemaError(
+                f"{raw.place(row)}, column {name!r} holds {value!r} ({dtype}); its raw ids have the form "
+                f"{feature.form!r}, so expected {wanted}: write the column as in train, or prepare train again with "
+                "`RawId(..., form=...)` as it is here"
+            )
+
+
 def check_unknown(
     raw: RawTable, counts: Mapping[str, Mapping[str, int]], schema: Schema, vocab_folder: Path
 ) -> list[str]:
@@ -292,6 +329,10 @@ def count_ids(encoded: pl.LazyFrame, schema: Schema) -> dict[str, dict[str, int]
     columns: list[pl.Expr] = []
     for feature in schema.sparse:
         column = pl.col(feature.name)
+        if isinstance(feature, RawId):
+            counts = {"missing": (column == MISSING_RAW_ID).sum(), "unseen": pl.lit(0), "ids": pl.len()}
+            columns += [count.alias(f"{feature.name} {what}") for what, count in counts.items()]
+            continue
         ids = column if isinstance(feature, Categorical) else column.list.explode(empty_as_null=False, keep_nulls=False)
         if isinstance(feature, Categorical | MultiValued):
             first = column if isinstance(feature, Categorical) else column.list.first()

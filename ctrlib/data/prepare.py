@@ -25,7 +25,7 @@ from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, split_table
 from ctrlib.data.vocabulary import fit, vocabulary_path
 from ctrlib.data.workers import ThisMachine, Workers
-from ctrlib.schema import Feature, Numeric, Schema, SchemaError, kind_of
+from ctrlib.schema import Feature, Numeric, RawId, Schema, SchemaError, kind_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame as SparkFrame
@@ -237,6 +237,8 @@ class _Report:
             entry: dict[str, Any] = {"kind": kind_of(feature), "reason": reasons[feature.name]}
             if isinstance(feature, Numeric):
                 entry |= {"transform": feature.transform}
+            elif isinstance(feature, RawId):
+                entry |= {"form": feature.form, "missing": {}, "oov": {}}
             else:
                 entry |= {"num_embeddings": feature.num_embeddings, "missing": {}, "oov": {}}
             self.content["features"][feature.name] = entry
@@ -279,7 +281,8 @@ class _Report:
                 table.add_row(name, "numeric", entry["transform"], "", "", reason)
             else:
                 shares = (f"{entry[what][split]:.2%}" for what, split in (("missing", "train"), ("oov", last)))
-                table.add_row(name, entry["kind"], f"{entry['num_embeddings']:,}", *shares, reason)
+                rows = entry["form"] if entry["kind"] == "raw_id" else f"{entry['num_embeddings']:,}"
+                table.add_row(name, entry["kind"], rows, *shares, reason)
         log(table)
         for split, counts in self.content["skipped"].items():
             for reason, number in counts.items():

@@ -1,4 +1,4 @@
-"""Fit on train what the schema leaves open, vocabularies and the parameters of numbers, and store it.
+"""Fit on train what the schema leaves open, vocabularies, forms of raw ids and parameters of numbers, and store it.
 
 A vocabulary is an explicit table `vocab/<name>.parquet` with columns value, id and count: most frequent value first,
 equal counts in the order of their text, ids counted up from 3 (`ctrlib.schema` reserves the others).
@@ -15,10 +15,21 @@ from urllib.parse import quote
 
 import polars as pl
 
-from ctrlib.data.cells import number, text, transformed
+from ctrlib.data.cells import holds, is_raw_integer, number, text, transformed
 from ctrlib.data.moments import moments
 from ctrlib.data.raw import Plan, RawTable
-from ctrlib.schema import NUM_RESERVED_IDS, Categorical, Numeric, Schema, SchemaError, SparseFeature, vocabulary_of
+from ctrlib.schema import (
+    NUM_RESERVED_IDS,
+    Categorical,
+    Feature,
+    Numeric,
+    RawForm,
+    RawId,
+    Schema,
+    SchemaError,
+    VocabularyFeature,
+    vocabulary_of,
+)
 
 # Tables, and for each name what makes a column `value` of a piece -> for each name a lazy frame of value and count.
 Count = Callable[[Sequence[RawTable], Mapping[str, Plan]], Mapping[str, pl.LazyFrame]]
@@ -54,16 +65,42 @@ def fit(train: RawTable, schema: Schema, folder: Path, count: Count = count_here
         sizes[name] = len(vocabulary) + NUM_RESERVED_IDS
         hashes[name] = hash_values(vocabulary["value"])
     parameters = fit_numbers(train, schema.dense)
-    fitted = tuple(
-        dataclasses.replace(feature, parameters=parameters[feature.name])
-        if isinstance(feature, Numeric)
-        else dataclasses.replace(feature, num_embeddings=sizes[vocabulary_of(feature)])
-        for feature in schema.features
-    )
-    return dataclasses.replace(schema, features=fitted, vocabulary_hashes=hashes)
+    forms = raw_forms(train, [feature for feature in schema.sparse if isinstance(feature, RawId)])
+
+    def fitted(feature: Feature) -> Feature:
+        if isinstance(feature, Numeric):
+            return dataclasses.replace(feature, parameters=parameters[feature.name])
+        if isinstance(feature, RawId):
+            return dataclasses.replace(feature, form=feature.form or forms[feature.name])
+        return dataclasses.replace(feature, num_embeddings=sizes[vocabulary_of(feature)])
+
+    features = tuple(fitted(feature) for feature in schema.features)
+    return dataclasses.replace(schema, features=features, vocabulary_hashes=hashes)
 
 
-def values_of(features: tuple[SparseFeature, ...], dtypes: Mapping[str, pl.DataType]) -> Plan:
+def raw_forms(train: RawTable, features: Sequence[RawId]) -> dict[str, RawForm]:
+    """Feature name -> form of its ids; a column without any value counts as integers.
+
+    Raises:
+        SchemaError: integers are written as floats, so that no id would be what it is elsewhere.
+    """
+    if not features:
+        return {}
+    dtypes = train.dtypes
+    integer = [is_raw_integer(f.name, dtypes[f.name]).all().alias(f.name) for f in features]
+    found = train.gather(lambda piece: piece.select(integer))
+    forms: dict[str, RawForm] = {f.name: "integer" if found[f.name].all() else "text" for f in features}
+    for name in [name for name, form in forms.items() if form == "text"]:
+        if not holds(train, ~pl.col(name).str.contains(r"^-?\d+\.0$")):
+            row, value = train.first(pl.col(name).is_not_null(), name)
+            raise SchemaError(
+                f"{train.place(row)}, column {name!r} holds {value!r}, and all its values look like floats; expected "
+                "integers, or text, for raw ids: write the column as integers"
+            )
+    return forms
+
+
+def values_of(features: tuple[VocabularyFeature, ...], dtypes: Mapping[str, pl.DataType]) -> Plan:
     """What makes of a piece all values of features that share a vocabulary, as one column `value`."""
     texts = [text(feature, dtypes[feature.name]) for feature in features]
     lists = [value if isinstance(f, Categorical) else value.explode() for f, value in zip(features, texts)]
@@ -71,7 +108,7 @@ def values_of(features: tuple[SparseFeature, ...], dtypes: Mapping[str, pl.DataT
     return lambda piece: pl.concat([piece.select(value) for value in values])
 
 
-def _limits(features: tuple[SparseFeature, ...]) -> tuple[int, int | None]:
+def _limits(features: tuple[VocabularyFeature, ...]) -> tuple[int, int | None]:
     rules = {feature.name: (feature.min_count, feature.max_values) for feature in features}
     if len(set(rules.values())) > 1:
         raise SchemaError(

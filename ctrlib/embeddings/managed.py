@@ -52,7 +52,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.embeddings.table import TableEmbedding, by_vocabulary, init_rows, pooling_of, regroup, table_name
-from ctrlib.schema import Feature, Numeric, vocabulary_of
+from ctrlib.schema import Feature, Numeric, RawId, vocabulary_of
 
 NO_ID = torch.iinfo(torch.int64).max  # TorchRec's mark of a row that belongs to nobody
 
@@ -60,8 +60,9 @@ NO_ID = torch.iinfo(torch.int64).max  # TorchRec's mark of a row that belongs to
 class ManagedEmbedding(nn.Module):
     """As `TableEmbedding`, but e_f = V[r(x_f)] for raw ids x_f, with r the map from ids in use to rows.
 
-    `num_embeddings`: vocabulary -> rows of its table, for all whose features carry raw ids: any int64, as it comes from
-    the logs. Features of other vocabularies, and numbers, are embedded as `TableEmbedding` does.
+    `num_embeddings`: rows of the table of each `RawId`, by its name, and of other vocabularies whose features carry raw
+    ids: any int64, as it comes from the logs. Features of other vocabularies, and numbers, are embedded as
+    `TableEmbedding` does.
 
     While training, every `eviction_interval` steps the ids seen since and those that own a row compete for the rows by
     `eviction_policy`; a row that changes hands starts anew, its vector as N(0, init_std^2) and a fused optimiser's
@@ -82,8 +83,8 @@ class ManagedEmbedding(nn.Module):
     Shape: Batch -> (B, F, D), fields in the schema's order.
 
     Raises:
-        ValueError: `num_embeddings` names no vocabulary, an unknown one, or less than two rows; the interval is not
-            positive; or as `TableEmbedding` does for the rest.
+        ValueError: `num_embeddings` names no vocabulary, an unknown one, or less than two rows, or lacks a `RawId`; the
+            interval is not positive; or as `TableEmbedding` does for the rest.
         NotImplementedError: when called with a batch that is not on the CPU.
         RuntimeError: when called in training in one of several processes without `ManagedSharder`.
 
@@ -123,6 +124,13 @@ class ManagedEmbedding(nn.Module):
             raise ValueError(
                 f"num_embeddings is for {sorted(num_embeddings)}, expected one or more of the vocabularies "
                 f"{sorted(set(vocabularies))}"
+            )
+        raw = [feature.name for feature in sparse if isinstance(feature, RawId)]
+        without = [name for name in raw if name not in num_embeddings]
+        if without:
+            raise ValueError(
+                f"num_embeddings is for {sorted(num_embeddings)}, but {without} have raw ids too: say how many rows "
+                "their tables are to have"
             )
         small = {name: rows for name, rows in num_embeddings.items() if rows < 2}
         if small or eviction_interval < 1 or embedding_dim < 1:

@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.embeddings.numeric import ValueTimesVector
-from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, SparseFeature, vocabulary_of
+from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, RawId, SparseFeature, vocabulary_of
 
 
 class TableEmbedding(nn.Module):
@@ -256,8 +256,13 @@ def num_rows(members: Sequence[SparseFeature]) -> int:
     """Rows of the table of features that share a vocabulary.
 
     Raises:
-        ValueError: they have not been fitted.
+        ValueError: they have not been fitted, or have raw ids.
     """
+    if isinstance(members[0], RawId):
+        raise ValueError(
+            f"feature {members[0].name!r} has raw ids, without vocabulary or rows of a table: embed it by "
+            "`ManagedEmbedding`, leave it out by only=[...], or prepare it as a Categorical"
+        )
     rows = members[0].num_embeddings
     if rows is None:
         raise ValueError(
