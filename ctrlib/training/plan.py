@@ -93,8 +93,8 @@ def make_plan(
     >>> from ctrlib import presets
     >>> from ctrlib.testing import example_schema
     >>> model = presets.mlp(presets.Inputs(example_schema(), embedding_dim=8), hidden=(8,))
-    >>> [(placement.sharding, placement.ranks) for placement in make_plan(model, world_size=2).values()]
-    [('table_wise', (1,)), ('row_wise', (0, 1)), ('table_wise', (0,))]
+    >>> [placement.sharding for placement in make_plan(model, world_size=4).values()]
+    ['row_wise', 'row_wise', 'table_wise']
     """
     tables = tables_of(model)
     wanted = dict(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(tables, sharding)
