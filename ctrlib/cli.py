@@ -1,4 +1,4 @@
-"""The command line: `ctrlib prepare | train | evaluate | predict | doctor`, for people who write no Python.
+"""The command line: `ctrlib prepare | train | evaluate | predict | compress | doctor`, for people who write no Python.
 
 With --json the answer goes to stdout as one JSON object and nothing else does; progress always goes to stderr.
 """
@@ -447,6 +447,67 @@ class Predict:
         return 0
 
 
+@dataclass(frozen=True)
+class Compress:
+    """Make a trained model smaller: its embeddings in a budget of bytes, by what validation likes best.
+
+    Tables are coded in a few bytes a row, rounded, or cut; the best that fits is fine-tuned towards the original. OUT
+    receives a model folder, compression.json with all that was tried, and compression.png.
+
+    Example: ctrlib compress runs/clicks data/clicks --ratio 20 --out runs/clicks_small
+    """
+
+    model: Positional[Path]
+    """Model folder, as `ctrlib train` writes it."""
+    data: Positional[Path]
+    """The prepared folder that it was trained on."""
+    out: Path
+    """Where the smaller model goes."""
+    bytes: str | None = None
+    """The budget for tables, decoders, remaps and wide part: 5MB, 800kB, 2MiB."""
+    ratio: float | None = None
+    """Or how many times fewer bytes than now."""
+    layer_ratio: float | None = None
+    """Also give the linear layers so many times fewer weights, by low rank."""
+    epochs: int = 1
+    """Of fine-tuning over train; 0 for none."""
+    batch_size: int = 8192
+    """Rows per step."""
+    seed: int = 0
+    """Of the order of train."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        from ctrlib.search.compress import compress, parse_bytes, table_of
+        from ctrlib.training.allocator import keep_freed_memory
+        from ctrlib.training.loop import to_json
+
+        keep_freed_memory()
+        result = compress(
+            self.model,
+            self.data,
+            self.out,
+            num_bytes=None if self.bytes is None else parse_bytes(self.bytes),
+            ratio=self.ratio,
+            layer_ratio=self.layer_ratio,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+        if self.json:
+            print(to_json(result))
+            return 0
+        Console().print(table_of(result))
+        print(
+            f"{self.out}: {result['ratio']:.1f} times fewer bytes of embeddings by {result['method']}, "
+            f"{result['total_ratio']:.1f} times fewer in all; test AUC "
+            f"{result['test_auc_before']:.5f} before, {result['test_auc_after']:.5f} after"
+        )
+        return 0
+
+
 def print_counts(counts: dict[str, Any]) -> None:
     """What was odd about raw rows; nothing for a prepared folder."""
     for name, unseen in counts.get("unseen", {}).items():
@@ -526,6 +587,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Compress, tyro.conf.subcommand("compress")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 

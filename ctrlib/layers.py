@@ -107,6 +107,38 @@ class Hidden(nn.Sequential):
         init_linear(self)
 
 
+class LowRankLinear(nn.Sequential):
+    """y = U (V x + a) + b, with U of R columns: two thin layers in the place of one `nn.Linear`.
+
+    R (in + out) + R + out weights instead of in * out + out: fewer if R < in * out / (in + out). `activation` goes
+    between the two. Initial weights as `init_linear` makes them.
+
+    Shape: (..., num_inputs) -> (..., num_outputs).
+
+    Raises:
+        ValueError: the rank is not from 1 to the smaller of both widths.
+
+    >>> layer = LowRankLinear(6, 5, rank=2)
+    >>> layer(torch.zeros(3, 6)).shape, sum(weight.numel() for weight in layer.parameters())
+    (torch.Size([3, 5]), 29)
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, rank: int, activation: nn.Module | None = None) -> None:
+        if not 1 <= rank <= min(num_inputs, num_outputs):
+            raise ValueError(
+                f"rank={rank}: expected 1 to {min(num_inputs, num_outputs)}, the smaller width of a layer "
+                f"{num_inputs} -> {num_outputs}"
+            )
+        between = [] if activation is None else [activation]
+        super().__init__(nn.Linear(num_inputs, rank), *between, nn.Linear(rank, num_outputs))
+        init_linear(self)
+        self.num_inputs, self.num_outputs, self.rank = num_inputs, num_outputs, rank
+
+    def describe(self) -> dict[str, int]:
+        """What the constructor takes to make a linear one again, without its weights: plain data."""
+        return {"num_inputs": self.num_inputs, "num_outputs": self.num_outputs, "rank": self.rank}
+
+
 class Dice(nn.Module):
     """y = p x + (1 - p) alpha x,  p = sigmoid((x - E[x]) / sqrt(Var[x] + eps))  (DIN, KDD 2018).
 

@@ -7,7 +7,7 @@ here is special.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -16,15 +16,21 @@ from torch import nn
 from ctrlib.embeddings.bst import BST
 from ctrlib.embeddings.combine import ConcatFields
 from ctrlib.embeddings.din import DIN
+from ctrlib.embeddings.hash_embedding import HashEmbeddingTables
+from ctrlib.embeddings.memcom import MemComTables
+from ctrlib.embeddings.mixed_dimension import MixedDimensionTables
 from ctrlib.embeddings.numeric import AutoDis, Bucketised, Periodic, PiecewiseLinear
+from ctrlib.embeddings.quotient_remainder import QuotientRemainderTables
 from ctrlib.embeddings.sequence import MeanPooling, SequenceEmbedding, Unit
 from ctrlib.embeddings.sim import SIM, TargetAttention
 from ctrlib.embeddings.table import TableEmbedding, Wide
+from ctrlib.embeddings.unified import UnifiedTables
 from ctrlib.heads.ensemble import EnsembleHead
 from ctrlib.heads.linear import LinearHead
 from ctrlib.model import Model
 from ctrlib.schema import Categorical, Schema, vocabulary_of
 from ctrlib.schema import Sequence as HistoryFeature
+from ctrlib.structure import restructure
 from ctrlib.towers.autoint import AutoInt
 from ctrlib.towers.cin import CIN
 from ctrlib.towers.combine import Parallel, Stack
@@ -46,6 +52,15 @@ SequenceFields = Literal["pooled", "mean", "din", "din_softmax", "bst", "sim"]
 NumericFields = Literal["vector", "bucketised", "piecewise_linear", "periodic", "autodis"]
 
 
+LOOK_UPS: dict[str, Callable[..., nn.Module]] = {
+    "unified": UnifiedTables,
+    "quotient_remainder": QuotientRemainderTables,
+    "hash_embedding": HashEmbeddingTables,
+    "memcom": MemComTables,
+    "mixed_dimension": MixedDimensionTables,
+}
+
+
 @dataclass(frozen=True)
 class Inputs:
     """How the features become fields, whatever the tower: what every preset takes first.
@@ -54,7 +69,9 @@ class Inputs:
     want `edges`, a list for each numeric feature (`ctrlib.quantile_edges`), `periodic` a `sigma`. `sequence`: how
     histories become fields; for all but `pooled` (mean or sum, as the feature says) histories are compared with the
     categorical features that share their vocabularies, in one unit (a second history of one thing in a second).
-    `stacked`: see `TableEmbedding`. `wide_columns`: see `Wide`.
+    `stacked`: see `TableEmbedding`. `tables`: {"kind": name, **arguments} looks ids up in another way than one row
+    for each: one of `LOOK_UPS`, given its arguments; the wide part keeps rows of its own.
+    `wide_columns`: see `Wide`.
 
     Raises:
         ValueError: there is no such `numeric` or `sequence`, edges are lacking, an argument would be idle, or a history
@@ -72,10 +89,15 @@ class Inputs:
     edges: Sequence[Sequence[float]] | None = None
     sigma: float = 0.01
     sequence: SequenceFields = "pooled"
-    stacked: bool = False
+    stacked: int = 0
+    tables: Mapping[str, Any] | None = None
     wide_columns: int = 1
 
     def __post_init__(self) -> None:
+        if self.tables is not None and self.tables.get("kind") not in LOOK_UPS:
+            raise ValueError(f'tables={dict(self.tables)}: expected a "kind" of {sorted(LOOK_UPS)}')
+        if self.tables is not None and self.sequence != "pooled":
+            raise ValueError(f"tables of kind {self.tables['kind']!r} are for sequence='pooled', got {self.sequence!r}")
         if self.numeric not in get_args(NumericFields):
             raise ValueError(f"unknown numeric {self.numeric!r}, expected one of {get_args(NumericFields)}")
         if self.sequence not in get_args(SequenceFields):
@@ -110,10 +132,23 @@ class Inputs:
             self.schema.features,
             only=names,
             embedding_dim=self.embedding_dim,
-            stacked=self.stacked,
+            stacked=0 if self.tables else self.stacked,
             suffix=suffix,
             numeric=self._numeric_fields(names),
+            tables=self._look_up(names, suffix),
         )
+
+    def _look_up(self, names: Sequence[str] | None, suffix: str) -> nn.Module | None:
+        """The look-up that `tables` describes."""
+        chosen = [f for f in self.schema.sparse if names is None or f.name in names]
+        if self.tables is None or not chosen:
+            return None
+        arguments = dict(self.tables)
+        kind = LOOK_UPS[arguments.pop("kind")]
+        unknown = sorted(set(arguments) - set(inspect.signature(kind).parameters))
+        if unknown:
+            raise ValueError(f"{kind.__name__} takes no {unknown}: expected {list(inspect.signature(kind).parameters)}")
+        return kind(chosen, embedding_dim=self.embedding_dim, suffix=suffix, **arguments)
 
     def _numeric_fields(self, names: Sequence[str] | None) -> nn.Module | None:
         chosen = [n for n, feature in enumerate(self.schema.dense) if names is None or feature.name in names]
@@ -633,22 +668,24 @@ def arguments_of(preset: str) -> list[str]:
 
 
 def for_engine(config: dict[str, Any], engine: str) -> dict[str, Any]:
-    """The config with what an engine's kernels want: in the fused engine stacked tables, multiples of 4 wide.
+    """The config with what an engine's kernels want: in the fused engine four stacks of tables, multiples of 4 wide.
 
     >>> for_engine({"preset": "deepfm"}, "fused"), for_engine({"preset": "deepfm"}, "exact")
-    ({'preset': 'deepfm', 'stacked': True, 'wide_columns': 4}, {'preset': 'deepfm'})
+    ({'preset': 'deepfm', 'stacked': 4, 'wide_columns': 4}, {'preset': 'deepfm'})
     """
-    return {**config, "stacked": True, "wide_columns": 4} if engine == "fused" else config
+    return {**config, "stacked": 4, "wide_columns": 4} if engine == "fused" else config
 
 
 def build(config: dict[str, Any], schema: Schema) -> Model:
     """The model that a saved `{"preset": name, **arguments}` describes: arguments of `Inputs` and of the preset.
 
+    `replaced` says which parts of a compressed model are not the preset's (`ctrlib.structure`).
+
     Raises:
         ValueError: there is no preset of that name, or it does not take one of the arguments or its value.
     """
     arguments = dict(config)
-    name = arguments.pop("preset")
+    name, replaced = arguments.pop("preset"), arguments.pop("replaced", {})
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}, expected one of {sorted(PRESETS)}")
     inputs = Inputs(schema, **{key: arguments.pop(key) for key in _OF_INPUTS if key in arguments})
@@ -656,8 +693,9 @@ def build(config: dict[str, Any], schema: Schema) -> Model:
     if unknown:
         raise ValueError(f"{name} takes no {unknown}: expected some of {[*_OF_INPUTS, *arguments_of(name)]}")
     try:
-        return PRESETS[name](inputs, **arguments)
+        model = PRESETS[name](inputs, **arguments)
     except (TypeError, IndexError) as error:
         raise ValueError(
             f"{name} does not take these arguments, one is of the wrong kind: {config} ({error})"
         ) from error
+    return restructure(model, replaced)

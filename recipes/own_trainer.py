@@ -37,7 +37,7 @@ def main(knobs: Knobs) -> None:
     """Train, saving now and then, and print the validation AUC."""
     torch.manual_seed(0)  # every process builds the same model
     schema = ctr.Schema.load(knobs.data)
-    model = ctr.presets.dcnv2(ctr.Inputs(schema, embedding_dim=8, stacked=True), hidden=(64, 64))
+    model = ctr.presets.dcnv2(ctr.Inputs(schema, embedding_dim=8, stacked=4), hidden=(64, 64))
     tables = set(ctr.tables_of(model))  # with batch normalisation: ctr.synchronise_batch_norm(model)
     sharded = ctr.shard(model, learning_rate=0.02)  # tables: row-wise Adagrad inside the backward pass
 

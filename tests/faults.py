@@ -142,7 +142,7 @@ def train(life: Life) -> dict[str, Any]:
     if setup.ranks > 1:
         distributed.init_process_group(torch.device("cpu"))
     torch.manual_seed(1)
-    model = presets.build(CONFIG, ctr.Schema.load(life.data))
+    model = presets.build(presets.for_engine(CONFIG, setup.engine), ctr.Schema.load(life.data))
     engine = make_engine(
         model,
         setup.engine,

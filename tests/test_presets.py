@@ -57,7 +57,7 @@ def test_command_line_leaves_the_defaults_to_the_preset(name: str) -> None:
         ({"bins": 7}, "no bins in --numeric vector"),
         ({"dim": 8, "option": ("embedding_dim=4",)}, "said already"),
         ({"option": ('preset="mlp"',)}, "said already"),
-        ({"engine": "fused", "option": ("stacked=false",)}, "said already"),
+        ({"engine": "fused", "option": ("stacked=0",)}, "said already"),
         ({"option": ("hidden=400,400",)}, "expected NAME=VALUE with a JSON value"),
     ],
 )
@@ -207,7 +207,7 @@ def test_numbers_keep_their_digits_under_bf16() -> None:
 
 def test_export_of_stacked_tables_leaves_nothing_behind() -> None:
     schema = ctr.Schema(tuple(ctr.Categorical(name, num_embeddings=9) for name in "ab"), ("y",))
-    model = build({"preset": "mlp", "embedding_dim": 4, "hidden": (4,), "stacked": True}, schema).eval()
+    model = build({"preset": "mlp", "embedding_dim": 4, "hidden": (4,), "stacked": 1}, schema).eval()
     batch = example_batch(schema, 5)
     expected = model(batch)
     table._shift.cache_clear()

@@ -326,7 +326,7 @@ def test_plain_tables_refuse_it() -> None:
     schema = Schema(features, ("click",))
     makes: list[Callable[[], Any]] = [
         lambda: ctr.TableEmbedding(features),
-        lambda: ctr.TableEmbedding(features, stacked=True),
+        lambda: ctr.TableEmbedding(features, stacked=2),
         lambda: ctr.Wide(features),
         lambda: ctr.presets.mlp(ctr.Inputs(schema)),
     ]

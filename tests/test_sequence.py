@@ -475,8 +475,8 @@ def test_sequence_embedding_keeps_the_contract(name: str) -> None:
     check_embedding(embedding, schema=example_schema())
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_mean_pooling_is_what_a_table_embedding_does(stacked: bool) -> None:
+@pytest.mark.parametrize("stacked", [0, 1])
+def test_mean_pooling_is_what_a_table_embedding_does(stacked: int) -> None:
     features = tuple(f for f in FEATURES if f.name != "basket")  # would have to be averaged there too
     sequence = SequenceEmbedding(features, units=both(MeanPooling(8)), embedding_dim=4, init_std=0.1, stacked=stacked)
     table = TableEmbedding(features, embedding_dim=4)

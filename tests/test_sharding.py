@@ -80,6 +80,22 @@ def test_two_ranks_train_as_one_does(sharding: Any) -> None:
     assert_same_training(alone, run_ranks(2, run))
 
 
+@pytest.mark.parametrize("sharding", ["auto", "row_wise"])
+def test_stacked_tables_are_sent_ahead_too(sharding: Any) -> None:
+    """Fields and wide part look up ids that were shifted; TorchRec's pipeline must send what the model will look up."""
+
+    def run(sharding: Any = "auto") -> Any:
+        torch.manual_seed(0)
+        inputs = presets.Inputs(SCHEMA, embedding_dim=8, wide_columns=4, stacked=2)
+        engine = ctr.FusedEngine(presets.deepfm(inputs, hidden=(8,)), learning_rate=0.01, sharding=sharding)
+        result = trained(lambda: engine)
+        assert world_size() == 1 or len(engine._pipelined or ()) == 2
+        return result
+
+    (alone,) = run_ranks(1, run)
+    assert_same_training(alone, run_ranks(2, functools.partial(run, sharding)))
+
+
 def test_column_wise_is_for_adagrad_of_every_weight() -> None:
     def run(sharding: Any) -> Any:
         return trained(

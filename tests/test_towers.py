@@ -11,8 +11,9 @@ from torch import nn
 
 import ctrlib as ctr
 from ctrlib import presets
+from ctrlib.embeddings.table import tables_by_name
 from ctrlib.layers import Dropout, Hidden
-from ctrlib.schema import Categorical, Schema
+from ctrlib.schema import Categorical, MultiValued, Numeric, Schema
 from ctrlib.testing import check_embedding, check_head, check_tower
 
 # A new tower adds its line here.
@@ -128,31 +129,87 @@ def test_frappe_rows_are_values_plus_three_reserved_ids_per_field() -> None:
     assert sum(feature.num_embeddings or 0 for feature in frappe_schema().sparse) == 5_379 + 10 * 3
 
 
-def test_stacked_tables_give_the_same_vectors() -> None:
-    schema = ctr.testing.example_schema()
-    check_embedding(lambda schema: ctr.TableEmbedding(schema.features, embedding_dim=8, stacked=True))
-    plain = ctr.TableEmbedding(schema.features, embedding_dim=8)
-    stacked = ctr.TableEmbedding(schema.features, embedding_dim=8, stacked=True)
-    wide, stacked_wide = ctr.Wide(schema.features), ctr.Wide(schema.features, stacked=True)
-    for one, other in ((plain, stacked), (wide, stacked_wide)):
-        separate = {name: bag.weight for name, bag in one.tables.embedding_bags.items()}
-        together = {name: bag.weight for name, bag in other.tables.embedding_bags.items()}
-        assert sum(map(len, together.values())) == sum(map(len, separate.values()))
-        assert len(together) == 2  # summed and averaged ones
-        for name, weight in together.items():
-            members = [table for key, table in separate.items() if ("user" in key) == ("sum" in name)]
-            weight.data = torch.cat([table.detach() for table in members])
-    stacked.numeric.vectors.data = plain.numeric.vectors.data
-    stacked_wide.numeric_weights.data = wide.numeric_weights.data
-    batch = ctr.testing.example_batch(schema, 16)
-    assert torch.equal(plain(batch), stacked(batch))
-    torch.testing.assert_close(wide(batch), stacked_wide(batch))
-    fresh = ctr.TableEmbedding(schema.features, embedding_dim=8, stacked=True)
-    zero = {
-        name: bag.weight.abs().sum(1).eq(0).nonzero()[:, 0].tolist()
-        for name, bag in fresh.tables.embedding_bags.items()
-    }
-    assert zero == {"stacked_sum": [0], "stacked_mean": [0, 30]}  # the padding row of every vocabulary
+# Vocabularies of very different sizes; a and b share one, and so do tags and more.
+STACKABLE = Schema(
+    (
+        Categorical("a", num_embeddings=50),
+        Categorical("small", num_embeddings=7),
+        Numeric("price"),
+        Categorical("b", vocabulary="a", num_embeddings=50),
+        MultiValued("tags", pooling="mean", num_embeddings=20),
+        Categorical("large", num_embeddings=90),
+        Categorical("middle", num_embeddings=40),
+        MultiValued("words", pooling="mean", num_embeddings=30),
+        MultiValued("more", vocabulary="tags", pooling="mean", num_embeddings=20),
+    ),
+    ("y",),
+)
+
+
+@pytest.mark.parametrize(
+    ("stacked", "rows"),
+    [
+        (1, {"stacked_sum": ["a", "small", "large", "middle"], "stacked_mean": ["tags", "words"]}),
+        (
+            3,
+            {
+                "stacked_sum_0": ["large"],  # 90 of 187 rows and 1 of 5 look-ups
+                "stacked_sum_1": ["a"],  # 50 and 2
+                "stacked_sum_2": ["small", "middle"],
+                "stacked_mean_0": ["tags"],  # no more stacks than vocabularies
+                "stacked_mean_1": ["words"],
+            },
+        ),
+    ],
+)
+def test_stacked_tables_give_the_same_vectors(stacked: int, rows: dict[str, list[str]]) -> None:
+    plain = ctr.TableEmbedding(STACKABLE.features, embedding_dim=8)
+    together = ctr.TableEmbedding(STACKABLE.features, embedding_dim=8, stacked=stacked)
+    wide, wide_together = ctr.Wide(STACKABLE.features), ctr.Wide(STACKABLE.features, stacked=stacked)
+    for one, other, suffix in ((plain, together, ""), (wide, wide_together, "_wide")):
+        separate = {name: bag.weight.detach() for name, bag in one.tables.embedding_bags.items()}
+        stacks = other.tables.embedding_bags
+        assert list(stacks) == [name + suffix for name in rows]
+        for name, vocabularies in rows.items():
+            tables = [separate[f"table_{vocabulary}{suffix}"] for vocabulary in vocabularies]
+            paddings = [sum(map(len, tables[:position])) for position in range(len(tables))]
+            assert stacks[name + suffix].weight.abs().sum(1).eq(0).nonzero()[:, 0].tolist() == paddings
+            stacks[name + suffix].weight.data = torch.cat(tables)
+    together.numeric.vectors.data = plain.numeric.vectors.data
+    wide_together.numeric_weights.data = wide.numeric_weights.data
+    batch = ctr.testing.example_batch(STACKABLE, 16)
+    assert torch.equal(plain(batch), together(batch))
+    torch.testing.assert_close(wide(batch), wide_together(batch))
+
+
+@pytest.mark.parametrize("stacked", [1, 2, 3])
+def test_stacked_tables_keep_the_contract(stacked: int) -> None:
+    check_embedding(lambda schema: ctr.TableEmbedding(schema.features, embedding_dim=8, stacked=stacked))
+
+
+def test_stacks_share_rows_and_lookups() -> None:
+    sizes = torch.randint(10, 100_000, (26,), generator=torch.Generator().manual_seed(0)).tolist()
+    features = [Categorical(f"c{n}", num_embeddings=size) for n, size in enumerate(sizes)]
+    stacks = tables_by_name(features, 4)
+    assert list(stacks) == [f"stacked_sum_{number}" for number in range(4)]
+    for vocabularies in stacks.values():
+        rows = sum(member.num_embeddings or 0 for members in vocabularies for member in members)
+        assert rows / sum(sizes) + len(vocabularies) / 26 == pytest.approx(2 / 4, rel=0.1)
+    # Where all are alike, fractions would round differently with the order of sums, and weights be read by another.
+    alike = [Categorical(f"c{n}", num_embeddings=13) for n in range(9)]
+    names = [[members[0].name for members in stack] for stack in tables_by_name(alike, 3).values()]
+    assert names == [["c0", "c3", "c6"], ["c1", "c4", "c7"], ["c2", "c5", "c8"]]
+
+
+def test_models_saved_with_one_stack_as_true_keep_their_layout() -> None:
+    one, true = (
+        presets.build({"preset": "deepfm", "embedding_dim": 4, "stacked": stacked}, STACKABLE) for stacked in (1, True)
+    )
+    true.load_state_dict(one.state_dict())
+    batch = ctr.testing.example_batch(STACKABLE, 16)
+    assert torch.equal(one.eval()(batch), true.eval()(batch))
+    with pytest.raises(ValueError, match="stacked=-1: expected a number of stacks"):
+        ctr.TableEmbedding(STACKABLE.features, stacked=-1)
 
 
 def test_any_column_name_makes_a_table() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
 from ctrlib import presets
 from ctrlib.serving.predictor import save_model
+from ctrlib.serving.warm_start import Carried
 from ctrlib.testing import example_batch
 
 FEATURES = [
@@ -58,8 +60,8 @@ def trained(tmp_path: Path, **arguments: Any) -> tuple[Path, ctr.Model]:
     return tmp_path / "model", model
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_rows_follow_their_values(tmp_path: Path, stacked: bool) -> None:
+@pytest.mark.parametrize("stacked", [0, True])
+def test_rows_follow_their_values(tmp_path: Path, stacked: int) -> None:
     folder, old = trained(tmp_path, stacked=stacked)
     data = prepared(TUESDAY, tmp_path / "tuesday")
     schema = ctr.Schema.load(data)
@@ -86,6 +88,46 @@ def test_rows_follow_their_values(tmp_path: Path, stacked: bool) -> None:
             cities, were = ids(data, "city"), ids(folder, "city")
             assert all(torch.equal(tensor[cities[city]], was[were[city]]) for city in "XYZ")
     assert sizes == [6, 6]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 0), (0, 2), (1, 2), (True, 1)])
+def test_rows_follow_their_values_into_another_stack(tmp_path: Path, before: int, after: int) -> None:
+    columns = ["one", "two", "three"]
+    was = {"one": range(20), "two": range(6), "three": range(5)}  # two stacks: one | two, three
+    now = {"one": range(15, 22), "two": range(3, 30), "three": range(4)}  # two | one, three, and every id moves
+    folders = []
+    for name, values in (("monday", was), ("tuesday", now)):
+        frame = pl.DataFrame({c: [f"{v[row % len(v)]}" for row in range(60)] for c, v in values.items()})
+        frame = frame.with_columns(click=pl.Series([0, 1] * 30))
+        folders.append(tmp_path / name)
+        ctr.prepare(dict.fromkeys(("train", "valid", "test"), frame), folders[-1], labels="click", log=None,
+                    features=[ctr.Categorical(c) for c in columns])  # fmt: skip
+    old_schema, schema = map(ctr.Schema.load, folders)
+    old = presets.build(config(stacked=before), old_schema)
+    save_model(old, config(stacked=before), folders[0], tmp_path / "model")
+    new = presets.build(config(stacked=after), schema)
+    if before == after == 2:
+        members = [
+            [table.feature_names for table in model.embedding.tables.embedding_bag_configs()] for model in (old, new)
+        ]
+        assert members == [[["one"], ["two", "three"]], [["two"], ["one", "three"]]]
+    report = ctr.warm_start(new, folders[1], tmp_path / "model")
+    for column in columns:
+        both = [f"{value}" for value in was[column] if value in now[column]]
+        assert report[column] == Carried(len(both), len(now[column]) - len(both), len(was[column]) - len(both))
+        rows = []
+        for model, folder in ((old, folders[0]), (new, folders[1])):
+            chosen = torch.tensor([0, 1, 2, *(ids(folder, column)[value] for value in both)])
+            sparse = KeyedJaggedTensor.from_lengths_sync(
+                columns,
+                torch.cat([chosen if c == column else torch.zeros_like(chosen) for c in columns]),
+                torch.ones(3 * len(chosen), dtype=torch.int64),
+            )
+            batch = ctr.Batch(sparse, torch.zeros(len(chosen), 0), torch.zeros(len(chosen), 1), torch.ones(len(chosen)))
+            rows.append((model.embedding(batch)[:, columns.index(column)], model.wide(batch)))
+        assert torch.equal(rows[0][0], rows[1][0])
+        assert rows[0][0].abs().sum(1).count_nonzero() == len(both) + 2  # all but the padding row
+        assert torch.equal(rows[0][1], rows[1][1])
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class ManagedEmbedding(nn.Module):
         eviction_interval: int = 1,
         embedding_dim: int = 16,
         init_std: float = 1e-4,
-        stacked: bool = False,
+        stacked: int = 0,
         numeric: nn.Module | None = None,
     ) -> None:
         super().__init__()

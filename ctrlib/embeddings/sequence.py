@@ -97,7 +97,7 @@ class SequenceEmbedding(nn.Module):
         embedding_dim: int = 16,
         init_std: float = 1e-4,
         row_losses: Mapping[str, nn.Module] | None = None,
-        stacked: bool = False,
+        stacked: int = 0,
         numeric: nn.Module | None = None,
     ) -> None:
         super().__init__()

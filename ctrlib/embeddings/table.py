@@ -26,19 +26,22 @@ class TableEmbedding(nn.Module):
 
     Shape: Batch -> (B, F, D), fields in the schema's order.
 
-    `stacked` lays the tables one below the other in one table (one for each kind of pooling), with ids shifted
+    `stacked=K` lays the tables one below the other in K stacks, or fewer (for each kind of pooling), with ids shifted
     accordingly: the same vectors, but fbgemm's CPU kernels update one large table on all cores, and many small ones
-    one after the other (26 tables of 4,096 look-ups: 23 ms on two cores, stacked 6 ms). Unstacked tables can be
-    sharded one by one, and a wrong id does not end up in another feature's rows.
+    one after the other (26 tables of 4,096 look-ups: 23 ms on two cores, in one stack 6 ms). Several stacks can be
+    spread over as many processes as a whole, which takes a fraction of the traffic that cutting one by rows does.
+    0, for none: tables can be sharded one by one, and a wrong id does not end up in another feature's rows.
 
     `features` are all of the schema's, since they tell what the batch holds; `only` names those to embed, where not all
     are wanted, and `suffix` keeps these tables' names apart from those of another embedding in the same model.
     `numeric`: a module (B, N) -> (B, N, D) that makes fields of the numbers in another way (`ctrlib.PiecewiseLinear`
-    and its like), N the numeric features embedded here.
+    and its like), N the numeric features embedded here. `tables`: a module KeyedJaggedTensor -> KeyedTensor that looks
+    ids up in another way than one row for each (`ctrlib.UnifiedTables` and its like), with the features as keys, each
+    `embedding_dim` wide, which it publishes as `names` and `embedding_dim`.
 
     Raises:
         ValueError: a feature has not been fitted, features of one vocabulary want different pooling, `only` names none
-            or an unknown one, or `numeric` does not fit.
+            or an unknown one, `stacked` is negative, or `numeric` or `tables` does not fit.
 
     >>> embedding = TableEmbedding([Categorical("item", num_embeddings=5), Numeric("price")], embedding_dim=4)
     >>> embedding.out_shape
@@ -55,9 +58,10 @@ class TableEmbedding(nn.Module):
         only: Sequence[str] | None = None,
         embedding_dim: int = 16,
         init_std: float = 1e-4,
-        stacked: bool = False,
+        stacked: int = 0,
         suffix: str = "",
         numeric: nn.Module | None = None,
+        tables: Any = None,
     ) -> None:
         super().__init__()
         dense_names = [feature.name for feature in features if isinstance(feature, Numeric)]
@@ -75,10 +79,16 @@ class TableEmbedding(nn.Module):
         self.out_shape = (len(features), embedding_dim)
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         self.names = [feature.name for feature in sparse]
-        self.tables = make_tables(
-            sparse, embedding_dim=embedding_dim, init_std=init_std, suffix=suffix, stacked=stacked
-        )
-        self.first_rows = first_rows(sparse) if stacked else None
+        if tables is None:
+            tables = make_tables(sparse, embedding_dim=embedding_dim, init_std=init_std, suffix=suffix, stacked=stacked)
+        elif stacked or set(self.names) - set(tables.names) or tables.embedding_dim != embedding_dim:
+            raise ValueError(
+                f"{type(tables).__name__} looks up {tables.names}, {tables.embedding_dim} wide, but the embedding "
+                f"needs {self.names}, {embedding_dim} wide (and stacked=0, got {stacked}): build both for the same "
+                "features"
+            )
+        self.tables = tables
+        self.first_rows = first_rows(sparse, stacked) if stacked else None
         columns = [dense_names.index(feature.name) for feature in features if isinstance(feature, Numeric)]
         self.columns = columns if len(columns) < len(dense_names) else None
         if numeric is None and columns:
@@ -134,7 +144,7 @@ class Wide(nn.Module):
         num_tasks: int = 1,
         columns: int = 1,
         init_std: float = 1e-4,
-        stacked: bool = False,
+        stacked: int = 0,
     ) -> None:
         super().__init__()
         self.num_tasks, self.columns = num_tasks, columns
@@ -149,7 +159,7 @@ class Wide(nn.Module):
             suffix="_wide",
             stacked=stacked,
         )
-        self.first_rows = first_rows(sparse) if stacked else None
+        self.first_rows = first_rows(sparse, stacked) if stacked else None
         self.numeric_weights = nn.Parameter(torch.empty(num_dense, num_tasks)) if num_dense else None
         if self.numeric_weights is not None:
             nn.init.normal_(self.numeric_weights, std=init_std)
@@ -173,26 +183,22 @@ def make_tables(
     init_std: float,
     copies: int = 1,
     suffix: str = "",
-    stacked: bool = False,
+    stacked: int = 0,
 ) -> EmbeddingBagCollection | None:
-    """One table per vocabulary, or (`stacked`) per kind of pooling; None without features.
+    """The tables of `tables_by_name`, with `suffix` after their names; None without features.
 
     Each run of `copies` columns starts equal.
 
     Raises:
-        ValueError: a feature has not been fitted, or features of one vocabulary want different pooling.
+        ValueError: as `tables_by_name`.
     """
-    tables: dict[str, list[list[SparseFeature]]] = {}  # name -> its vocabularies, each as the features that share it
-    for members in by_vocabulary(features):
-        name = f"stacked_{pooling_of(members)}" if stacked else table_name(vocabulary_of(members[0]))
-        tables.setdefault(name + suffix, []).append(members)
     configs = []
-    for name, vocabularies in tables.items():
+    for name, vocabularies in tables_by_name(features, stacked).items():
         rows = [num_rows(members) for members in vocabularies]
         padding = [sum(rows[:position]) + PADDING_ID for position in range(len(rows))]
         configs.append(
             EmbeddingBagConfig(
-                name=name,
+                name=name + suffix,
                 num_embeddings=sum(rows),
                 embedding_dim=embedding_dim,
                 feature_names=[member.name for members in vocabularies for member in members],
@@ -203,18 +209,63 @@ def make_tables(
     return EmbeddingBagCollection(tables=configs) if configs else None
 
 
-def first_rows(features: Sequence[SparseFeature]) -> dict[str, int]:
+def tables_by_name(features: Sequence[SparseFeature], stacked: int) -> dict[str, list[list[SparseFeature]]]:
+    """Name of each table -> the vocabularies in it, in the order of their rows, each as the features that share it.
+
+    Not `stacked`: a table per vocabulary. Else at most `stacked` tables for each kind of pooling, with about the same
+    number of rows and of look-ups in each. Saved weights are read by this order.
+
+    Raises:
+        ValueError: `stacked` is negative, a feature has not been fitted, or features of one vocabulary want different
+            pooling.
+
+    >>> features = [Categorical(name, num_embeddings=rows) for name, rows in (("a", 9), ("b", 5), ("c", 4))]
+    >>> tables = tables_by_name(features, stacked=2)
+    >>> {name: [members[0].name for members in vocabularies] for name, vocabularies in tables.items()}
+    {'stacked_sum_0': ['a'], 'stacked_sum_1': ['b', 'c']}
+    """
+    if stacked < 0:
+        raise ValueError(f"stacked={stacked}: expected a number of stacks, or 0 for a table per vocabulary")
+    vocabularies = by_vocabulary(features)
+    if not stacked:
+        return {table_name(vocabulary_of(members[0])): [members] for members in vocabularies}
+    tables: dict[str, list[list[SparseFeature]]] = {}
+    for pooling in dict.fromkeys(map(pooling_of, vocabularies)):
+        alike = [members for members in vocabularies if pooling_of(members) == pooling]
+        rows, lookups = sum(map(num_rows, alike)), sum(map(len, alike))
+        # Of all rows plus of all look-ups, times rows * lookups: whole numbers, since fractions would be rounded.
+        shares = [num_rows(members) * lookups + len(members) * rows for members in alike]
+        stacks = balanced(shares, min(stacked, len(alike)))
+        for number, stack in enumerate(stacks):
+            name = f"stacked_{pooling}_{number}" if len(stacks) > 1 else f"stacked_{pooling}"
+            tables[name] = [alike[position] for position in stack]
+    return tables
+
+
+def balanced(shares: Sequence[int], parts: int) -> list[list[int]]:
+    """Positions of `shares` in parts of about the same sum: the largest share first, each to the lightest part.
+
+    >>> balanced([1, 5, 4, 3], parts=2)
+    [[0, 1], [2, 3]]
+    """
+    found: list[list[int]] = [[] for _ in range(parts)]
+    for position in sorted(range(len(shares)), key=lambda position: -shares[position]):
+        min(found, key=lambda part: sum(shares[other] for other in part)).append(position)
+    return [sorted(part) for part in found]
+
+
+def first_rows(features: Sequence[SparseFeature], stacked: int) -> dict[str, int]:
     """Feature -> where its vocabulary begins in the stacked table that it belongs to.
 
-    >>> first_rows([Categorical("a", num_embeddings=5), Categorical("b", num_embeddings=7)])
+    >>> first_rows([Categorical("a", num_embeddings=5), Categorical("b", num_embeddings=7)], stacked=1)
     {'a': 0, 'b': 5}
     """
-    used: dict[str, int] = {}
     first: dict[str, int] = {}
-    for members in by_vocabulary(features):
-        pooling = pooling_of(members)
-        first |= {member.name: used.get(pooling, 0) for member in members}
-        used[pooling] = used.get(pooling, 0) + num_rows(members)
+    for vocabularies in tables_by_name(features, stacked).values():
+        used = 0
+        for members in vocabularies:
+            first |= {member.name: used for member in members}
+            used += num_rows(members)
     return first
 
 

@@ -138,6 +138,16 @@ class Predictor:
         Raises:
             SchemaError: the folder was prepared differently from what the model was trained on.
         """
+        schema = self.check_prepared(folder)
+        loader = Loader(folder, split, batch_size=batch_size, with_group=schema.group is not None)
+        return evaluate(self.model, loader)
+
+    def check_prepared(self, folder: str | Path) -> Schema:
+        """The schema of a prepared folder, if the model can read it.
+
+        Raises:
+            SchemaError: the folder was prepared differently from what the model was trained on.
+        """
         schema = Schema.load(folder)
         if schema.hash != self.schema.hash:
             lines = "; ".join(self.schema.difference(schema)[:5])
@@ -145,8 +155,7 @@ class Predictor:
                 f"{folder} was prepared differently from the data of model {self.folder}: {lines}. "
                 "Evaluate on the raw file instead, or on the folder that the model was trained on"
             )
-        loader = Loader(folder, split, batch_size=batch_size, with_group=schema.group is not None)
-        return evaluate(self.model, loader)
+        return schema
 
     @contextlib.contextmanager
     def _encoded(

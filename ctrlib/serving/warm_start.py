@@ -42,17 +42,12 @@ def warm_start(model: nn.Module, data: str | Path, trained: str | Path) -> dict[
     old_schema, new_schema = predictor.schema, Schema.load(Path(data))
     state, old_state = model.state_dict(), predictor.model.state_dict()
     tables, old_tables = tables_of(model), tables_of(predictor.model)
-    odd = sorted((set(state) ^ set(old_state)) - (set(tables) ^ set(old_tables)))
-    odd += [
-        name
-        for name in state
-        if name in old_state and name not in tables and state[name].shape != old_state[name].shape
-    ]
-    odd += [
-        name
-        for name in tables
-        if name in old_tables and tables[name][2].embedding_dim != old_tables[name][2].embedding_dim
-    ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tables}
+    old_shapes = {name: tuple(tensor.shape) for name, tensor in old_state.items() if name not in old_tables}
+    # Of the tables, those of one collection are alike; which vocabulary is in which of them is another matter.
+    shapes |= {path: (config.embedding_dim,) for path, _, config in tables.values()}
+    old_shapes |= {path: (config.embedding_dim,) for path, _, config in old_tables.values()}
+    odd = sorted(name for name in {**shapes, **old_shapes} if shapes.get(name) != old_shapes.get(name))
     if odd:
         raise SchemaError(
             f"the model in {trained} does not fit the new one: {odd} are on one side only, or of another shape. Build "
@@ -63,24 +58,30 @@ def warm_start(model: nn.Module, data: str | Path, trained: str | Path) -> dict[
         for name, tensor in state.items():
             if name not in tables:
                 tensor.copy_(old_state[name])
-                continue
-            old_rows = _first_rows(old_tables[name][2].feature_names, old_schema) if name in old_tables else {}
-            for vocabulary, first in _first_rows(tables[name][2].feature_names, new_schema).items():
-                new_ids, old_ids, carried = _matches(vocabulary, Path(data), Path(trained), vocabulary in old_rows)
-                report[vocabulary] = carried
-                if vocabulary in old_rows:
-                    tensor[new_ids + first] = old_state[name][old_ids + old_rows[vocabulary]]
+        old_places = _places(predictor.model, old_schema)
+        for place, (name, first) in _places(model, new_schema).items():
+            vocabulary = place[1]
+            known = place in old_places
+            new_ids, old_ids, report[vocabulary] = _matches(vocabulary, Path(data), Path(trained), known)
+            if known:
+                old_name, old_first = old_places[place]
+                state[name][new_ids + first] = old_state[old_name][old_ids + old_first]
     return report
 
 
-def _first_rows(feature_names: list[str], schema: Schema) -> dict[str, int]:
-    """Vocabulary -> where its rows begin in the table that these features read: 0, unless tables are stacked."""
-    features = [schema[name] for name in feature_names]
-    rows, total = {}, 0
-    for members in by_vocabulary([feature for feature in features if not isinstance(feature, Numeric)]):
-        rows[vocabulary_of(members[0])] = total
-        total += num_rows(members)
-    return rows
+def _places(model: nn.Module, schema: Schema) -> dict[tuple[str, str], tuple[str, int]]:
+    """(Path of a collection of tables, vocabulary) -> the name of the weight that holds its rows, and their first.
+
+    A vocabulary that grows may move to another stack, so the weight's name does not say which vocabularies it holds.
+    """
+    places: dict[tuple[str, str], tuple[str, int]] = {}
+    for name, (path, _, config) in tables_of(model).items():
+        features = [schema[feature] for feature in config.feature_names]
+        first = 0
+        for members in by_vocabulary([feature for feature in features if not isinstance(feature, Numeric)]):
+            places[path, vocabulary_of(members[0])] = (name, first)
+            first += num_rows(members)
+    return places
 
 
 def _matches(vocabulary: str, data: Path, trained: Path, known: bool) -> tuple[torch.Tensor, torch.Tensor, Carried]:

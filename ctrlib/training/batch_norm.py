@@ -58,48 +58,65 @@ def batch_norm(
     size = x.shape
     rows = x.transpose(1, -1).reshape(-1, size[1]) if x.dim() > 2 else x
     y: Tensor
-    y, mean, var, count = _Normalise.apply(rows, eps)  # type: ignore[no-untyped-call]
+    y, mean, var, count = _Normalise.apply(rows, weight, bias, eps)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean, momentum)
             running_var.lerp_(var * (count / (count - 1).clamp(min=1)), momentum)
-    if weight is not None and bias is not None:
-        y = torch.addcmul(bias, y, weight)
     if x.dim() > 2:
         y = y.view(x.transpose(1, -1).shape).transpose(1, -1)
     return y
 
 
 class _Normalise(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) with the moments of all processes' rows; also returns mean, var and count.
+    """y = n w + b with n = (x - mean) / s, s = sqrt(var + eps), by the moments of all processes' rows.
 
-    dx = (dy - mean(dy) - y mean(dy y)) / sqrt(var + eps), both means over all processes again.
+    Also returns mean, var and count. dx = (dy - mean(dy) - n mean(dy n)) w / s, both means over all processes again.
+    What goes over all elements is left to torch's kernels of batch normalisation, which take one pass where the
+    formulas would take one for every operation (forward and backward of 2,048 x 400: 2.7 ms on one core, and 7.0).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dtype, x = x.dtype, x.float()  # bfloat16 cannot even count the rows
-        num_rows = x.shape[0]
-        # Deviations from the process's own mean, put together as Chan et al. (1979) do: sums of squares would cancel.
-        mean = x.mean(0) if num_rows else x.new_zeros(x.shape[1])
-        deviation = (x - mean).square().sum(0)
-        parts = all_rows(torch.cat([x.new_tensor([num_rows]), mean, deviation]).unsqueeze(0))
-        counts, means, deviations = parts[:, :1], *parts[:, 1:].chunk(2, dim=1)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype, x = x.dtype, x.float().contiguous()  # bfloat16 cannot even count the rows
+        num_rows, num_columns = x.shape
+        # Moments of the process's own rows, put together as Chan et al. (1979) do: sums of squares would cancel.
+        mean, var = x.new_zeros(2, num_columns)
+        if num_rows:
+            mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        parts = all_rows(torch.cat([x.new_tensor([num_rows]), mean, var]).unsqueeze(0))
+        counts, means, variances = parts[:, :1], *parts[:, 1:].chunk(2, dim=1)
         count = counts.sum().clamp(min=1)
         total_mean = (counts * means).sum(0) / count
-        var = (deviations + counts * (means - total_mean).square()).sum(0) / count
-        scale = (var + eps).rsqrt()
-        y = (x - total_mean) * scale
-        ctx.save_for_backward(y, scale, count)
-        ctx.mark_non_differentiable(total_mean, var, count)
-        return y.to(dtype), total_mean, var, count
+        total_var = (counts * (variances + (means - total_mean).square())).sum(0) / count
+        y = x
+        if num_rows:
+            y = torch.native_batch_norm(x, weight, bias, total_mean, total_var, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, weight, total_mean, total_var, count)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(total_mean, total_var, count)
+        return y.to(dtype), total_mean, total_var, count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        y, scale, count = ctx.saved_tensors
-        dtype, grad = grad.dtype, grad.float()
-        sums = torch.stack([grad.sum(0), (grad * y).sum(0)])
-        dist.all_reduce(sums)
-        means = sums / count
-        return ((grad - means[0] - y * means[1]) * scale).to(dtype), None
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, mean, var, count = ctx.saved_tensors
+        dtype, grad = grad.dtype, grad.float().contiguous()
+        products, sums = x.new_zeros(2, x.shape[1])  # of dy n and of dy, over the process's own rows
+        if len(x):
+            _, products, sums = torch.ops.aten.native_batch_norm_backward(
+                grad, x, None, mean, var, None, None, False, ctx.eps, [False, True, True]
+            )
+        total = torch.stack([products, sums])
+        dist.all_reduce(total)
+        mean_product, mean_grad = total / count
+        scale = (var + ctx.eps).rsqrt()
+        slope = scale if weight is None else scale * weight
+        dx = grad
+        if len(x):  # -n mean(dy n) - mean(dy), then + dy, all of it times w / s
+            terms = (-mean_product * slope, -mean_grad * slope)
+            dx = torch.native_batch_norm(x, *terms, mean, var, False, 0.0, ctx.eps)[0].addcmul_(grad, slope)
+        of_weight, of_bias = (None, None) if weight is None else (products, sums)
+        return dx.to(dtype), of_weight, of_bias, None

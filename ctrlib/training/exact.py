@@ -75,7 +75,7 @@ class ExactEngine:
         if world_size() > 1:
             init_process_group(self.device)
             synchronise_batch_norm(self.model)
-            self._forward = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self._forward = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def step(self, batch: Batch) -> Tensor:
         """One optimisation step; returns the batch's loss. Nothing is updated if the loss is not finite."""

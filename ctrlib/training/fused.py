@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
 
 from ctrlib.batch import Batch
+from ctrlib.embeddings.table import TableEmbedding, Wide, shift_ids
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
 from ctrlib.training.batch_norm import synchronise_batch_norm
@@ -24,6 +27,7 @@ from ctrlib.training.shard import load_weights, shard, sharded_state, whole_weig
 from ctrlib.training.state import State, adam, optimiser_state
 
 Precision = Literal["fp32", "bf16"]
+_Tables = dict[nn.Module, dict[str, int] | None]  # sharded tables -> by how much their ids are shifted
 
 
 class FusedEngine:
@@ -99,7 +103,7 @@ class FusedEngine:
         self._dense = {name: parameter for name, parameter in named.items() if name not in tables}
         self._copied = {name: named[name] for name in sorted(copied)}
         self._rates = [learning_rate, embedding_learning_rate]
-        self._pipelined: list[nn.Module] | None = None  # found in the first step, where there is somewhere to send ids
+        self._pipelined: _Tables | None = None  # found in the first step, where there is somewhere to send ids
         self._optimisers: list[torch.optim.Optimizer] = [adam(self._dense, learning_rate)]
         if self._copied:
             self._optimisers.append(RowwiseAdagrad(self._copied.values(), lr=embedding_learning_rate))
@@ -191,26 +195,34 @@ class FusedEngine:
 
 
 @contextlib.contextmanager
-def _find_pipelined(model: nn.Module, batch: Batch) -> Iterator[list[nn.Module]]:
-    """The sharded tables that the forward pass inside the block calls once, with the ids of the batch as they are.
+def _find_pipelined(model: nn.Module, batch: Batch) -> Iterator[_Tables]:
+    """The sharded tables that the forward pass inside the block calls once, with the ids of the batch as they are, and
+    those of `TableEmbedding` and `Wide` that are stacked, with by how much the ids are shifted.
 
     TorchRec's pipeline sends these ids around ahead of time. It would look for such tables by tracing the model, which
     most embeddings here (and maybe yours) do not allow.
     """
-    calls: list[tuple[nn.Module, bool]] = []
+    stacked = [part for part in model.modules() if type(part) in (TableEmbedding, Wide) and part.first_rows]
+    shifts: dict[Any, Any] = {part.tables: part.first_rows for part in stacked}
+    calls: list[tuple[Any, Any]] = []  # tables, and the ids that they, or the part that shifts for them, came with
     hooks = [
-        module.register_forward_pre_hook(lambda called, args: calls.append((called, _same(args[0], batch.sparse))))
+        part.register_forward_pre_hook(lambda part, args: calls.append((part.tables, args[0].sparse)))
+        for part in stacked
+    ] + [
+        module.register_forward_pre_hook(lambda module, args: calls.append((module, args[0])))
         for module in model.modules()
-        if isinstance(module, ShardedModule)
+        if isinstance(module, ShardedModule) and module not in shifts
     ]
-    found: list[nn.Module] = []
+    found: _Tables = {}
     try:
         yield found
     finally:
         for hook in hooks:
             hook.remove()
-    called = [module for module, _ in calls]
-    found += [module for module, as_is in calls if as_is and called.count(module) == 1]
+    called = [tables for tables, _ in calls]
+    for tables, ids in calls:
+        if _same(ids, batch.sparse) and called.count(tables) == 1:
+            found[tables] = shifts.get(tables)
 
 
 def _same(ids: Any, others: KeyedJaggedTensor) -> bool:
@@ -218,15 +230,39 @@ def _same(ids: Any, others: KeyedJaggedTensor) -> bool:
     return bool(ids.keys() == others.keys() and ids.values().data_ptr() == others.values().data_ptr())
 
 
+@dataclass
+class _Ahead(Pipelineable):  # type: ignore[misc]  # TorchRec is not typed
+    """What the pipeline takes in place of a batch: the batch, and the ids for each of `tables`, once it has been moved.
+
+    The model makes the ids of stacked tables as it runs, which would be too late for sending them ahead.
+    """
+
+    batch: Batch
+    tables: _Tables
+    ids: list[KeyedJaggedTensor] = field(default_factory=list)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> _Ahead:
+        batch = self.batch.to(device, non_blocking)
+        return _Ahead(batch, self.tables, [shift_ids(batch.sparse, shifts) for shifts in self.tables.values()])
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        self.batch.record_stream(stream)
+        for ids in self.ids:
+            ids.record_stream(stream)
+
+    def pin_memory(self) -> _Ahead:
+        return _Ahead(self.batch.pin_memory(), self.tables)
+
+
 class _Lookups(nn.Module):
     """What the pipeline traces in the model's place."""
 
-    def __init__(self, tables: list[nn.Module]) -> None:
+    def __init__(self, tables: _Tables) -> None:
         super().__init__()
         self.tables = nn.ModuleList(tables)
 
-    def forward(self, batch: Batch) -> list[Any]:
-        return [table(batch.sparse) for table in self.tables]
+    def forward(self, ahead: _Ahead) -> list[Any]:
+        return [table(ahead.ids[number]) for number, table in enumerate(self.tables)]
 
 
 class _NonFinite(Exception):
@@ -236,7 +272,7 @@ class _NonFinite(Exception):
 class _Pipeline:
     """Runs batches through TorchRec's TrainPipelineSparseDist, with the engine's own forward pass and update."""
 
-    def __init__(self, engine: FusedEngine, tables: list[nn.Module], batches: Iterator[Batch]) -> None:
+    def __init__(self, engine: FusedEngine, tables: _Tables, batches: Iterator[Batch]) -> None:
         self._engine, self._tables, self._batches = engine, tables, batches
         self._failed: tuple[Batch, Tensor] | None = None
 
@@ -248,10 +284,11 @@ class _Pipeline:
             execute_all_batches=True,
             custom_model_fwd=self._forward,
         )
+        batches = (_Ahead(batch, self._tables) for batch in self._batches)
         try:
             while True:
                 try:
-                    yield pipeline.progress(self._batches)
+                    yield pipeline.progress(batches)
                 except StopIteration:
                     return
                 except _NonFinite:
@@ -261,8 +298,9 @@ class _Pipeline:
         finally:
             pipeline.detach()  # evaluation needs the model's own forward
 
-    def _forward(self, batch: Batch | None) -> tuple[Tensor, tuple[Batch, Tensor]]:
-        assert batch is not None
+    def _forward(self, ahead: _Ahead | None) -> tuple[Tensor, tuple[Batch, Tensor]]:
+        assert ahead is not None
+        batch = ahead.batch
         loss, total = self._engine._forward(batch)
         if not torch.isfinite(total):
             self._failed = batch, total.detach()

@@ -53,8 +53,8 @@ class Arguments:
     """Rows per step, of all processes together."""
     sharding: Literal["auto", "table_wise", "row_wise", "data_parallel"] = "auto"
     """How tables are spread over processes."""
-    stacked: bool | None = None
-    """Lay tables one below the other; otherwise as the engine wants it."""
+    stacked: int | None = None
+    """Lay tables one below the other in that many stacks; otherwise as the engine wants it."""
     epochs: int = 3
     """How many to time; the median counts. The first includes decoding the files."""
     workers: int = 1

@@ -1,0 +1,307 @@
+"""Tables of a trained model in a few bytes a row: transform coding.
+
+A row is stored as a handful of small integers: coordinates in the principal axes of its table, each in as many bits as
+its share of the energy deserves (reverse water-filling; T. Cover and J. Thomas, "Elements of Information Theory",
+section 10.3.3). There are no scales per row, which in common int4 and int8 rows take four bytes: the scale of a
+coordinate is part of its axis. `ctrlib.search.transform_coding` finds codes and axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+
+@dataclass(frozen=True)
+class PackedTable:
+    """How one table is stored.
+
+    `bits`: of each coordinate, by words of 32 bits (a single word may be shorter, 8, 16 or 24 bits, and so may the
+    last); no word at all: rows are kept as they are, in float16, or with `rowwise` 8, 4 or 2 as integers of so many
+    bits, beside which a row takes 4 bytes for its scale and offset. `rows`: how many of the first rows are there; later
+    ids read row `dropped_to`.
+
+    Raises:
+        ValueError: bits do not fit, or `dropped_to` is not a row.
+
+    >>> PackedTable("item", feature_names=("item",), embedding_dim=8, rows=100, bits=((6, 4, 3, 3),)).row_bytes
+    2
+    """
+
+    name: str
+    feature_names: tuple[str, ...]
+    embedding_dim: int
+    rows: int
+    bits: tuple[tuple[int, ...], ...] = ()
+    rowwise: Literal[0, 2, 4, 8] = 0
+    pooling: Literal["sum", "mean"] = "sum"
+    dropped_to: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "feature_names", tuple(self.feature_names))
+        object.__setattr__(self, "bits", tuple(tuple(word) for word in self.bits))
+        if any(not 1 <= bits <= 16 for word in self.bits for bits in word) or any(sum(word) > 32 for word in self.bits):
+            raise ValueError(
+                f"table {self.name!r}: a coordinate takes 1 to 16 bits and a word at most 32, got {self.bits}"
+            )
+        if self.rowwise not in (0, 2, 4, 8) or (self.rowwise and self.bits):
+            raise ValueError(f"table {self.name!r}: rowwise must be 8, 4 or 2, without bits, got {self.rowwise}")
+        if not 0 <= self.dropped_to < self.rows:
+            raise ValueError(
+                f"table {self.name!r}: dropped_to={self.dropped_to} must be one of the first {self.rows} rows"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        if self.rowwise:
+            return 4 + -(-self.embedding_dim * self.rowwise // 8)
+        if not self.bits:
+            return 2 * self.embedding_dim
+        return 4 * (len(self.bits) - 1) + -(-sum(self.bits[-1]) // 8)
+
+
+class PackedTables(nn.Module):
+    """e_v = sum_j q_vj a_j + b: q_v the integers stored for id v, a_j axes with their scales, b an offset.
+
+    Takes the place of a trained TorchRec EmbeddingBagCollection: KeyedJaggedTensor -> KeyedTensor with the same keys
+    and widths. Codes are fixed, axes and offset parameters, which can be trained on; bags are decoded, then pooled.
+
+    >>> packed = PackedTables([PackedTable("item", ("item",), embedding_dim=3, rows=5, bits=((4, 4),))])
+    >>> packed.fill("item", torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]), torch.eye(3)[:2], torch.zeros(3))
+    >>> kjt = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([4, 8]), torch.tensor([1, 1]))
+    >>> packed(kjt).values().tolist()
+    [[9.0, 10.0, 0.0], [1.0, 2.0, 0.0]]
+    """
+
+    def __init__(
+        self, tables: Sequence[PackedTable | Mapping[str, Any]], *, names: Sequence[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.tables = [table if isinstance(table, PackedTable) else PackedTable(**table) for table in tables]
+        # Tables with rows of one form are looked up and decoded together.
+        groups: dict[tuple[type[_Group], int, int], list[PackedTable]] = {}
+        for table in self.tables:
+            form = _Coded if table.bits else _Rowwise if table.rowwise else _Half
+            groups.setdefault((form, table.row_bytes, table.embedding_dim), []).append(table)
+        self.groups = nn.ModuleList(form(members) for (form, _, _), members in groups.items())
+        held = {name: table.embedding_dim for table in self.tables for name in table.feature_names}
+        self.names = sorted(held) if names is None else list(names)
+        if sorted(self.names) != sorted(held):
+            raise ValueError(f"names={self.names}, but the tables are those of {sorted(held)}")
+        self.widths = [held[name] for name in self.names]
+        self.embedding_dim = self.widths[0] if len(set(self.widths)) == 1 else None
+
+    def fill(self, table: str, codes: Tensor, axes: Tensor | None = None, offset: Tensor | None = None) -> None:
+        """Store a table: codes (rows, J) with axes (J, D) and offset (D,), or, without bits, the rows (rows, D).
+
+        Raises:
+            ValueError: there is no such table, or a shape or a code does not fit.
+        """
+        for group in self._parts():
+            for place, member in enumerate(group.members):
+                if member.name == table:
+                    with torch.no_grad():
+                        group.fill(place, codes, axes, offset)
+                    return
+        raise ValueError(f"no table {table!r}, expected one of {[member.name for member in self.tables]}")
+
+    def codes(self) -> list[Tensor]:
+        """The tensors that hold the rows."""
+        return [tensor for group in self._parts() for name, tensor in group.named_buffers() if name in group.stored]
+
+    def describe(self) -> dict[str, Any]:
+        """What the constructor takes, in plain data."""
+        return {"tables": [dataclasses.asdict(table) for table in self.tables], "names": self.names}
+
+    def _parts(self) -> list[_Group]:
+        return cast("list[_Group]", list(self.groups))
+
+    def forward(self, ids: KeyedJaggedTensor) -> KeyedTensor:
+        """KeyedJaggedTensor -> KeyedTensor."""
+        fields = {name: field for group in self._parts() for name, field in zip(group.keys, group(ids))}
+        return KeyedTensor(self.names, self.widths, torch.cat([fields[name] for name in self.names], dim=1))
+
+
+class _Group(nn.Module):
+    """Tables with rows of one form, one below the other."""
+
+    def __init__(self, members: Sequence[PackedTable]) -> None:
+        super().__init__()
+        self.members = list(members)
+        self.embedding_dim = members[0].embedding_dim
+        self.first_rows = [sum(member.rows for member in members[:place]) for place in range(len(members) + 1)]
+        self.places = [place for place, member in enumerate(members) for _ in member.feature_names]
+        self.keys = [name for member in members for name in member.feature_names]
+        self.stored: list[str] = []  # names of the tensors that hold rows
+        limits = [[self.first_rows[p], members[p].rows, members[p].dropped_to] for p in self.places]
+        self.limits: Tensor
+        self.register_buffer("limits", torch.tensor(limits).view(-1, 3, 1), persistent=False)
+
+    def fill(self, place: int, codes: Tensor, axes: Tensor | None, offset: Tensor | None) -> None:
+        """Store the rows of one of the members."""
+        raise NotImplementedError
+
+    def rows_of(self, ids: Tensor, features: slice) -> Tensor:
+        """Where the ids (F, N) are stored."""
+        first, rows, dropped = self.limits[features].unbind(1)
+        return torch.where(ids < rows, ids, dropped) + first
+
+    def look_up(self, ids: Tensor, features: slice) -> Tensor:
+        """Ids (F, N) -> (F, N, D)."""
+        raise NotImplementedError
+
+    def forward(self, ids: KeyedJaggedTensor) -> Sequence[Tensor]:
+        """KeyedJaggedTensor -> (B, D) for each of `keys`."""
+        keys, size = ids.keys(), ids.stride()
+        bags = [key for place, key in zip(self.places, self.keys) if self.members[place].pooling == "mean"]
+        if not bags and ids.values().numel() == len(keys) * size:
+            rows = ids.values().view(len(keys), size)
+            if keys != self.keys:
+                rows = rows[[keys.index(key) for key in self.keys]]
+            return self.look_up(rows, slice(None)).unbind(0)
+        columns = []
+        for place, key in enumerate(self.keys):
+            jagged = ids[key]
+            vectors = self.look_up(jagged.values()[None], slice(place, place + 1))[0]
+            lengths = jagged.lengths()
+            owner = torch.arange(size, device=lengths.device).repeat_interleave(lengths, output_size=len(vectors))
+            pooled = vectors.new_zeros(size, self.embedding_dim).index_add(0, owner, vectors)
+            if self.members[self.places[place]].pooling == "mean":
+                pooled = pooled / lengths.clamp(min=1)[:, None]
+            columns.append(pooled)
+        return columns
+
+
+class _Half(_Group):
+    """Rows in float16."""
+
+    def __init__(self, members: Sequence[PackedTable]) -> None:
+        super().__init__(members)
+        self.rows: Tensor
+        self.stored = ["rows"]
+        self.register_buffer("rows", torch.zeros(self.first_rows[-1], self.embedding_dim, dtype=torch.float16))
+
+    def fill(self, place: int, codes: Tensor, axes: Tensor | None, offset: Tensor | None) -> None:
+        self.rows[self.first_rows[place] : self.first_rows[place + 1]] = codes.to(torch.float16)
+
+    def look_up(self, ids: Tensor, features: slice) -> Tensor:
+        """Ids (F, N) -> (F, N, D)."""
+        return self.rows[self.rows_of(ids, features)].float()
+
+
+class _Rowwise(_Group):
+    """Rows of integers, each with a scale and an offset of its own in float16: fbgemm's common form."""
+
+    def __init__(self, members: Sequence[PackedTable]) -> None:
+        super().__init__(members)
+        self.bits = members[0].rowwise
+        self.rows: Tensor
+        self.stored = ["rows"]
+        self.register_buffer("rows", torch.zeros(self.first_rows[-1], members[0].row_bytes, dtype=torch.uint8))
+
+    def fill(self, place: int, codes: Tensor, axes: Tensor | None, offset: Tensor | None) -> None:
+        low, high = codes.min(1).values, codes.max(1).values
+        # As they will be read back.
+        low = low.half().float()
+        scale = ((high - low) / (2**self.bits - 1)).half().float()
+        integers = ((codes - low[:, None]) / scale.clamp(min=1e-12)[:, None]).round().clamp(0, 2**self.bits - 1).long()
+        per_byte = 8 // self.bits
+        integers = nn.functional.pad(integers, (0, -integers.shape[1] % per_byte)).view(len(codes), -1, per_byte)
+        packed = (integers << (self.bits * torch.arange(per_byte))).sum(2).to(torch.uint8)
+        ends = torch.stack([scale, low], 1).half().view(torch.uint8)
+        self.rows[self.first_rows[place] : self.first_rows[place + 1]] = torch.cat([packed, ends], 1)
+
+    def look_up(self, ids: Tensor, features: slice) -> Tensor:
+        """Ids (F, N) -> (F, N, D)."""
+        rows = self.rows[self.rows_of(ids, features)]
+        scale, low = rows[..., -4:].contiguous().view(torch.float16).float().unsqueeze(-1).unbind(-2)
+        shifts = self.bits * torch.arange(8 // self.bits, dtype=torch.uint8, device=rows.device)
+        integers = (rows[..., :-4].unsqueeze(-1) >> shifts & (2**self.bits - 1)).flatten(-2)
+        return integers[..., : self.embedding_dim].float() * scale + low
+
+
+class _Coded(_Group):
+    """Rows as words of 32 bits, the last maybe shorter, with the first coordinate of a word in its lowest bits.
+
+    Words are kept in planes, a tensor of 4, 2 or 1 bytes for each row, since reading a number at a random place is
+    much faster than copying a few bytes from there; a word of 3 bytes has two planes.
+    """
+
+    def __init__(self, members: Sequence[PackedTable]) -> None:
+        super().__init__(members)
+        rest = members[0].row_bytes % 4
+        self.num_words = len(members[0].bits)
+        dtypes = [torch.int32] * (members[0].row_bytes // 4)
+        dtypes += [torch.int16] * (rest // 2) + [torch.uint8] * (rest % 2)
+        self.stored = [f"plane_{number}" for number in range(len(dtypes))]
+        for number, dtype in enumerate(dtypes):
+            self.register_buffer(f"plane_{number}", torch.zeros(self.first_rows[-1], dtype=dtype))
+        self.axes = nn.ParameterList(
+            torch.zeros(sum(len(word) for word in member.bits), self.embedding_dim) for member in members
+        )
+        self.offset = nn.Parameter(torch.zeros(len(members), self.embedding_dim))
+        # Axes are kept for codes in [0, 1), so that they are of the size of the rows, and optimisers can move them.
+        for place, member in enumerate(members):
+            exponents = torch.tensor([[-float(bits)] for word in member.bits for bits in word])
+            self.register_buffer(f"units_{place}", exponents.exp2(), persistent=False)
+        # Of each word: (tables, coordinates, 1), how far to shift and what to keep; 0 where a table has none.
+        self.widths = [max(len(member.bits[word]) for member in members) for word in range(self.num_words)]
+        for word, width in enumerate(self.widths):
+            shifts = torch.zeros(len(members), width, 1, dtype=torch.int32)
+            masks = torch.zeros(len(members), width, 1, dtype=torch.int32)
+            for place, member in enumerate(members):
+                for coordinate, bits in enumerate(member.bits[word]):
+                    shifts[place, coordinate] = sum(member.bits[word][:coordinate])
+                    masks[place, coordinate] = 2**bits - 1
+            self.register_buffer(f"shifts_{word}", shifts[self.places], persistent=False)
+            self.register_buffer(f"masks_{word}", masks[self.places], persistent=False)
+
+    def fill(self, place: int, codes: Tensor, axes: Tensor | None, offset: Tensor | None) -> None:
+        member = self.members[place]
+        bits = [bits for word in member.bits for bits in word]
+        if axes is None or offset is None or codes.shape != (member.rows, len(bits)):
+            raise ValueError(
+                f"table {member.name!r} takes codes ({member.rows}, {len(bits)}), axes and an offset, got codes "
+                f"{tuple(codes.shape)}"
+            )
+        if (codes < 0).any() or (codes >= 2 ** torch.tensor(bits)).any():
+            raise ValueError(f"table {member.name!r}: codes must be in [0, 2^bits), bits {member.bits}")
+        rows = slice(self.first_rows[place], self.first_rows[place + 1])
+        used = 0
+        for number, word in enumerate(member.bits):
+            shifts = torch.tensor([sum(word[:coordinate]) for coordinate in range(len(word))])
+            value = (codes[:, used : used + len(word)].long() << shifts).sum(1)
+            used += len(word)
+            plane = self.get_buffer(f"plane_{number}")
+            plane[rows] = value.to(plane.dtype)  # keeps the lowest bits
+            if f"plane_{number + 1}" in self._buffers and number + 1 == self.num_words:
+                self.get_buffer(f"plane_{number + 1}")[rows] = (value >> 16).to(torch.uint8)
+        self.axes[place].copy_(axes / self.get_buffer(f"units_{place}"))
+        self.offset[place] = offset
+
+    def look_up(self, ids: Tensor, features: slice) -> Tensor:
+        """Ids (F, N) -> (F, N, D)."""
+        places = self.rows_of(ids, features).flatten()
+        numbers = []
+        for word in range(self.num_words):
+            value = self.get_buffer(f"plane_{word}")[places].int()
+            if f"plane_{word + 1}" in self._buffers and word + 1 == self.num_words:
+                value = (value & 0xFFFF) | (self.get_buffer(f"plane_{word + 1}")[places].int() << 16)
+            value = value.view(ids.shape[0], 1, -1) >> self.get_buffer(f"shifts_{word}")[features]
+            numbers.append(value.bitwise_and_(self.get_buffer(f"masks_{word}")[features]).float())
+        coordinates = numbers[0] if len(numbers) == 1 else torch.cat(numbers, dim=1)
+        axes = torch.stack([self._spread(place) for place in range(len(self.members))])[self.places][features]
+        return torch.baddbmm(self.offset[self.places][features].unsqueeze(1), coordinates.transpose(1, 2), axes)
+
+    def _spread(self, place: int) -> Tensor:
+        """The axes of a table (J, D), with zeros where others of the group have more coordinates in a word."""
+        axes = self.axes[place] * self.get_buffer(f"units_{place}")
+        parts = axes.split([len(word) for word in self.members[place].bits])
+        return torch.cat([nn.functional.pad(part, (0, 0, 0, w - len(part))) for part, w in zip(parts, self.widths)])

@@ -1,0 +1,1 @@
+"""Smaller models: what to keep of a trained one, and how small a new one may be."""

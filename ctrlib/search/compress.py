@@ -1,0 +1,238 @@
+"""Make a trained model small enough: try what applies, choose by validation, fine-tune, report test once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ctrlib.data.loader import Loader
+from ctrlib.model import Model
+from ctrlib.search.bytes import bytes_of
+from ctrlib.search.distil import distil
+from ctrlib.search.floors import frequency_cut, rounded_rows
+from ctrlib.search.low_rank import Goal, apply_low_rank, low_rank
+from ctrlib.search.plan import Plan, materialise
+from ctrlib.search.transform_coding import transform_coding
+from ctrlib.serving.predictor import Predictor, save_model
+from ctrlib.structure import describe
+from ctrlib.training.evaluate import evaluate
+from ctrlib.training.loop import to_json
+
+SAMPLE_ROWS = 400_000  # of train, to see how tables are used
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A compressed model that was tried."""
+
+    method: str
+    embedding_bytes: int
+    total_bytes: int
+    valid_auc: float
+    valid_log_loss: float
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes as people write it.
+
+    Raises:
+        ValueError: it is not one.
+
+    >>> parse_bytes("5MB"), parse_bytes("800 kB"), parse_bytes("2MiB"), parse_bytes("1000")
+    (5000000, 800000, 2097152, 1000)
+    """
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    number = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz").strip()
+    unit = text.strip().lower()[len(number) :].strip()
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise ValueError(f"{text!r} is no number of bytes: write 5MB, 800kB, 2MiB or 1000") from None
+    return int(size)
+
+
+def compress(
+    folder: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    num_bytes: int | None = None,
+    ratio: float | None = None,
+    epochs: int = 1,
+    batch_size: int = 8192,
+    layer_ratio: float | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write a smaller model into `out`: tables, decoders, remaps, vectors of numbers and wide part in the budget.
+
+    Every method is tried at the budget, and the rounded rows at their own sizes; the best on validation within the
+    budget is distilled from the original for `epochs` over train, and kept at its best epoch. `out` receives a model
+    folder, compression.json with all that was tried, and compression.png, bytes against validation AUC.
+
+    Args:
+        folder: a model folder.
+        data: the prepared folder it was trained on.
+        out: where the smaller model goes.
+        num_bytes: the budget,
+        ratio: or by how much to divide the bytes that there are.
+        epochs: of fine-tuning; 0 for none.
+        batch_size: rows per step, everywhere.
+        layer_ratio: also give the linear layers so many times fewer weights, by low rank.
+        seed: of the order of train.
+        console: where progress is shown.
+
+    Raises:
+        ValueError: both budgets or none, or one that cannot be met; the message says what the smallest is.
+        SchemaError: the data were prepared differently.
+    """
+    if (num_bytes is None) == (ratio is None):
+        raise ValueError(f"give the budget in bytes or as a ratio, one of them: got {num_bytes} and {ratio}")
+    console = console or Console(stderr=True)
+    predictor = Predictor.load(folder)
+    predictor.check_prepared(data)
+    model: Model = predictor.model  # type: ignore[assignment]
+    before = bytes_of(model)
+    budget = num_bytes if num_bytes is not None else int(before.embedding / (ratio or 1.0))
+    if budget >= before.embedding:
+        raise ValueError(
+            f"the model's embeddings take {before.embedding:,} bytes, a budget of {budget:,} asks for nothing: name a "
+            "smaller one"
+        )
+    train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
+    valid, test = (Loader(data, split, batch_size=batch_size) for split in ("valid", "test"))
+    sample = Head(train, SAMPLE_ROWS)
+
+    tried: list[Candidate] = []
+    plans: list[Plan | None] = []
+
+    def look_at(method: str, candidate: Model, plan: Plan | None) -> None:
+        size, scores = bytes_of(candidate), evaluate(candidate, valid, quick=True)
+        tried.append(Candidate(method, size.embedding, size.total, scores["auc"], scores["log_loss"]))
+        plans.append(plan)
+        console.print(f"{method}: {size.embedding:,} bytes, valid AUC {scores['auc']:.6f}")
+
+    look_at("uncompressed", model, None)
+    schema, tables = predictor.schema, before.weights + before.remap + before.decoder
+
+    def narrow() -> Plan:
+        goal = Goal(num_bytes=budget - (before.embedding - tables))
+        return Plan.of("low_rank", apply_low_rank(model, low_rank(model, schema, sample, tables=goal)))
+
+    ways: list[Callable[[], Plan]] = [
+        narrow,
+        *(lambda bits=bits: rounded_rows(model, bits) for bits in (16, 8, 4, 2)),
+        lambda: frequency_cut(model, sample, num_bytes=budget),
+        *(
+            lambda size=int(budget * factor): transform_coding(model, sample, num_bytes=size)
+            for factor in (0.5, 2.0, 1.0)
+            if factor <= 1 or budget * factor < before.embedding / 2
+        ),
+    ]
+    smallest = ""
+    for way in ways:
+        try:
+            plan = way()
+        except (ValueError, NotImplementedError) as error:
+            smallest = str(error)
+            continue
+        look_at(plan.method, materialise(model, plan), plan)
+    fitting = [place for place, one in enumerate(tried) if one.embedding_bytes <= budget and plans[place] is not None]
+    if not fitting:
+        raise ValueError(f"no method stores the embeddings in {budget:,} bytes. {smallest}")
+    place = max(fitting, key=lambda place: tried[place].valid_auc)
+    chosen = plans[place]
+    assert chosen is not None
+    smaller = materialise(model, chosen)
+    if layer_ratio is not None:
+        smaller = apply_low_rank(smaller, low_rank(smaller, schema, sample, layers=Goal(ratio=layer_ratio)))
+        look_at(f"{chosen.method}, low-rank layers", smaller, chosen)
+    distil(smaller, model, train, valid, epochs=epochs, console=console)
+    look_at(f"{chosen.method}, fine-tuned", smaller, chosen)
+    config = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
+    config["replaced"] = describe(smaller)
+    save_model(smaller, config, folder, out)
+    scores = {name: evaluate(one, test, quick=True) for name, one in (("before", model), ("after", smaller))}
+    result = {
+        "method": chosen.method,
+        "budget": budget,
+        "embedding_bytes_before": before.embedding,
+        "embedding_bytes_after": bytes_of(smaller).embedding,
+        "bytes_before": asdict(before),
+        "bytes_after": asdict(bytes_of(smaller)),
+        "total_ratio": before.total / bytes_of(smaller).total,
+        "ratio": before.embedding / bytes_of(smaller).embedding,
+        "valid_auc_before": tried[0].valid_auc,
+        "valid_auc_after": tried[-1].valid_auc,
+        "test_auc_before": scores["before"]["auc"],
+        "test_auc_after": scores["after"]["auc"],
+        "tried": [asdict(candidate) for candidate in tried],
+    }
+    out = Path(out)
+    (out / "compression.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
+    draw(tried, budget, out / "compression.png")
+    return result
+
+
+class Head:
+    """The first rows of every epoch of a loader."""
+
+    def __init__(self, loader: Loader, num_rows: int) -> None:
+        self.loader, self.num_batches = loader, -(-num_rows // loader.batch_size)
+
+    def __iter__(self) -> Any:
+        for _, batch in zip(range(self.num_batches), self.loader):
+            yield batch
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """What was tried, as a table to print."""
+    table = Table(
+        "method", "embedding bytes", "times fewer", "valid AUC", "change", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    first = result["tried"][0]
+    for one in result["tried"]:
+        table.add_row(
+            one["method"],
+            f"{one['embedding_bytes']:,}",
+            f"{first['embedding_bytes'] / one['embedding_bytes']:.1f}",
+            f"{one['valid_auc']:.5f}",
+            f"{one['valid_auc'] - first['valid_auc']:+.5f}",
+            style="bold" if one is result["tried"][-1] else None,
+        )
+    return table
+
+
+def draw(tried: list[Candidate], budget: int, path: Path) -> None:
+    """Bytes against validation AUC as a picture."""
+    from matplotlib.figure import Figure  # here, since it takes longer to import than a small model to score
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(one.method for one in tried[1:]):
+        points = sorted((one.embedding_bytes, one.valid_auc) for one in tried[1:] if one.method == method)
+        gone = " (below)" if all(auc < tried[0].valid_auc - 0.02 for _, auc in points) else ""
+        marker = "*" if "tuned" in method else "o"
+        axes.plot(*zip(*points), marker=marker, label=method.replace("_", " ") + gone)
+    axes.axhline(tried[0].valid_auc, color="grey", linestyle=":", label=f"uncompressed, {tried[0].embedding_bytes:,} B")
+    axes.axvline(budget, color="grey", linewidth=1, label=f"budget, {budget:,} B")
+    # Methods that ruin the model would press all others together: they are named, not shown.
+    best = max(one.valid_auc for one in tried)
+    shown = [one.valid_auc for one in tried if one.valid_auc > best - 0.02]
+    margin = max(5e-4, 0.08 * (best - min(shown)))
+    axes.set_ylim(min(shown) - margin, best + margin)
+    axes.set(xscale="log", xlabel="bytes of embeddings", ylabel="validation AUC")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,96 @@
+"""What any method of compression must beat at equal bytes: rounded rows, and fewer of them.
+
+Another floor, a smaller `embedding_dim` trained from scratch, is a training run and needs nothing here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from ctrlib.batch import Batch
+from ctrlib.embeddings.packed import PackedTable, PackedTables
+from ctrlib.model import Model
+from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID
+from ctrlib.search.bytes import bytes_of
+from ctrlib.search.plan import Plan, materialise
+from ctrlib.search.transform_coding import usage, weight_name
+from ctrlib.structure import unstack
+
+
+def rounded_rows(model: Model, bits: Literal[2, 4, 8, 16]) -> Plan:
+    """All rows in float16, or as integers with a scale and an offset for each row (H. Guan et al., "Post-Training 4-bit
+    Quantization on Embedding Tables", 2019, https://arxiv.org/abs/1911.02079)."""
+    rowwise = 0 if bits == 16 else bits
+    return _plan(f"int{bits}" if rowwise else "float16", model, lambda _, config: (config.num_embeddings, rowwise))
+
+
+def frequency_cut(model: Model, batches: Iterable[Batch], *, num_bytes: int, bits: Literal[4, 8, 16] = 16) -> Plan:
+    """Rows of the ids that train reads most often, in as many bytes; all other ids read the out-of-vocabulary row.
+
+    One number of reads decides for all tables. Rows are in order of frequency in every vocabulary, so that a table is
+    cut after its last row.
+
+    Raises:
+        ValueError: the budget does not even hold the reserved rows.
+    """
+    model = copy.deepcopy(model)
+    unstack(model)
+    used = usage(model, batches, gradient_batches=1)
+    rowwise = 0 if bits == 16 else bits
+
+    def cut(limit: float) -> Plan:
+        def kept(path: str, config: EmbeddingBagConfig) -> tuple[int, int]:
+            reads = used[weight_name(path, config)].reads[NUM_RESERVED_IDS:]
+            return NUM_RESERVED_IDS + int((reads >= limit).sum()), rowwise
+
+        return _plan("frequency_cut", model, kept)
+
+    limits = torch.unique(torch.cat([table.reads[NUM_RESERVED_IDS:] for table in used.values()])).tolist()
+    low, high = 0, len(limits)  # the first limit that is high enough
+    while low < high:
+        middle = (low + high) // 2
+        if bytes_of(materialise(model, cut(limits[middle]))).embedding > num_bytes:
+            low = middle + 1
+        else:
+            high = middle
+    if low == len(limits):
+        raise ValueError(f"{num_bytes:,} bytes do not hold any row of an id beside the reserved ones: ask for more")
+    return cut(limits[low])
+
+
+def _plan(method: str, model: Model, rows_of: Callable[[str, EmbeddingBagConfig], tuple[int, int]]) -> Plan:
+    """Every table's first rows, how many and in what form `rows_of` says."""
+    model = copy.deepcopy(model)
+    unstack(model)
+    replaced: dict[str, dict[str, Any]] = {}
+    weights: dict[str, Tensor] = {}
+    for path, part in model.named_modules():
+        if not isinstance(part, EmbeddingBagCollection):
+            continue
+        tables = []
+        for config in part.embedding_bag_configs():
+            rows, rowwise = rows_of(path, config)
+            tables.append(
+                PackedTable(
+                    config.name,
+                    tuple(config.feature_names),
+                    config.embedding_dim,
+                    rows=rows,
+                    rowwise=rowwise,  # type: ignore[arg-type]  # one of its choices
+                    pooling="mean" if config.pooling == PoolingType.MEAN else "sum",
+                    dropped_to=OOV_ID if rows < config.num_embeddings else 0,
+                )
+            )
+        packed = PackedTables(tables, names=[name for table in tables for name in table.feature_names])
+        for table in tables:
+            packed.fill(table.name, part.embedding_bags[table.name].weight.detach()[: table.rows])
+        replaced[path] = {"kind": "packed", **packed.describe()}
+        weights |= {f"{path}.{name}": tensor for name, tensor in packed.state_dict().items()}
+    return Plan(method, replaced, weights)

@@ -1,0 +1,666 @@
+"""Low-rank compression of a trained model by Atomic Feature Mimicking: H. Yu et al., "Unified Low-rank Compression
+Framework for Click-through Rate Prediction", KDD 2024, https://arxiv.org/abs/2405.18146, after H. Yu and J. Wu,
+"Compressing Transformers: Features Are Low-Rank, but Weights Are Not!", AAAI 2023.
+
+Not the weights are approximated but what they produce on the training data, in closed form and without labels: outputs
+y of mean mu and covariance U Lambda U^T become U_r U_r^T (y - mu) + mu, with r of the eigenvectors, and the mean
+squared error is the sum of the other eigenvalues. What a table produces is its rows, as often as they are looked up, so
+that a histogram of the ids is all that is needed of the data.
+
+    plan = low_rank(model, schema, train, tables=Goal(ratio=8), layers=Goal(energy=0.99))
+    smaller = apply_low_rank(model, plan)
+    fit(ExactEngine(smaller), train, valid)  # an ordinary model: fine-tuned, sharded and served as any
+
+The paper sets ranks by hand, one for all tables; here they can also go where a byte keeps the most energy. Its code, as
+published, does not run, and is not followed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from ctrlib.batch import Batch
+from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
+from ctrlib.embeddings.numeric import ValueTimesVector
+from ctrlib.embeddings.table import TableEmbedding, by_vocabulary, num_rows, pooling_of
+from ctrlib.layers import LowRankLinear
+from ctrlib.model import Model
+from ctrlib.schema import Categorical, Schema, vocabulary_of
+from ctrlib.search.histogram import histogram
+from ctrlib.towers.mlp import MLP
+from ctrlib.training.distributed import gather
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How small tables, or layers, are to become: one of these.
+
+    `num_bytes`: at most so many, decoders, means and biases included, with as much energy kept as there can be.
+    `ratio`: as many times fewer bytes. `energy`: each keeps this fraction of its own, at the smallest such rank.
+    `rank`: the same for all.
+
+    Raises:
+        ValueError: none or several are given, or one is out of its range.
+
+    >>> Goal(ratio=8, rank=4)
+    Traceback (most recent call last):
+    ValueError: expected one of num_bytes, ratio, energy and rank, got {'ratio': 8, 'rank': 4}
+    """
+
+    num_bytes: int | None = None
+    ratio: float | None = None
+    energy: float | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"expected one of num_bytes, ratio, energy and rank, got {given}")
+        ((name, value),) = given.items()
+        if value <= 0 or (name == "ratio" and value < 1) or (name == "energy" and value > 1):
+            raise ValueError(f"{name}={value}: expected a positive number, a ratio from 1 on, an energy of 1 at most")
+
+
+@dataclass(frozen=True)
+class LowRankTable:
+    """What becomes of one vocabulary's table: mean (D,) and basis (R, D), or None where there is none."""
+
+    stored: NarrowTable
+    mean: Tensor | None = None
+    basis: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LowRankLayer:
+    """The subspace in which a linear layer's outputs stay: mean (out,) and basis (R, out)."""
+
+    mean: Tensor
+    basis: Tensor
+
+
+@dataclass(frozen=True)
+class LowRankPlan:
+    """What `low_rank` finds and `apply_low_rank` does: plain data.
+
+    `tables`: path in the model of tables -> what becomes of each. `layers`: path of a linear layer -> the same; those
+    that stay as they are, are not in it.
+    """
+
+    tables: dict[str, list[LowRankTable]]
+    layers: dict[str, LowRankLayer]
+
+
+def low_rank(
+    model: Model,
+    schema: Schema,
+    batches: Iterable[Batch],
+    *,
+    tables: Goal | None = None,
+    layers: Goal | None = None,
+    multiple_of: int = 4,
+    smooth: float = 1.0,
+    centred: bool = True,
+) -> LowRankPlan:
+    """Find the low-rank form of a trained model, which is left as it is.
+
+    `tables` and `layers` as in `low_rank_tables` and `low_rank_layers`; None leaves them alone. `batches` of training
+    data are iterated once for the tables and once for the layers.
+
+    Raises:
+        ValueError: there is no goal, or as those functions do.
+        NotImplementedError: as `low_rank_tables`.
+
+    >>> from ctrlib import presets
+    >>> from ctrlib.testing import example_batch, example_schema
+    >>> schema = example_schema()
+    >>> model = presets.mlp(presets.Inputs(schema, embedding_dim=8), hidden=(32, 32))
+    >>> plan = low_rank(model, schema, [example_batch(schema, 64)], tables=Goal(rank=4), layers=Goal(rank=8))
+    >>> {path: len(layer.basis) for path, layer in plan.layers.items()}
+    {'tower.layers.0': 8, 'tower.layers.2': 8}
+    >>> small = apply_low_rank(model, plan)
+    >>> model.embedding_bytes(), small.embedding_bytes()  # 60 rows; 3 decoders with means and 2 numbers' vectors
+    (1984, 1504)
+    """
+    if tables is None and layers is None:
+        raise ValueError("low_rank has nothing to do: give tables=Goal(...), layers=Goal(...) or both")
+    found_tables: dict[str, list[LowRankTable]] = {}
+    found_layers: dict[str, LowRankLayer] = {}
+    if tables is not None:
+        table_embeddings(model)  # what cannot be done is said before the data are read
+        counts = histogram(schema, batches)
+        found_tables = low_rank_tables(
+            model, schema, counts, goal=tables, multiple_of=multiple_of, smooth=smooth, centred=centred
+        )
+    if layers is not None:
+        statistics = output_statistics(model, list(linear_layers(model)), batches)
+        found_layers = low_rank_layers(model, statistics, goal=layers, multiple_of=multiple_of)
+    return LowRankPlan(found_tables, found_layers)
+
+
+# Tables.
+
+
+def low_rank_tables(
+    model: nn.Module,
+    schema: Schema,
+    counts: Mapping[str, Tensor],
+    *,
+    goal: Goal,
+    multiple_of: int = 4,
+    smooth: float = 1.0,
+    centred: bool = True,
+) -> dict[str, list[LowRankTable]]:
+    """Path of the tables of each `TableEmbedding` -> a low-rank table for each vocabulary, by `counts` of `histogram`.
+
+    Every feature counts the same, so a vocabulary's energy is that of a look-up times its number of features. Ranks are
+    multiples of `multiple_of`, 4 being what the fused engine wants, or the whole width: that of tables which a decoder
+    would make larger, unless the goal is one rank for all. `smooth` is as in `weighted_pca`. `centred=False` leaves out
+    the means, which costs up to one rank; `fold` then takes bags and histories too.
+
+    First-order weights (`Wide`) are as narrow as can be, so they are left alone, and not counted.
+
+    Raises:
+        ValueError: the goal cannot be met (the message says what can), `counts` lack a vocabulary, or there is no
+            table.
+        NotImplementedError: the model looks up sequences event by event.
+    """
+    embeddings = table_embeddings(model)
+    vocabularies = {
+        (path, vocabulary_of(members[0])): members
+        for path, embedding in embeddings.items()
+        for members in by_vocabulary([feature for feature in schema.sparse if feature.name in embedding.names])
+    }
+    found: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
+    sizes: dict[tuple[str, str], tuple[int, Tensor]] = {}
+    for (path, vocabulary), members in vocabularies.items():
+        rows, seen = num_rows(members), counts.get(vocabulary, torch.empty(0))
+        if len(seen) != rows:
+            raise ValueError(
+                f"vocabulary {vocabulary!r} has {rows} ids, but {len(seen)} counts: take `histogram` of the schema "
+                "that the model was trained with"
+            )
+        full = full_table(embeddings[path], members[0].name, rows)
+        # Nothing reads the first row, that of padding.
+        mean, basis, energies = weighted_pca(full[1:], seen[1:], smooth=smooth, centred=centred)
+        found[path, vocabulary], sizes[path, vocabulary] = (mean, basis, energies), (rows, len(members) * energies)
+    if goal.rank is not None:
+        ranks = {key: min(goal.rank, len(energies)) for key, (_, energies) in sizes.items()}
+    else:
+        ranks = _choose(*_table_levels(sizes, multiple_of, centred), goal)
+    tables: dict[str, list[LowRankTable]] = {}
+    for (path, vocabulary), (mean, basis, energies) in found.items():
+        members, rank = vocabularies[path, vocabulary], ranks[path, vocabulary]
+        number, is_narrow = list(embeddings).index(path), rank < len(energies)
+        stored = NarrowTable(
+            f"{vocabulary}_{number}" if number else vocabulary,  # names of tables differ in a model
+            tuple(member.name for member in members),
+            rows=num_rows(members),
+            rank=rank,
+            pooling="mean" if pooling_of(members) == "mean" else "sum",
+            centred=centred,
+        )
+        mean_of = mean.float() if is_narrow and centred else None
+        tables.setdefault(path, []).append(LowRankTable(stored, mean_of, basis[:rank].float() if is_narrow else None))
+    return tables
+
+
+def weighted_pca(
+    table: Tensor, counts: Tensor, *, smooth: float = 1.0, centred: bool = True, is_shard: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mu = sum_v p_v E_v and the eigenvectors and eigenvalues of sum_v p_v (E_v - mu) (E_v - mu)^T, largest first.
+
+    p_v is proportional to counts_v + smooth: rows that training never looked up, which 0 would approximate without any
+    regard, count as seen `smooth` times. Of all affine maps of rank r, decoding (E_v - mu) basis_r^T by basis_r has the
+    smallest expected squared error over look-ups, the sum of the energies after the first r. `centred=False`: mu = 0.
+    `is_shard`: rows and counts are this process's part of them, and all processes call.
+
+    Shape: (rows, D), (rows,) -> mean (D,), basis (D, D), energies (D,), in float64.
+
+    Raises:
+        ValueError: nothing has a weight, since all counts and `smooth` are 0.
+
+    >>> table = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 5.0]])
+    >>> mean, basis, energies = weighted_pca(table, torch.tensor([5, 5, 0]), smooth=0.0)
+    >>> mean.tolist(), basis[0].abs().tolist(), energies.tolist()
+    ([0.0, 0.0], [1.0, 0.0], [1.0, 0.0])
+    """
+    weights = counts.double() + smooth
+    sums = torch.zeros(table.shape[1] + 1, dtype=torch.float64)
+    for rows, some in _chunks(table, weights):
+        sums += torch.cat([some @ rows, some.sum().unsqueeze(0)])
+    if is_shard:
+        dist.all_reduce(sums)
+    if not sums[-1] > 0:
+        raise ValueError(f"no row has a weight: all {len(counts)} counts and smooth={smooth} are 0")
+    mean = sums[:-1] / sums[-1] if centred else torch.zeros_like(sums[:-1])
+    scatter = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
+    for rows, some in _chunks(table, weights):
+        rows = rows - mean
+        scatter += rows.T @ (rows * some.unsqueeze(1))
+    if is_shard:
+        dist.all_reduce(scatter)
+    return mean, *spectrum(scatter / sums[-1])
+
+
+def _chunks(table: Tensor, weights: Tensor, size: int = 1 << 16) -> Iterable[tuple[Tensor, Tensor]]:
+    """Some rows at a time in float64, so that a large table is never copied as a whole."""
+    for start in range(0, len(table), size):
+        yield table[start : start + size].double(), weights[start : start + size]
+
+
+def spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors, a row each, and eigenvalues, from the largest on: (D, D) -> (D, D), (D,).
+
+    >>> spectrum(torch.diag(torch.tensor([1.0, 4.0])))[1].tolist()
+    [4.0, 1.0]
+    """
+    energies, vectors = torch.linalg.eigh(covariance)
+    return vectors.T.flip(0), energies.flip(0).clamp(min=0)
+
+
+def rank_for_energy(energies: Tensor, fraction: float) -> int:
+    """The smallest rank, 1 at least, that keeps `fraction` of the sum of `energies`, the largest of which come first.
+
+    >>> rank_for_energy(torch.tensor([6.0, 3.0, 1.0]), 0.9)
+    2
+    """
+    kept = energies.cumsum(0)
+    return min(int((kept < fraction * kept[-1]).sum()) + 1, len(energies))
+
+
+def allocate_ranks(
+    tables: Mapping[Key, tuple[int, Tensor]], num_bytes: int, *, multiple_of: int = 4, centred: bool = True
+) -> dict[Key, int]:
+    """Ranks that keep much energy in `num_bytes`, decoders and means counted, of tables given as (rows, energies (D,)).
+
+    From the lowest rank on, the next bytes go where each keeps the most energy. Ranks are multiples of `multiple_of`;
+    a table of rows <= D r / (D - r), for which rank r would take more bytes than whole rows, is kept whole instead.
+
+    Raises:
+        ValueError: the lowest ranks take more than `num_bytes`; the message says how much.
+
+    >>> energies = torch.tensor([4.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
+    >>> tables = {"large": (1000, energies), "often": (100, 10 * energies), "few": (6, energies)}
+    >>> allocate_ranks(tables, 20_000)
+    {'large': 4, 'often': 8, 'few': 8}
+    """
+    levels, energies = _table_levels(tables, multiple_of, centred)
+    return _allocate(levels, energies, num_bytes)
+
+
+class _Level(NamedTuple):
+    """A rank that a table or layer may be given, and the bytes it then takes."""
+
+    rank: int
+    num_bytes: int
+
+
+def _table_levels(
+    tables: Mapping[Key, tuple[int, Tensor]], multiple_of: int, centred: bool
+) -> tuple[dict[Key, list[_Level]], dict[Key, Tensor]]:
+    """The ranks that make each table smaller, and whole rows; and its energies."""
+    levels = {}
+    for key, (rows, energies) in tables.items():
+        dim = len(energies)
+        ranks = range(multiple_of, dim, multiple_of)
+        found = [_Level(rank, 4 * (rows * rank + (rank + centred) * dim)) for rank in ranks]
+        levels[key] = _smaller(found, _Level(dim, 4 * rows * dim))
+    return levels, {key: energies for key, (_, energies) in tables.items()}
+
+
+def _smaller(levels: Sequence[_Level], whole: _Level) -> list[_Level]:
+    return [*(level for level in levels if level.num_bytes < whole.num_bytes), whole]
+
+
+def _choose(levels: Mapping[Key, list[_Level]], energies: Mapping[Key, Tensor], goal: Goal) -> dict[Key, int]:
+    """Ranks by energy or for a budget."""
+    if goal.energy is not None:
+        needed = {key: rank_for_energy(energies[key], goal.energy) for key in levels}
+        return {key: next(level.rank for level in levels[key] if level.rank >= needed[key]) for key in levels}
+    num_bytes = goal.num_bytes
+    if num_bytes is None:
+        num_bytes = int(sum(ranks[-1].num_bytes for ranks in levels.values()) / (goal.ratio or 1))
+    return _allocate(levels, energies, num_bytes)
+
+
+def _allocate(levels: Mapping[Key, list[_Level]], energies: Mapping[Key, Tensor], num_bytes: int) -> dict[Key, int]:
+    least = sum(ranks[0].num_bytes for ranks in levels.values())
+    if least > num_bytes:
+        whole = sum(ranks[-1].num_bytes for ranks in levels.values())
+        raise ValueError(
+            f"the lowest ranks take {least:,} bytes of now {whole:,}, which is more than {num_bytes:,}: allow as many, "
+            "or drop rows first"
+        )
+    kept = {key: [0.0, *energies[key].cumsum(0).tolist()] for key in levels}
+    chosen, left = dict.fromkeys(levels, 0), num_bytes - least
+    while True:
+        best: tuple[float, Key, int, int] | None = None
+        for key, ranks in levels.items():
+            now = ranks[chosen[key]]
+            # Any higher level, since the last one needs no decoder and can be a bargain.
+            for position in range(chosen[key] + 1, len(ranks)):
+                cost = ranks[position].num_bytes - now.num_bytes
+                gain = (kept[key][ranks[position].rank] - kept[key][now.rank]) / cost
+                if cost <= left and gain > (best[0] if best else 0):
+                    best = gain, key, position, cost
+        if best is None:
+            return {key: levels[key][position].rank for key, position in chosen.items()}
+        _, key, position, cost = best
+        chosen[key], left = position, left - cost
+
+
+# Layers.
+
+
+def low_rank_layers(
+    model: nn.Module, statistics: Mapping[str, tuple[Tensor, Tensor]], *, goal: Goal, multiple_of: int = 4
+) -> dict[str, LowRankLayer]:
+    """Path of a linear layer -> its low-rank form, by the `output_statistics` of those that may have one.
+
+    Only layers that become smaller by it, so of rank R < in * out / (in + out). Every layer's energy counts as 1.
+
+    Raises:
+        ValueError: the goal cannot be met; the message says what can.
+    """
+    spectra = {name: spectrum(covariance) for name, (_, covariance) in statistics.items()}
+    levels = {}
+    for name in spectra:
+        linear: Any = model.get_submodule(name)
+        widths, width = linear.in_features + linear.out_features, linear.out_features
+        ranks = range(multiple_of, width, multiple_of) if goal.rank is None else [goal.rank]
+        found = [_Level(rank, 4 * (rank * widths + rank + width)) for rank in ranks]
+        levels[name] = _smaller(found, _Level(width, 4 * sum(weight.numel() for weight in linear.parameters())))
+    if goal.rank is not None:
+        chosen = {name: ranks_of[0].rank for name, ranks_of in levels.items()}
+    else:
+        shares = {name: energies / energies.sum().clamp(min=1e-300) for name, (_, energies) in spectra.items()}
+        chosen = _choose(levels, shares, goal)
+    return {
+        name: LowRankLayer(statistics[name][0].float(), spectra[name][0][:rank].float())
+        for name, rank in chosen.items()
+        if rank < levels[name][-1].rank
+    }
+
+
+def linear_layers(model: Model) -> dict[str, nn.Linear]:
+    """Path -> each `nn.Linear` of tower, head and encoders, but for the thin ones inside a `LowRankLinear`.
+
+    >>> from ctrlib import presets
+    >>> from ctrlib.testing import example_schema
+    >>> list(linear_layers(presets.mlp(presets.Inputs(example_schema()), hidden=(32,))))
+    ['tower.layers.0', 'head.linear']
+    """
+    network = {id(module) for part in model.network() for module in part.modules()}
+    thin = {id(part) for module in model.modules() if isinstance(module, LowRankLinear) for part in module}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and id(module) in network - thin
+    }
+
+
+def output_statistics(
+    model: nn.Module, layers: Sequence[str], batches: Iterable[Batch]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean (out,) and covariance (out, out) of each layer's outputs over `batches`, in evaluation mode, in float64.
+
+    `layers` are paths in the model. Those that are not called as modules, so that they could not be replaced, are
+    missing in what is returned. Rows of weight 0 do not count. The cost is a forward pass, and out^2 for every row: a
+    hundred thousand rows are enough. Of several processes, each gives its own batches, and all get the whole.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+    moments = {name: Moments(linear.out_features) for name, linear in linears.items()}
+    current: list[Batch] = []
+
+    def watch(name: str) -> Any:
+        def add(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            weights = current[-1].weights
+            rows = output[weights > 0] if len(output) == len(weights) else output
+            moments[name].add(rows.flatten(0, -2).cpu())
+
+        return linears[name].register_forward_hook(add)
+
+    hooks = [watch(name) for name in layers]
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                current[:] = [batch.to(device)]
+                model(current[0])
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if not current:
+        raise ValueError("there is nothing to take statistics of: `batches` gave no batch; pass a Loader or a list")
+    own, *others = gather(moments)
+    for name, part in ((name, part) for other in others for name, part in other.items()):
+        own[name].merge(part)
+    return {name: (found.mean, found.scatter / found.count) for name, found in own.items() if found.count}
+
+
+class Moments:
+    """Number, mean (C,) and scatter sum (x - mean) (x - mean)^T (C, C) of rows, in float64.
+
+    Parts are put together by the update of Chan, Golub and LeVeque (1979): E[x x^T] - mean mean^T would lose the digits
+    where the mean is large beside the spread.
+
+    >>> moments = Moments(1)
+    >>> for rows in ([[1.0], [2.0]], [[6.0]]):
+    ...     moments.add(torch.tensor(rows).double() + 1e9)
+    >>> moments.count, moments.mean.tolist(), moments.scatter.tolist()
+    (3, [1000000003.0], [[14.0]])
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """(N, C); N may be 0."""
+        if len(rows):
+            part = Moments(rows.shape[1])
+            part.count, part.mean = len(rows), rows.double().mean(0)
+            centred = rows.double() - part.mean
+            part.scatter = centred.T @ centred
+            self.merge(part)
+
+    def merge(self, other: Moments) -> None:
+        """Take in what `other` has seen."""
+        total = max(self.count + other.count, 1)
+        step = other.mean - self.mean
+        self.mean = self.mean + step * (other.count / total)
+        self.scatter = self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / total)
+        self.count += other.count
+
+
+def factorise(linear: nn.Linear, mean: Tensor, basis: Tensor, *, activation: nn.Module | None = None) -> LowRankLinear:
+    """y = W x + b as U_r (U_r^T W x + U_r^T b) + (I - U_r U_r^T) mean: the outputs' projection onto `basis`, r rows.
+
+    With an `activation` in between this holds no longer, not even at full rank, and is only where fine-tuning starts.
+
+    Shape: mean (out,), basis (r, out).
+
+    >>> linear = nn.Linear(3, 2)
+    >>> x = torch.randn(5, 3)
+    >>> exact = factorise(linear, mean=torch.zeros(2), basis=torch.eye(2))
+    >>> bool(torch.allclose(exact(x), linear(x), atol=1e-6))
+    True
+    """
+    made = LowRankLinear(linear.in_features, linear.out_features, rank=len(basis), activation=activation)
+    first: Any = made[0]
+    last: Any = made[-1]
+    with torch.no_grad():
+        up, weight, mean = basis.double(), linear.weight.double().cpu(), mean.double()
+        first.weight.copy_(up @ weight)
+        first.bias.copy_(up @ linear.bias.double().cpu() if linear.bias is not None else torch.zeros(len(basis)))
+        last.weight.copy_(up.T)
+        last.bias.copy_(mean - up.T @ (up @ mean))
+    return made
+
+
+# Models.
+
+
+def apply_low_rank(model: Model, plan: LowRankPlan) -> Model:
+    """The smaller model that a plan of `low_rank` describes; `model` stays as it is, and nothing is shared."""
+    paths = [*plan.tables, *plan.layers]
+    # Copied is only what stays: a part that the memo holds is taken for its own copy.
+    small = copy.deepcopy(model, {id(part): part for part in map(model.get_submodule, paths)})
+    for path, tables in plan.tables.items():
+        before, after = (one.get_submodule(path.rpartition(".")[0]) for one in (model, small))
+        assert isinstance(before, TableEmbedding) and isinstance(after, TableEmbedding)
+        stored = [table.stored for table in tables]
+        narrow = NarrowTables(stored, embedding_dim=before.out_shape[1], names=before.names)
+        for table in tables:
+            full = full_table(before, table.stored.feature_names[0], table.stored.rows)
+            narrow.fill(table.stored.name, full, mean=table.mean, decoder=table.basis)
+        after.tables, after.first_rows = narrow, None
+    for path, layer in plan.layers.items():
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        small.set_submodule(path, factorise(linear, layer.mean, layer.basis))
+    return small.to(next(model.parameters()).device).train(model.training)
+
+
+def fold(model: Model, schema: Schema) -> Model:
+    """The same function with the decoders inside the first layer: fields are R wide, not D, and decode to nothing.
+
+    W_1 y + b_1 with y_f = s_f U_f + mu_f is sum_f (W_1f U_f^T) s_f + (b_1 + sum_f W_1f mu_f), and a number's term
+    W_1f v_f x_f the first column of its field. Exact where an `MLP` alone reads the fields, all tables have one rank,
+    and a mean is added once: for one id a row. The model stays as it is, and nothing is shared.
+
+    Raises:
+        ValueError: one of this does not hold; the message says which, and what would help.
+
+    >>> from ctrlib import presets
+    >>> from ctrlib.testing import example_batch
+    >>> schema = Schema((Categorical("user", num_embeddings=50), Categorical("item", num_embeddings=90)), ("click",))
+    >>> model = presets.mlp(presets.Inputs(schema, embedding_dim=16), hidden=(8,))
+    >>> batch = example_batch(schema, 20)
+    >>> small = apply_low_rank(model, low_rank(model, schema, [batch], tables=Goal(rank=4)))
+    >>> folded = fold(small, schema)
+    >>> folded.tower.in_shape, bool(torch.allclose(folded(batch), small(batch), atol=1e-5))
+    ((2, 4), True)
+    """
+    embedding, tower = model.embedding, model.tower
+    lookup = embedding.tables if isinstance(embedding, TableEmbedding) else None
+    if not isinstance(embedding, TableEmbedding) or not isinstance(lookup, NarrowTables) or not isinstance(tower, MLP):
+        raise ValueError(
+            "fold needs an MLP that alone reads the fields of a TableEmbedding of NarrowTables, got "
+            f"{type(tower).__name__}, {type(embedding).__name__} and {type(lookup).__name__}: others need the decoded "
+            "fields"
+        )
+    ranks = sorted({table.rank for table in lookup.stored.values()})
+    if len(ranks) > 1 or ranks[0] == lookup.embedding_dim:
+        raise ValueError(
+            f"fold needs tables of one rank below {lookup.embedding_dim}, got ranks {ranks}: plan with Goal(rank=...)"
+        )
+    numeric = embedding.numeric
+    if numeric is not None and not isinstance(numeric, ValueTimesVector):
+        raise ValueError(
+            f"fold knows numeric fields of ValueTimesVector only, got {type(numeric).__name__}: keep the decoders"
+        )
+    single = {feature.name for feature in schema.features if isinstance(feature, Categorical)}
+    uncertain = [
+        table.feature_names
+        for table in lookup.stored.values()
+        if table.centred and (lookup.is_weighted or table.drops_to_zero or not single.issuperset(table.feature_names))
+    ]
+    if uncertain:
+        raise ValueError(
+            f"features {uncertain} may have no id, or several, and add their mean as often, which no bias does: plan "
+            "with centred=False"
+        )
+    (rank,) = ranks
+    small = copy.deepcopy(embedding, {id(lookup): lookup})
+    small.out_shape = (embedding.out_shape[0], rank)
+    small.tables = NarrowTables(
+        list(lookup.stored.values()), embedding_dim=rank, names=lookup.names, is_weighted=lookup.is_weighted
+    )
+    is_decoder = ("decoders.", "means.")
+    small.tables.load_state_dict(
+        {name: tensor for name, tensor in lookup.state_dict().items() if not name.startswith(is_decoder)}
+    )
+    small_tower = copy.deepcopy(tower)
+    small_tower.in_shape = small.out_shape
+    layers: Any = small_tower.layers
+    layers = layers[0] if isinstance(layers[0], LowRankLinear) else layers
+    owners = {name: table.name for table in lookup.stored.values() for name in table.feature_names}
+    order = [(is_numeric, n) for is_numeric, start, stop in embedding.runs for n in range(start, stop)]
+    with torch.no_grad():
+        weight_HFD = layers[0].weight.double().unflatten(1, embedding.out_shape)
+        weight_HFR, bias = weight_HFD.new_zeros(len(weight_HFD), *small.out_shape), layers[0].bias.double()
+        for field, (is_numeric, n) in enumerate(order):
+            if is_numeric:
+                assert numeric is not None
+                weight_HFR[:, field, 0] = weight_HFD[:, field] @ numeric.vectors[n].double()
+                continue
+            decoder, mean = lookup.decoder(owners[embedding.names[n]])
+            assert decoder is not None
+            weight_HFR[:, field] = weight_HFD[:, field] @ decoder.double().T
+            if mean is not None:
+                bias = bias + weight_HFD[:, field] @ mean.double()
+        layers[0] = nn.Linear(weight_HFR[0].numel(), len(weight_HFR))
+        layers[0].weight.copy_(weight_HFR.flatten(1))
+        layers[0].bias.copy_(bias)
+        if numeric is not None:
+            small.numeric = ValueTimesVector(len(numeric.vectors), embedding_dim=rank)
+            small.numeric.vectors.copy_(torch.eye(rank)[:1].expand(len(numeric.vectors), rank))
+    folded = Model(small, small_tower, copy.deepcopy(model.head), wide=copy.deepcopy(model.wide))
+    return folded.to(next(model.parameters()).device).train(model.training)
+
+
+def table_embeddings(model: nn.Module) -> dict[str, TableEmbedding]:
+    """Path of the tables -> each `TableEmbedding` that has TorchRec's, which can be made smaller.
+
+    Raises:
+        ValueError: there is none.
+        NotImplementedError: the model looks up sequences event by event.
+
+    >>> from ctrlib import presets
+    >>> from ctrlib.testing import example_schema
+    >>> list(table_embeddings(presets.mlp(presets.Inputs(example_schema()))))
+    ['embedding.tables']
+    """
+    events = [path for path, module in model.named_modules() if isinstance(module, EmbeddingCollection)]
+    if events:
+        raise NotImplementedError(
+            f"{events} look up sequences event by event, which low-rank tables do not: pool histories "
+            "(sequence='pooled' in presets), or compress the layers only"
+        )
+    found = {
+        f"{path}.tables" if path else "tables": module
+        for path, module in model.named_modules()
+        if isinstance(module, TableEmbedding) and isinstance(module.tables, EmbeddingBagCollection)
+    }
+    if not found:
+        raise ValueError(
+            "the model has no TableEmbedding with tables of TorchRec: nothing to make smaller, or it was done already"
+        )
+    return found
+
+
+def full_table(embedding: TableEmbedding, feature: str, rows: int) -> Tensor:
+    """The `rows` of the vocabulary that a feature looks up, cut out of a stack if need be; not a copy: (rows, D)."""
+    tables: Any = embedding.tables
+    name = next(config.name for config in tables.embedding_bag_configs() if feature in config.feature_names)
+    first = embedding.first_rows[feature] if embedding.first_rows else 0
+    weight: Tensor = tables.embedding_bags[name].weight.detach().cpu()
+    return weight[first : first + rows]

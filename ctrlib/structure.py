@@ -1,0 +1,94 @@
+"""What of a preset's model was replaced by smaller parts, as plain data, so that a model folder can say it.
+
+A compressed model is a preset's model in which some modules have given way to others: tables to packed or narrow ones,
+linear layers to pairs of thin ones. `restructure` does that to a freshly built model, before its weights are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from ctrlib.embeddings.narrow import NarrowTables
+from ctrlib.embeddings.packed import PackedTables
+from ctrlib.layers import LowRankLinear
+from ctrlib.model import Model
+
+# Kind -> what makes the module from its description, which its `describe` gives.
+KINDS: dict[str, type[nn.Module]] = {"packed": PackedTables, "narrow": NarrowTables, "low_rank_linear": LowRankLinear}
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The parts of a model that are not its preset's: path -> {"kind": ..., **arguments}, outer ones first."""
+    kinds = {made: kind for kind, made in KINDS.items()}
+    return {
+        path: {"kind": kinds[type(part)], **part.describe()}
+        for path, part in model.named_modules()
+        if type(part) in kinds
+    }
+
+
+def restructure(model: Model, replaced: Mapping[str, Mapping[str, Any]]) -> Model:
+    """Put new modules, without their weights, in the places of others: path -> {"kind": ..., **arguments}.
+
+    Raises:
+        ValueError: the model has no such place, or there is no such kind.
+    """
+    for path, description in replaced.items():
+        arguments = dict(description)
+        kind = arguments.pop("kind", None)
+        if kind not in KINDS:
+            raise ValueError(f"{path} is replaced by unknown kind {kind!r}, expected one of {sorted(KINDS)}")
+        put(model, path, KINDS[kind](**arguments))
+    return model
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the submodule at `path`. What stands in the place of stacked tables gets ids as they are in the batch.
+
+    Raises:
+        ValueError: the model has no such place.
+    """
+    parent_path, _, name = path.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_path)
+        getattr(parent, name)
+    except AttributeError as error:
+        raise ValueError(f"the model has no part {path!r} to replace") from error
+    setattr(parent, name, module)
+    if getattr(parent, "first_rows", None) is not None:
+        parent.first_rows = None  # type: ignore[assignment]
+
+
+def unstack(model: nn.Module) -> None:
+    """Give every vocabulary in stacked tables a table of its own, with the same weights, in place."""
+    for path, parent in list(model.named_modules()):
+        first_rows = getattr(parent, "first_rows", None)
+        stacked = getattr(parent, "tables", None)
+        if first_rows is None or not isinstance(stacked, EmbeddingBagCollection):
+            continue
+        configs, weights = [], []
+        for config in stacked.embedding_bag_configs():
+            starts = sorted({first_rows[name] for name in config.feature_names})
+            for start, stop in zip(starts, [*starts[1:], config.num_embeddings]):
+                names = [name for name in config.feature_names if first_rows[name] == start]
+                configs.append(
+                    EmbeddingBagConfig(
+                        name=f"{config.name}_{names[0]}".replace(".", "%2E"),
+                        num_embeddings=stop - start,
+                        embedding_dim=config.embedding_dim,
+                        feature_names=names,
+                        pooling=config.pooling,
+                    )
+                )
+                weights.append(stacked.embedding_bags[config.name].weight[start:stop])
+        tables = EmbeddingBagCollection(tables=configs)
+        with torch.no_grad():
+            for config, weight in zip(configs, weights):
+                tables.embedding_bags[config.name].weight.copy_(weight)
+        put(model, f"{path}.tables" if path else "tables", tables)

@@ -1,0 +1,186 @@
+"""Bytes against AUC: one trained model made smaller in every way there is, on three data sets.
+
+    python recipes/compression.py --data-set movielens_1m_ids --data DIR --out runs/ml32 --seed 1 [--record]
+
+DCN V2 is trained as it is best, then its embeddings are compressed to a tenth and less: transform coding (fine-tuned
+by distillation too), low rank, rows rounded to 16, 8, 4 and 2 bits, a frequency cut, and smaller widths trained from
+scratch. All bytes but the network's count: rows or codes, decoders, remaps, scales. Nothing is chosen by its test AUC:
+every point is fixed before. OUT receives the trained models, so that a second call only compresses, and a picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from tyro.conf import FlagCreatePairsOff
+
+import ctrlib as ctr
+from ctrlib import presets
+from ctrlib.search.bytes import bytes_of
+from ctrlib.search.compress import Candidate, Head, draw
+from ctrlib.search.distil import distil
+from ctrlib.search.floors import frequency_cut, rounded_rows
+from ctrlib.search.plan import Plan, materialise
+from ctrlib.search.transform_coding import transform_coding
+from ctrlib.training.allocator import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set, and how its uncompressed model is trained; chosen on validation."""
+
+    config: dict[str, Any]
+    training: dict[str, Any]
+    ratios: tuple[float, ...]
+    """How many times fewer bytes; the first is the claim, run with several seeds."""
+    widths: tuple[int, ...] = field(default=())
+    """Narrower tables, trained from scratch."""
+
+
+MLP = {"preset": "dcnv2", "batch_norm": True}
+SETTINGS = {
+    "movielens_1m_ids": Setting(
+        {**MLP, "embedding_dim": 32, "hidden": (400, 400), "dropout": 0.4},
+        {"batch_size": 1024, "embedding_l2": 1e-4},
+        ratios=(30, 10, 20, 40, 60),
+        widths=(8, 4),
+    ),
+    "frappe_x1": Setting(
+        {**MLP, "embedding_dim": 10, "hidden": (400, 400, 400), "dropout": 0.4, "num_cross_layers": 4},
+        {"batch_size": 4096, "embedding_l2": 0.05},
+        ratios=(8, 4, 6, 10),
+        widths=(4, 2),
+    ),
+    # Ids are mostly seen once: one epoch, by the fused engine. 1.15 million rows.
+    "criteo_synthetic": Setting(
+        {
+            **{**MLP, "embedding_dim": 16, "hidden": (256, 128), "dropout": 0.2, "num_cross_layers": 2},
+            **{"stacked": 4},
+        },
+        {"engine": "fused", "batch_size": 4096, "embedding_learning_rate": 0.005},
+        ratios=(20, 10, 40),
+        widths=(4,),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Train a model, compress it in every way, report the test AUC of each."""
+
+    data_set: Literal[tuple(SETTINGS)]  # type: ignore[valid-type]
+    """Which data set."""
+    data: Path
+    """Its prepared folder (datasets/ has the scripts)."""
+    out: Path
+    """For trained models and the picture."""
+    seed: int = 1
+    """Of weights, order and dropout."""
+    only_claim: bool = False
+    """Only the first ratio, transform coding, and the uncompressed model."""
+    record: bool = False
+    """Append to results.csv."""
+
+
+def main(knobs: Knobs) -> None:
+    """Train, compress, report."""
+    keep_freed_memory()
+    setting: Setting = SETTINGS[knobs.data_set]
+    width = setting.config["embedding_dim"]
+    engine = setting.training.get("engine", "exact")
+    batch_size = setting.training["batch_size"]
+    sample = Head(ctr.Loader(knobs.data, "train", batch_size=8192, shuffle=True, seed=knobs.seed), 400_000)
+    train = ctr.Loader(knobs.data, "train", batch_size=batch_size, shuffle=True, seed=knobs.seed)
+    valid, test = (ctr.Loader(knobs.data, split, batch_size=8192) for split in ("valid", "test"))
+    tried: list[Candidate] = []
+
+    def report(name: str, model: ctr.Model) -> None:
+        scores = {split: ctr.evaluate(model, part, quick=True) for split, part in (("valid", valid), ("test", test))}
+        size = bytes_of(model)
+        tried.append(Candidate(name, size.embedding, size.total, scores["valid"]["auc"], scores["valid"]["log_loss"]))
+        result = {
+            "valid_auc": scores["valid"]["auc"],
+            "test_auc": scores["test"]["auc"],
+            "test_logloss": scores["test"]["log_loss"],
+            "parameters": sum(model.num_parameters().values()),
+            "network_parameters": model.num_parameters()["network"],
+            "embedding_bytes": size.embedding,
+            "samples_per_second": float("nan"),
+            "engine": engine,
+            "precision": "fp32",
+            "seed": knobs.seed,
+            "data_hash": ctr.Schema.load(knobs.data).hash,
+            "note": "",
+        }
+        print(json.dumps({"model": f"dcnv2_{width} {name}", **result}), flush=True)
+        if knobs.record:
+            result["samples_per_second"] = ""
+            ctr.record(
+                result, Path(__file__).parent / "results.csv", data=knobs.data_set, model=f"dcnv2_{width} {name}"
+            )
+
+    base = trained(knobs, setting, width)
+    size = bytes_of(base).embedding
+    report("uncompressed", base)
+    for name, plan in plans(base, sample, size, setting.ratios[:1] if knobs.only_claim else setting.ratios, knobs):
+        report(name, materialise(base, plan))
+        if name == f"transform_coding x{setting.ratios[0]:g}":
+            tuned = materialise(base, plan)
+            distil(tuned, base, train, valid, epochs=1)
+            report(f"{name}, distilled", tuned)
+    if not knobs.only_claim:
+        for narrower in setting.widths:
+            report(f"width {narrower} from scratch", trained(knobs, setting, narrower))
+        draw(tried, int(size / setting.ratios[0]), knobs.out / f"{knobs.data_set}.png")
+
+
+def trained(knobs: Knobs, setting: Setting, width: int) -> ctr.Model:
+    """The model of that width, from OUT if it is there."""
+    folder = knobs.out / f"{knobs.data_set}_width_{width}_seed_{knobs.seed}"
+    config = {**setting.config, "embedding_dim": width}
+    if not (folder / "model.safetensors").is_file():
+        ctr.run(
+            knobs.data,
+            lambda schema: presets.build(config, schema),
+            seed=knobs.seed,
+            on_trained=lambda model: ctr.save_model(model, config, knobs.data, folder),
+            **setting.training,
+        )
+    model: Any = ctr.Predictor.load(folder).model
+    return model
+
+
+def plans(
+    base: ctr.Model, sample: Head, size: int, ratios: tuple[float, ...], knobs: Knobs
+) -> Iterator[tuple[str, Plan]]:
+    """Every method at every ratio; rounded rows at sizes of their own."""
+    for ratio in ratios:
+        ways: dict[str, Callable[[int], Plan]] = {"transform_coding": transform_at(base, sample)}
+        if not knobs.only_claim:
+            ways["frequency_cut"] = cut_at(base, sample)
+        for name, way in ways.items():
+            torch.manual_seed(knobs.seed)
+            yield f"{name} x{ratio:g}", way(int(size / ratio))
+    if not knobs.only_claim:
+        for bits in (16, 8, 4, 2):
+            yield f"rows of {bits} bits", rounded_rows(base, bits)
+
+
+def transform_at(base: ctr.Model, sample: Head) -> Callable[[int], Plan]:
+    """Transform coding at a budget."""
+    return lambda num_bytes: transform_coding(base, sample, num_bytes=num_bytes)
+
+
+def cut_at(base: ctr.Model, sample: Head) -> Callable[[int], Plan]:
+    """The frequency cut at a budget, rows in float16: twice as many as in float32."""
+    return lambda num_bytes: frequency_cut(base, sample, num_bytes=num_bytes)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Knobs, config=(FlagCreatePairsOff,)))

@@ -1,0 +1,82 @@
+"""Every way to look ids up goes with every tower, from a config of plain data, and back through a model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+import ctrlib as ctr
+from ctrlib import presets
+from ctrlib.serving.predictor import Predictor, save_model
+from ctrlib.testing import example_batch, example_schema
+
+TABLES: list[dict[str, Any]] = [
+    {"kind": "unified", "num_embeddings": 12, "width": 4},
+    {"kind": "unified", "num_embeddings": {"user": 5, "item": 8, "genres": 4}},
+    {"kind": "unified", "num_embeddings": 20, "width": 4, "block": 2},
+    {"kind": "quotient_remainder", "num_embeddings": 30},
+    {"kind": "hash_embedding", "num_embeddings": 9, "num_weights": 8},
+    {"kind": "memcom", "num_embeddings": 9},
+    {"kind": "mixed_dimension", "dimensions": {"user": 8, "item": 4, "genres": 4}},
+]
+# What these towers must be told of a schema.
+ARGUMENTS: dict[str, dict[str, Any]] = {"autoint": {"head_dim": 4}, "autoint_plus": {"head_dim": 4}}
+
+
+@pytest.mark.parametrize("tables", TABLES, ids=lambda tables: f"{tables['kind']}-{len(tables)}")
+def test_every_tower_learns_on_every_look_up(tables: dict[str, Any]) -> None:
+    schema = example_schema(num_tasks=2)
+    batch = example_batch(schema, 64)
+    for name in presets.PRESETS:
+        torch.manual_seed(0)
+        config = {
+            "preset": name,
+            "embedding_dim": 8,
+            "tables": json.loads(json.dumps(tables)),
+            **ARGUMENTS.get(name, {}),
+        }
+        model = presets.build(config, schema)
+        engine = ctr.ExactEngine(model, learning_rate=0.003)
+        model.train()
+        losses = [engine.step(batch).item() for _ in range(12)]
+        assert min(losses[1:]) < losses[0], (name, losses)
+        stored = [
+            n for n, p in model.named_parameters() if "tables" in n and p.grad is not None and p.grad.abs().sum() > 0
+        ]
+        assert stored, name
+
+
+def test_a_saved_model_looks_up_alike(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"a": [1, 2, 3, 4] * 5, "b": ["x", "y"] * 10, "label": [0, 1] * 10})
+    splits = {"train": frame, "valid": frame, "test": frame}
+    features = [ctr.Categorical("a"), ctr.Categorical("b")]
+    ctr.prepare(splits, tmp_path / "data", features=features, labels="label", log=None)
+    schema = ctr.Schema.load(tmp_path / "data")
+    config = {"preset": "mlp", "embedding_dim": 4, "hidden": [4], "tables": {"kind": "unified", "num_embeddings": 6}}
+    model = presets.build(config, schema).eval()
+    save_model(model, config, tmp_path / "data", tmp_path / "model")
+    batch = next(iter(ctr.Loader(tmp_path / "data", "test", batch_size=20)))
+    assert torch.equal(Predictor.load(tmp_path / "model").model(batch), model(batch))
+    # Another number of rows is refused by name, and so is another seed of the hashes.
+    changed = {**config, "tables": {"kind": "unified", "num_embeddings": 7}}
+    (tmp_path / "model" / "model.json").write_text(json.dumps(changed))
+    with pytest.raises(ctr.SchemaError, match="does not fit"):
+        Predictor.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ({"tables": {"kind": "magic"}}, 'expected a "kind" of'),
+        ({"tables": {"kind": "unified", "rows": 9}}, "takes no \\['rows'\\]"),
+        ({"tables": {"kind": "memcom", "num_embeddings": 9}, "sequence": "din"}, "sequence='pooled'"),
+    ],
+)
+def test_wrong_look_ups(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        presets.build({"preset": "mlp", "embedding_dim": 8, **arguments}, example_schema())
