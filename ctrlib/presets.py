@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from ctrlib.embeddings.bst import BST
 from ctrlib.embeddings.combine import ConcatFields
@@ -28,7 +29,7 @@ from ctrlib.embeddings.unified import UnifiedTables
 from ctrlib.heads.ensemble import EnsembleHead
 from ctrlib.heads.linear import LinearHead
 from ctrlib.model import Model
-from ctrlib.schema import Categorical, Schema, vocabulary_of
+from ctrlib.schema import NUM_RESERVED_IDS, Categorical, Numeric, RawId, Schema, vocabulary_of
 from ctrlib.schema import Sequence as HistoryFeature
 from ctrlib.structure import restructure
 from ctrlib.towers.autoint import AutoInt
@@ -685,7 +686,30 @@ def build(config: dict[str, Any], schema: Schema) -> Model:
         ValueError: there is no preset of that name, or it does not take one of the arguments or its value.
     """
     arguments = dict(config)
-    name, replaced = arguments.pop("preset"), arguments.pop("replaced", {})
+    if replaced := arguments.pop("replaced", None):
+        # Tables that are to give way need not be made in full first; if some stay, all are made again as they are.
+        model = restructure(_build(arguments, _with_few_rows(schema)), replaced)
+        if not any(isinstance(part, EmbeddingBagCollection | EmbeddingCollection) for part in model.modules()):
+            return model
+        return restructure(_build(arguments, schema), replaced)
+    return _build(arguments, schema)
+
+
+def _with_few_rows(schema: Schema) -> Schema:
+    """The same features, each with a table of the reserved rows and one more."""
+    few = NUM_RESERVED_IDS + 1
+    return replace(
+        schema,
+        features=tuple(
+            feature if isinstance(feature, Numeric | RawId) else replace(feature, num_embeddings=few)
+            for feature in schema.features
+        ),
+    )
+
+
+def _build(config: dict[str, Any], schema: Schema) -> Model:
+    arguments = dict(config)
+    name = arguments.pop("preset")
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}, expected one of {sorted(PRESETS)}")
     inputs = Inputs(schema, **{key: arguments.pop(key) for key in _OF_INPUTS if key in arguments})
@@ -693,9 +717,8 @@ def build(config: dict[str, Any], schema: Schema) -> Model:
     if unknown:
         raise ValueError(f"{name} takes no {unknown}: expected some of {[*_OF_INPUTS, *arguments_of(name)]}")
     try:
-        model = PRESETS[name](inputs, **arguments)
+        return PRESETS[name](inputs, **arguments)
     except (TypeError, IndexError) as error:
         raise ValueError(
             f"{name} does not take these arguments, one is of the wrong kind: {config} ({error})"
         ) from error
-    return restructure(model, replaced)

@@ -142,6 +142,7 @@ def compress(
             plan = way()
         except (ValueError, NotImplementedError) as error:
             smallest = str(error)
+            console.print(f"passed over: {error}")
             continue
         look_at(plan.method, materialise(model, plan), plan)
     fitting = [place for place, one in enumerate(tried) if one.embedding_bytes <= budget and plans[place] is not None]
