@@ -47,7 +47,7 @@ def bytes_of(model: Model) -> Bytes:
     >>> from ctrlib.testing import example_schema
     >>> model = presets.deepfm(presets.Inputs(example_schema(), embedding_dim=4), hidden=(8,))
     >>> bytes_of(model)
-    Bytes(weights=960, decoder=0, remap=0, numeric=32, wide=248, network=1152)
+    Bytes(weights=960, decoder=0, remap=0, numeric=32, wide=248, network=840)
     """
     found: dict[str, int] = {}
     seen: set[int] = set()
