@@ -54,6 +54,18 @@ PUBLISHED: dict[tuple[str, str], str] = {
     ("movielens_1m_autoint", "xdeepfm"): f"0.8463 ({AUTOINT})",
     ("movielens_1m_autoint", "autoint"): f"0.8456 ({AUTOINT})",
     ("movielens_1m_autoint", "autoint_plus"): f"0.8488 ({AUTOINT})",
+    **{
+        ("movielens_1m_ids", model): f"{paper} (Unified Embedding, NeurIPS 2023); {rerun} (rerun by others)"
+        for model, paper, rerun in (
+            ("collisionless", "0.8872", "0.8985"),
+            ("hashing_1600k", "0.8537", "0.8684"),
+            ("hashing_791k", "0.8300", "0.8407"),
+            ("hashing_158k", "0.7707", "0.7712"),
+            ("multiplexed_1600k", "0.8774", "0.8872"),
+            ("multiplexed_791k", "0.8693", "0.8759"),
+            ("multiplexed_158k", "0.8200", "0.8263"),
+        )
+    },
     ("movielens_1m_ids", "dcnv2"): f"0.8872 ({UNIFIED}); 0.8985 (rerun by others)",
 }
 
