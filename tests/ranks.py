@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -45,6 +46,8 @@ def run_ranks(world_size: int, function: Callable[[], Any], *, timeout: float = 
 
 
 def _main(rank: int, world_size: int, folder: str, function: Callable[[], Any]) -> None:
+    # What the parent left is not for the child to collect: a destructor may wait for a thread that was not forked.
+    gc.freeze()
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
