@@ -71,7 +71,18 @@ def assert_same_training(alone: Any, together: list[Any]) -> None:
             torch.testing.assert_close(together[0][1][name], weight, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "data_parallel", "auto"])
+# Histories and genres are means: of rows on both ranks here, and of rows on one.
+MIXED = {
+    "embedding.tables.embedding_bags.table_user.weight": "data_parallel",
+    "embedding.tables.embedding_bags.table_genres.weight": "table_wise",
+    "embedding.tables.embedding_bags.table_item.weight": "row_wise",
+    "wide.tables.embedding_bags.table_item_wide.weight": "table_wise",
+}
+
+
+@pytest.mark.parametrize(
+    "sharding", ["table_wise", "row_wise", "data_parallel", "auto", pytest.param(MIXED, id="mixed")]
+)
 def test_two_ranks_train_as_one_does(sharding: Any) -> None:
     def run() -> Any:
         return trained(lambda: ctr.FusedEngine(build(), learning_rate=0.01, sharding=sharding))
@@ -80,7 +91,7 @@ def test_two_ranks_train_as_one_does(sharding: Any) -> None:
     assert_same_training(alone, run_ranks(2, run))
 
 
-@pytest.mark.parametrize("sharding", ["auto", "row_wise"])
+@pytest.mark.parametrize("sharding", ["auto", "row_wise", "table_wise"])
 def test_stacked_tables_are_sent_ahead_too(sharding: Any) -> None:
     """Fields and wide part look up ids that were shifted; TorchRec's pipeline must send what the model will look up."""
 
@@ -211,6 +222,21 @@ def test_planner_gives_each_process_its_share() -> None:
     assert per_rank == [25_000 * 9 * 4 + 2 * 1000 * 9 * 4] * 4
 
 
+def test_small_tables_are_copied_on_demand_up_to_a_mebibyte_together() -> None:
+    rows = {"c0": 25_000, "c1": 10_000, "c2": 5_000, "c3": 2_500}  # of 32 bytes: the two largest do not fit together
+    embedding = ctr.TableEmbedding([ctr.Categorical(n, num_embeddings=r) for n, r in rows.items()], embedding_dim=8)
+
+    def copied(**arguments: Any) -> list[str]:
+        plan = ctr.make_plan(embedding, world_size=2, **arguments)
+        return [name.split(".")[2] for name, placement in plan.items() if placement.sharding == "data_parallel"]
+
+    assert copied(copy_small=True) == ["table_c1", "table_c2", "table_c3"]
+    pinned = {"tables.embedding_bags.table_c2.weight": "row_wise"}
+    assert copied(copy_small=True, sharding=pinned) == ["table_c1", "table_c3"]
+    assert copied() == []
+    assert copied(copy_small=True, sharding="row_wise") == []
+
+
 def test_auto_plans_tables_that_no_machine_here_could_hold() -> None:
     with torch.device("meta"):
         features = [ctr.Categorical(f"c{n}", num_embeddings=1000) for n in range(4)]
@@ -283,7 +309,7 @@ def test_reported_bytes_are_the_bytes_held() -> None:
             if "embedding_bags" in name and name.startswith(("model.", "optimiser."))
         ]
         parts = [t for v in tensors for t in ([v] if isinstance(v, Tensor) else [part for _, part in v.parts])]
-        if sharding == "data_parallel":  # gradients exist in a step only
+        if sharding in ("data_parallel", "auto"):  # gradients exist in a step only
             parts += [t for t in parts if t.dim() == 2]
         return sum(sizes[rank()] for sizes in reported.values()), sum(t.nbytes for t in parts)
 

@@ -78,7 +78,13 @@ class FusedEngine:
             synchronise_batch_norm(model)
         self._buffers = [buffer for part in model.network() for buffer in part.buffers()]
         if plan is None:
-            plan = make_plan(model, world_size=world_size(), sharding=sharding, device_type=self.device.type)
+            plan = make_plan(
+                model,
+                world_size=world_size(),
+                sharding=sharding,
+                copy_small=table_optimiser == "rowwise_adagrad",
+                device_type=self.device.type,
+            )
         check_plan(plan, model, world_size=world_size(), optimiser=table_optimiser)
         self.plan = plan
         self.plan_table = show_plan(plan, model, world_size=world_size(), optimiser=table_optimiser)  # to print

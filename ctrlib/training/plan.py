@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -35,6 +36,7 @@ logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
 TABLES = (EmbeddingBagCollection, EmbeddingCollection)
 Sharding = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 TableOptimiser = Literal["rowwise_adagrad", "adagrad"]
+COPIED_BYTES = 1 << 20  # of tables that an automatic plan copies: about a network's weights, and in the cache with them
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def make_plan(
     *,
     world_size: int,
     sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
+    copy_small: bool = False,
     device_type: str = "cpu",
 ) -> Plan:
     """A plan for every table of the model.
@@ -85,7 +88,9 @@ def make_plan(
     "auto" cuts a table of more than 1 / world_size of all bytes by rows, since no single process could hold it without
     doing more than its share; the others are given to processes as a whole, by TorchRec's planner. A way of sharding
     puts every table that way, a dictionary (by the name of the weight) those it names, and leaves others to "auto".
-    Whether the tables can be spread that way, `check_plan` says.
+    With `copy_small`, "auto" first makes the smallest tables data_parallel, 1 MiB of weights in all: `FusedEngine` does
+    that, a loop of your own must then train them by `RowwiseAdagrad`. Whether the tables can be spread that way,
+    `check_plan` says.
 
     Raises:
         ValueError: no such way of sharding, or no such table.
@@ -103,8 +108,12 @@ def make_plan(
         raise ValueError(f"no tables {unknown} to place, expected some of {sorted(tables)}")
     total = sum(config.num_embeddings * config.embedding_dim for _, _, config in tables.values())
     plan: Plan = {}
+    free = [name for name in tables if wanted.get(name, "auto") == "auto"]
+    copied = _small(model, free) if copy_small and world_size > 1 else set()
     for name, (_, _, config) in tables.items():
         way = wanted.get(name, "auto")
+        if name in copied:
+            way = "data_parallel"
         if way == "auto" and config.num_embeddings * config.embedding_dim * world_size > total:
             way = "row_wise"
         if way == "auto":
@@ -116,6 +125,18 @@ def make_plan(
     rest = [name for name in tables if name not in plan]
     plan |= _plan_whole_tables(model, rest, world_size, device_type)
     return {name: plan[name] for name in tables}
+
+
+def _small(model: nn.Module, names: list[str]) -> set[str]:
+    """Those of the tables to copy: summing their gradients costs less than sending the rows of a batch around."""
+    sizes = {
+        name: 4 * config.num_embeddings * config.embedding_dim
+        for name, (_, module, config) in tables_of(model).items()
+        if name in names and isinstance(module, EmbeddingBagCollection)
+    }
+    small = sorted(sizes, key=sizes.__getitem__)
+    totals = itertools.accumulate(sizes[name] for name in small)
+    return {name for name, total in zip(small, totals) if total <= COPIED_BYTES}
 
 
 def _plan_whole_tables(model: nn.Module, names: list[str], world_size: int, device_type: str) -> Plan:

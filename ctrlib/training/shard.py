@@ -10,8 +10,10 @@ import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.types import ShardingEnv, ShardingType
+from torchrec.modules.embedding_configs import PoolingType
 
 from ctrlib.training.checkpoint import Shards
 from ctrlib.training.distributed import init_process_group, world_size
@@ -99,6 +101,7 @@ def shard(
         sharders=sharders(fused_params),
         init_data_parallel=world_size() > 1,
     )
+    _divide_row_wise_means_only(sharded)
     load_weights(sharded, before)
     del before
     for weight in whole:  # TorchRec keeps the parameters that it has cut, and with them all of their rows
@@ -111,6 +114,19 @@ def shard(
         if plan[name].sharding != "data_parallel"
     }
     return sharded
+
+
+def _divide_row_wise_means_only(model: nn.Module) -> None:
+    """Keep TorchRec from dividing other tables' sums, and means once more, by the lengths of their bags.
+
+    It sums the bags of a table cut by rows, and divides later if the table wants means: it then divides what comes from
+    every table of the collection, but for those that it has noted as sums cut by rows.
+    """
+    for module in model.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection) and module._has_mean_pooling_callback:
+            for config in module._table_name_to_config.values():
+                if module.module_sharding_plan[config.name].sharding_type != ShardingType.ROW_WISE.value:
+                    module._pooling_type_to_rs_features[PoolingType.SUM.value].extend(config.feature_names)
 
 
 def _leave(weight: Tensor) -> Tensor:
