@@ -3,14 +3,18 @@
     python recipes/compression.py --data-set movielens_1m_ids --data DIR --out runs/ml32 --seed 1 [--record]
 
 DCN V2 is trained as it is best, then its embeddings are compressed to a tenth and less: transform coding (fine-tuned
-by distillation too), low rank, rows rounded to 16, 8, 4 and 2 bits, a frequency cut, and smaller widths trained from
-scratch. All bytes but the network's count: rows or codes, decoders, remaps, scales. Nothing is chosen by its test AUC:
-every point is fixed before. OUT receives the trained models, so that a second call only compresses, and a picture.
+by distillation too), low rank, rows rounded to 16, 8, 4 and 2 bits, a frequency cut. Beside it, trained from scratch:
+smaller widths, and tables whose rows are shared by ids (hashed, multiplexed, quotient and remainder). All bytes but
+the network's count: rows or codes, decoders, remaps, scales. Nothing is chosen by its test AUC: every point is fixed
+before. With --whole, tables and layers shrink together, and the small model is distilled from three seeds of the
+original. OUT receives the trained models, so that a second call only compresses, and a picture.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +26,15 @@ from tyro.conf import FlagCreatePairsOff
 
 import ctrlib as ctr
 from ctrlib import presets
+from ctrlib.embeddings.unified import proportional_rows
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.compress import Candidate, Head, draw
 from ctrlib.search.distil import distil
 from ctrlib.search.floors import frequency_cut, rounded_rows
+from ctrlib.search.low_rank import Goal, apply_low_rank, low_rank
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.transform_coding import transform_coding
+from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
 
 
@@ -41,8 +48,11 @@ class Setting:
     """How many times fewer bytes; the first is the claim, run with several seeds."""
     widths: tuple[int, ...] = field(default=())
     """Narrower tables, trained from scratch."""
+    whole: tuple[float, float, int] | None = None
+    """For the whole model: how many times fewer bytes of tables, and of layers, and epochs of distilling."""
 
 
+TEACHERS = (1, 2, 3)
 MLP = {"preset": "dcnv2", "batch_norm": True}
 SETTINGS = {
     "movielens_1m_ids": Setting(
@@ -50,12 +60,14 @@ SETTINGS = {
         {"batch_size": 1024, "embedding_l2": 1e-4},
         ratios=(30, 10, 20, 40, 60),
         widths=(8, 4),
+        whole=(20, 2.5, 4),
     ),
     "frappe_x1": Setting(
         {**MLP, "embedding_dim": 10, "hidden": (400, 400, 400), "dropout": 0.4, "num_cross_layers": 4},
         {"batch_size": 4096, "embedding_l2": 0.05},
         ratios=(8, 4, 6, 10),
         widths=(4, 2),
+        whole=(8, 3.5, 8),
     ),
     # Ids are mostly seen once: one epoch, by the fused engine. 1.15 million rows.
     "criteo_synthetic": Setting(
@@ -84,6 +96,8 @@ class Knobs:
     """Of weights, order and dropout."""
     only_claim: bool = False
     """Only the first ratio, transform coding, and the uncompressed model."""
+    whole: bool = False
+    """Instead: tables and layers made smaller together, and distilled from three seeds of the original."""
     record: bool = False
     """Append to results.csv."""
 
@@ -127,6 +141,20 @@ def main(knobs: Knobs) -> None:
 
     base = trained(knobs, setting, width)
     size = bytes_of(base).embedding
+    if knobs.whole:
+        assert setting.whole is not None, f"{knobs.data_set} has no setting for the whole model"
+        ratio, layer_ratio, epochs = setting.whole
+        smaller = materialise(base, transform_coding(base, sample, num_bytes=int(size / ratio)))
+        layers = low_rank(smaller, ctr.Schema.load(knobs.data), sample, layers=Goal(ratio=layer_ratio))
+        smaller = apply_low_rank(smaller, layers)
+        title = f"whole model x{bytes_of(base).total / bytes_of(smaller).total:.1f}"
+        report(title, smaller)
+        teacher = ctr.Ensemble([trained(dataclasses.replace(knobs, seed=seed), setting, width) for seed in TEACHERS])
+        distil(smaller, teacher, train, valid, epochs=epochs, learning_rate=3e-4)
+        report(f"{title}, distilled from {len(TEACHERS)} seeds", smaller)
+        config = {**setting.config, "replaced": describe(smaller)}
+        ctr.save_model(smaller, config, knobs.data, knobs.out / f"{knobs.data_set}_whole_seed_{knobs.seed}")
+        return
     report("uncompressed", base)
     for name, plan in plans(base, sample, size, setting.ratios[:1] if knobs.only_claim else setting.ratios, knobs):
         report(name, materialise(base, plan))
@@ -137,13 +165,23 @@ def main(knobs: Knobs) -> None:
     if not knobs.only_claim:
         for narrower in setting.widths:
             report(f"width {narrower} from scratch", trained(knobs, setting, narrower))
+        features, rows = ctr.Schema.load(knobs.data).features, int(size / setting.ratios[1] / (4 * width))
+        for name, tables in {
+            "hashing": {"kind": "unified", "num_embeddings": proportional_rows(features, rows)},
+            "multiplexed": {"kind": "unified", "num_embeddings": rows},
+            "quotient_remainder": {"kind": "quotient_remainder", "num_embeddings": rows},
+        }.items():
+            title = f"{name} x{setting.ratios[1]:g}"
+            report(f"{title} from scratch", trained(knobs, setting, width, title.replace(" ", "_"), tables=tables))
         draw(tried, int(size / setting.ratios[0]), knobs.out / f"{knobs.data_set}.png")
 
 
-def trained(knobs: Knobs, setting: Setting, width: int) -> ctr.Model:
-    """The model of that width, from OUT if it is there."""
-    folder = knobs.out / f"{knobs.data_set}_width_{width}_seed_{knobs.seed}"
-    config = {**setting.config, "embedding_dim": width}
+def trained(knobs: Knobs, setting: Setting, width: int, name: str = "", **changes: Any) -> ctr.Model:
+    """The model of that width, with `changes` of the config that `name` stands for, from OUT if it is there."""
+    folder = knobs.out / f"{knobs.data_set}_{name or f'width_{width}'}_seed_{knobs.seed}"
+    config = {**setting.config, "embedding_dim": width, **changes}
+    if changes:
+        config.pop("stacked", None)  # what is shared by all features needs no stacks
     if not (folder / "model.safetensors").is_file():
         ctr.run(
             knobs.data,
@@ -163,10 +201,15 @@ def plans(
     for ratio in ratios:
         ways: dict[str, Callable[[int], Plan]] = {"transform_coding": transform_at(base, sample)}
         if not knobs.only_claim:
-            ways["frequency_cut"] = cut_at(base, sample)
+            ways |= {"frequency_cut": cut_at(base, sample), "low_rank": narrow_at(base, sample, knobs.data)}
         for name, way in ways.items():
             torch.manual_seed(knobs.seed)
-            yield f"{name} x{ratio:g}", way(int(size / ratio))
+            try:
+                plan = way(int(size / ratio))
+            except ValueError as error:
+                print(f"{name} x{ratio:g} passed over: {error}", file=sys.stderr)
+                continue
+            yield f"{name} x{ratio:g}", plan
     if not knobs.only_claim:
         for bits in (16, 8, 4, 2):
             yield f"rows of {bits} bits", rounded_rows(base, bits)
@@ -175,6 +218,18 @@ def plans(
 def transform_at(base: ctr.Model, sample: Head) -> Callable[[int], Plan]:
     """Transform coding at a budget."""
     return lambda num_bytes: transform_coding(base, sample, num_bytes=num_bytes)
+
+
+def narrow_at(base: ctr.Model, sample: Head, data: Path) -> Callable[[int], Plan]:
+    """Narrower tables at a budget, of which the vectors of numbers and the wide part take their share."""
+    size = bytes_of(base)
+    others, schema = size.embedding - size.weights - size.remap - size.decoder, ctr.Schema.load(data)
+
+    def narrow(num_bytes: int) -> Plan:
+        found = low_rank(base, schema, sample, tables=Goal(num_bytes=num_bytes - others))
+        return Plan.of("low_rank", apply_low_rank(base, found))
+
+    return narrow
 
 
 def cut_at(base: ctr.Model, sample: Head) -> Callable[[int], Plan]:

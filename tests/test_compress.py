@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -281,3 +283,25 @@ def test_distillation_brings_it_nearer_and_never_loses(trained: tuple[Path, Path
         for epochs in (0, 3)
     ]
     assert gaps[1] < gaps[0]
+
+
+def test_several_models_teach_together(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Their mean logit is what is learnt, and one prepared from other data is refused."""
+    data, folder = trained
+    model, other = (Predictor.load(folder).model for _ in range(2))
+    torch.nn.init.constant_(other.head.bias, 4.0)  # type: ignore[union-attr, arg-type]
+    teacher = ctr.Ensemble([model, other])
+    small: Any = copy.deepcopy(model)
+    gap = (logits(teacher, loader(data)) - logits(model, loader(data))).mean()
+    assert gap > 1.5
+    order = itertools.count()
+    ctr.distil(small, teacher, loader(data), loader(data, "valid"), learning_rate=0.02, choose=lambda _: next(order))
+    left = (logits(teacher, loader(data)) - logits(small, loader(data))).mean()
+    assert abs(left) < 0.5
+    splits = dict.fromkeys(("train", "valid", "test"), generate(Teacher(num_rows=200, cardinalities=(9, 9)))[0])
+    features = [ctr.Categorical("C1"), ctr.Categorical("C2")]
+    ctr.prepare(splits, tmp_path / "data", features=features, labels="label", log=None)
+    stranger = presets.build(CONFIG, ctr.Schema.load(tmp_path / "data"))
+    save_model(stranger, CONFIG, tmp_path / "data", tmp_path / "stranger")
+    with pytest.raises(ValueError, match="prepared"):
+        compress(folder, data, tmp_path / "out", ratio=4, teachers=[tmp_path / "stranger"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ctrlib.data.loader import Loader
-from ctrlib.model import Model
+from ctrlib.model import Ensemble, Model
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.distil import distil
 from ctrlib.search.floors import frequency_cut, rounded_rows
@@ -68,6 +68,8 @@ def compress(
     epochs: int = 1,
     batch_size: int = 8192,
     layer_ratio: float | None = None,
+    learning_rate: float = 1e-4,
+    teachers: Sequence[str | Path] = (),
     seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +88,9 @@ def compress(
         epochs: of fine-tuning; 0 for none.
         batch_size: rows per step, everywhere.
         layer_ratio: also give the linear layers so many times fewer weights, by low rank.
+        learning_rate: of fine-tuning.
+        teachers: folders of more models of the same data, such as other seeds: fine-tuning goes towards the mean logit
+            of the original and these, which is often better than any of them; so can the small model be.
         seed: of the order of train.
         console: where progress is shown.
 
@@ -99,6 +104,10 @@ def compress(
     predictor = Predictor.load(folder)
     predictor.check_prepared(data)
     model: Model = predictor.model  # type: ignore[assignment]
+    others = [Predictor.load(other) for other in teachers]
+    for other in others:
+        other.check_prepared(data)
+    teacher = Ensemble([model, *(other.model for other in others)]) if others else model
     before = bytes_of(model)
     budget = num_bytes if num_bytes is not None else int(before.embedding / (ratio or 1.0))
     if budget >= before.embedding:
@@ -155,7 +164,7 @@ def compress(
     if layer_ratio is not None:
         smaller = apply_low_rank(smaller, low_rank(smaller, schema, sample, layers=Goal(ratio=layer_ratio)))
         look_at(f"{chosen.method}, low-rank layers", smaller, chosen)
-    distil(smaller, model, train, valid, epochs=epochs, console=console)
+    distil(smaller, teacher, train, valid, epochs=epochs, learning_rate=learning_rate, console=console)
     look_at(f"{chosen.method}, fine-tuned", smaller, chosen)
     config = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
     config["replaced"] = describe(smaller)

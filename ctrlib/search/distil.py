@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from ctrlib.data.loader import Loader
-from ctrlib.model import Model
 from ctrlib.training.evaluate import evaluate
 
 
 def distil(
-    model: Model,
-    teacher: Model,
+    model: nn.Module,
+    teacher: nn.Module,
     train: Loader,
     valid: Loader,
     *,
@@ -30,6 +30,8 @@ def distil(
     choose: Callable[[dict[str, float]], float] = lambda scores: scores["auc"],
 ) -> float:
     """Minimise the squared difference of logits on train, by Adam with a cosine schedule, in place.
+
+    The teacher may be a better model than what `model` came from: an `Ensemble` of several seeds, say.
 
     Both models are in evaluation mode: without dropout, and with the statistics of batch normalisation as they are. The
     model is left with the weights of the epoch that validation likes best, the start included; its validation AUC is
