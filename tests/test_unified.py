@@ -634,3 +634,16 @@ def test_exports_with_dynamic_batches(variant: str) -> None:
     exported = torch.export.export(whole, inputs[0], dynamic_shapes=shapes).module()
     for example in inputs:
         torch.testing.assert_close(exported(*example), whole(*example))
+
+
+def test_weights_of_other_seeds_are_refused_by_a_sharded_model_too() -> None:
+    def refused() -> str:
+        engine = ctr.FusedEngine(model(**VARIANTS["multiplexed"]))
+        weights = engine.weights()
+        (name,) = (name for name in weights if name.endswith(".hashing"))
+        weights[name] = weights[name] + 1
+        with pytest.raises(ValueError, match="ids have other rows there"):
+            engine.load_weights(weights)
+        return name
+
+    assert run_ranks(1, refused) == ["embedding.tables.hashing"]

@@ -159,11 +159,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy whole tensors into a sharded model, each process its parts.
 
     Raises:
-        ValueError: the key sets differ.
+        ValueError: the key sets differ, or the rows are those of other ids (another hash, or division into rows).
     """
     state = model.state_dict()
     if set(state) != set(weights):
         raise ValueError(f"weights do not fit the model: {sorted(set(state) ^ set(weights))} are on one side only")
+    for name, tensor in state.items():
+        # What tells how ids become rows; a plain module refuses another such in its `load_state_dict`.
+        if name.endswith((".hashing", ".layout")) and not torch.equal(tensor.cpu(), weights[name].cpu()):
+            raise ValueError(
+                f"weights do not fit the model: {name} differs, so ids have other rows there: build the model with the "
+                "arguments that the weights were trained with"
+            )
     for name, tensor in state.items():
         held = shards(tensor)
         if isinstance(held, Tensor):
