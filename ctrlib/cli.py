@@ -1,4 +1,6 @@
-"""The command line: `ctrlib prepare | train | evaluate | predict | compress | doctor`, for people who write no Python.
+"""The command line: `ctrlib prepare | train | evaluate | predict | compress | search | doctor`.
+
+For people who write no Python.
 
 With --json the answer goes to stdout as one JSON object and nothing else does; progress always goes to stderr.
 """
@@ -46,6 +48,13 @@ Tower = Literal[
     "finalmlp",
     "finalnet",
     "eulernet",
+    "shared_bottom",
+    "mmoe",
+    "ple",
+    "esmm",
+    "aitm",
+    "stem",
+    "apem",
 ]
 
 
@@ -471,6 +480,10 @@ class Compress:
     """Also give the linear layers so many times fewer weights, by low rank."""
     epochs: int = 1
     """Of fine-tuning over train; 0 for none."""
+    learning_rate: float = 1e-4
+    """Of fine-tuning."""
+    teachers: tuple[Path, ...] = ()
+    """More models of the same data, such as other seeds: fine-tuning goes towards the mean logit of all."""
     batch_size: int = 8192
     """Rows per step."""
     seed: int = 0
@@ -493,6 +506,8 @@ class Compress:
             ratio=self.ratio,
             layer_ratio=self.layer_ratio,
             epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            teachers=self.teachers,
             batch_size=self.batch_size,
             seed=self.seed,
         )
@@ -504,6 +519,98 @@ class Compress:
             f"{self.out}: {result['ratio']:.1f} times fewer bytes of embeddings by {result['method']}, "
             f"{result['total_ratio']:.1f} times fewer in all; test AUC "
             f"{result['test_auc_before']:.5f} before, {result['test_auc_after']:.5f} after"
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Search:
+    """Let the data choose what of a model is worth its bytes, retrain that, and report the test split once.
+
+    optfs: which values of the features exist. optembed: which rows, and how wide. dnis: which columns, by how frequent
+    a value is. optinter: how each pair of fields interacts. OUT receives a model folder, search.json and search.png,
+    which explain what was chosen; the same command goes on after a kill.
+
+    Example: ctrlib search optfs data/clicks --tower deepfm --setting penalty=1e-5 --out runs/clicks_optfs
+    """
+
+    method: Positional[Literal["optfs", "optembed", "dnis", "optinter"]]
+    """How to search."""
+    data: Positional[Path]
+    """Prepared folder."""
+    out: Path
+    """Where the model and the explanation go."""
+    tower: Tower = "deepfm"
+    """Which published model."""
+    dim: int | None = None
+    """Width of the embeddings; otherwise 16."""
+    hidden: tuple[int, ...] | None = None
+    """Widths of the MLP's hidden layers."""
+    dropout: float | None = None
+    """Dropout of the MLP."""
+    batch_norm: bool | None = None
+    """Batch normalisation in the MLP."""
+    option: tuple[str, ...] = ()
+    """Other arguments of the model, as for `ctrlib train`."""
+    setting: tuple[str, ...] = ()
+    """Settings of the method, as NAME=VALUE with a JSON value: penalty=1e-5 epochs=10; a wrong name lists them."""
+    learning_rate: float = 1e-3
+    """Adam's step, in the search and after it."""
+    l2: float = 0.0
+    """L2 on whole tables, in the search and after it."""
+    batch_size: int | None = None
+    """Rows per step; otherwise 4096, or less on small data."""
+    epochs: int = 100
+    """Of the retraining at most; it stops when validation AUC has stopped rising."""
+    patience: int = 2
+    """Epochs without a better validation AUC before stopping."""
+    seed: int = 0
+    """Of initial weights, shuffle, dropout, and the search."""
+    overwrite: bool = False
+    """Replace the model in --out if there is one."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        from ctrlib.search.run import search_and_retrain, settings_of
+        from ctrlib.training.allocator import keep_freed_memory
+        from ctrlib.training.loop import to_json
+
+        if (self.out / "model.json").exists() and not self.overwrite:
+            raise ValueError(f"{self.out} holds a model already: give another --out, or --overwrite to replace it")
+        keep_freed_memory()
+        model = Train(
+            self.data,
+            tower=self.tower,
+            dim=self.dim,
+            hidden=self.hidden,
+            dropout=self.dropout,
+            batch_norm=self.batch_norm,
+            option=self.option,
+        )
+        values = {"learning_rate": self.learning_rate, "embedding_l2": self.l2}
+        result = search_and_retrain(
+            self.method,
+            self.data,
+            model.config(),
+            self.out,
+            settings=settings_of(self.method, {**values, **dict(map(parse_option, self.setting))}),
+            batch_size=self.batch_size or sensible_batch_size(self.data),
+            learning_rate=self.learning_rate,
+            embedding_l2=self.l2,
+            max_epochs=self.epochs,
+            patience=self.patience,
+            seed=self.seed,
+        )
+        if self.json:
+            print(to_json(result))
+            return 0
+        print("\n".join(result["summary"].get("words", ())))
+        print_scores(result, f"{self.method}, {self.tower} on {self.data}")
+        print(
+            f"{self.out}: {result['embedding_bytes_before']:,} bytes of embeddings before, "
+            f"{result['embedding_bytes']:,} after ({result['ratio']:.1f} times fewer); see search.png"
         )
         return 0
 
@@ -588,6 +695,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 

@@ -14,13 +14,21 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from ctrlib.embeddings.blocks import BlockTables
+from ctrlib.embeddings.crosses import CrossTables
 from ctrlib.embeddings.narrow import NarrowTables
 from ctrlib.embeddings.packed import PackedTables
 from ctrlib.layers import LowRankLinear
 from ctrlib.model import Model
 
 # Kind -> what makes the module from its description, which its `describe` gives.
-KINDS: dict[str, type[nn.Module]] = {"packed": PackedTables, "narrow": NarrowTables, "low_rank_linear": LowRankLinear}
+KINDS: dict[str, type[nn.Module]] = {
+    "packed": PackedTables,
+    "narrow": NarrowTables,
+    "blocks": BlockTables,
+    "crosses": CrossTables,
+    "low_rank_linear": LowRankLinear,
+}
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -133,6 +133,7 @@ def main(knobs: Knobs) -> None:
             "note": "",
         }
         print(json.dumps({"model": f"dcnv2_{width} {name}", **result}), flush=True)
+        draw(tried, int(tried[0].embedding_bytes / setting.ratios[0]), knobs.out / f"{knobs.data_set}.png")
         if knobs.record:
             result["samples_per_second"] = ""
             ctr.record(
@@ -173,7 +174,6 @@ def main(knobs: Knobs) -> None:
         }.items():
             title = f"{name} x{setting.ratios[1]:g}"
             report(f"{title} from scratch", trained(knobs, setting, width, title.replace(" ", "_"), tables=tables))
-        draw(tried, int(size / setting.ratios[0]), knobs.out / f"{knobs.data_set}.png")
 
 
 def trained(knobs: Knobs, setting: Setting, width: int, name: str = "", **changes: Any) -> ctr.Model:

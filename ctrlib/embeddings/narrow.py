@@ -36,10 +36,11 @@ class NarrowTable:
     `kept`: which ids have a row. "all"; "first": those below `num_kept`, which are the most frequent ones, as
     vocabularies are ordered; "some": any `num_kept` ids, marked in a bitmap, which takes 12 bytes for every 64 ids. The
     reserved ids are always among them. `dropped_to`: the id whose row all others read, OOV_ID, or PADDING_ID for the
-    zero vector. `centred`: whether a mean is added to what a narrow row decodes to.
+    zero vector. `centred`: whether a mean is added to what a narrow row decodes to. `padded`: a narrow row is the first
+    numbers of the embedding and the others are zero, instead of being decoded.
 
     Raises:
-        ValueError: a value is out of its range, or `num_kept` does not go with `kept`.
+        ValueError: a value is out of its range, `num_kept` does not go with `kept`, or `centred` with `padded`.
 
     >>> NarrowTable("item", ("item",), rows=1000, rank=4, kept="some", num_kept=100).num_bytes(embedding_dim=16)
     {'weights': 1600, 'remap': 192, 'decoder': 320}
@@ -54,6 +55,7 @@ class NarrowTable:
     num_kept: int | None = None
     dropped_to: int = OOV_ID
     centred: bool = True
+    padded: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feature_names", tuple(self.feature_names))
@@ -70,6 +72,8 @@ class NarrowTable:
                 f"expected one feature or more, {NUM_RESERVED_IDS} rows (for the reserved ids) or more, and rank 1 or "
                 "more"
             )
+        if self.padded and self.centred:
+            raise ValueError(f"table {self.name!r}: padded rows have no mean, expected centred=False with padded=True")
         if (self.kept == "all") != (self.num_kept is None):
             raise ValueError(
                 f"table {self.name!r}: num_kept={self.num_kept} with kept={self.kept!r}, expected it with 'first' and "
@@ -98,12 +102,12 @@ class NarrowTable:
 
     def num_bytes(self, embedding_dim: int) -> dict[str, int]:
         """Bytes of the stored rows, of the map from ids to them, and of the decoder."""
-        decoder = (self.rank + self.centred) * embedding_dim if self.rank < embedding_dim else 0
+        decoder = (self.rank + self.centred) * embedding_dim if self.rank < embedding_dim and not self.padded else 0
         return {"weights": 4 * self.num_stored * self.rank, "remap": 12 * self.num_words, "decoder": 4 * decoder}
 
 
 class _Group(NamedTuple):
-    """Tables of one rank, all with a mean or all without: one batched product decodes them."""
+    """Tables of one rank, all with a mean or all without, or all padded: one batched product decodes them."""
 
     key: str
     tables: list[NarrowTable]
@@ -125,6 +129,9 @@ class NarrowTables(nn.Module):
 
     `names`: the order of the keys, by default that of the tables. `is_weighted`: ids come with weights in the
     KeyedJaggedTensor, which multiply their terms; the mean of a bag still divides by the number of its ids.
+
+    Tables that are `padded` have no decoder either: U_f is the identity's first R rows, as OptEmbed's masks of columns
+    are (F. Lyu et al., CIKM 2022, https://arxiv.org/abs/2208.04482).
 
     Shape: KeyedJaggedTensor -> KeyedTensor, a key for each of `names`, D wide.
 
@@ -187,12 +194,12 @@ class NarrowTables(nn.Module):
         self.decoders, self.means = nn.ParameterDict(), nn.ParameterDict()
         for group in self._groups:
             first, count = group.tables[0], len(group.tables)
-            if first.rank < embedding_dim:
+            if first.rank < embedding_dim and not first.padded:
                 matrices = [nn.init.orthogonal_(torch.empty(first.rank, embedding_dim)) for _ in range(count)]
                 self.decoders[group.key] = nn.Parameter(torch.stack(matrices))
                 if first.centred:
                     self.means[group.key] = nn.Parameter(torch.zeros(count, embedding_dim))
-        self._is_plain = not self.decoders and all(table.pooling == "sum" for table in made)
+        self._is_plain = all(table.rank == embedding_dim and table.pooling == "sum" for table in made)
         # The bitmaps of all tables in a row, and for each word how many ids of its table are marked before it.
         words = [table.num_words for table in made]
         self._first_word = {table.name: sum(words[:place]) for place, table in enumerate(made)}
@@ -206,7 +213,9 @@ class NarrowTables(nn.Module):
         members: dict[str, list[NarrowTable]] = {}
         for table in self.stored.values():
             has_mean = table.centred and table.rank < self.embedding_dim
-            members.setdefault(f"rank_{table.rank}" + "_centred" * has_mean, []).append(table)
+            is_padded = table.padded and table.rank < self.embedding_dim
+            key = f"rank_{table.rank}" + "_centred" * has_mean + "_padded" * is_padded
+            members.setdefault(key, []).append(table)
         groups = []
         for key, tables in members.items():
             names = [name for table in tables for name in table.feature_names]
@@ -275,7 +284,7 @@ class NarrowTables(nn.Module):
         """
         group, place = self._place(name)
         table, dim = self.stored[name], self.embedding_dim
-        is_narrow = table.rank < dim
+        is_narrow = table.rank < dim and not table.padded
         for what, tensor, shape in (
             ("full", full, (table.rows, dim)),
             ("kept", kept, (table.num_stored,) if table.kept == "some" else None),
@@ -295,7 +304,7 @@ class NarrowTables(nn.Module):
                     f"{table.rows - 1} at most, got {kept[:4].tolist()} ... {kept[-2:].tolist()}"
                 )
             self._mark(table, kept)
-        rows = full[kept].double()
+        rows = full[kept, : table.rank if table.padded else dim].double()
         if mean is not None:
             rows = rows - mean.double()
             self.means[group.key][place] = mean
@@ -323,7 +332,8 @@ class NarrowTables(nn.Module):
         fields: dict[str, Tensor] = pooled.to_dict()
         for group in self._groups:
             is_mean = [self._owner[name].pooling == "mean" for name in group.names]
-            if group.key not in self.decoders and not any(is_mean):
+            lacking = self.embedding_dim - group.tables[0].rank if group.key not in self.decoders else 0
+            if group.key not in self.decoders and not lacking and not any(is_mean):
                 continue  # as they are
             x_FBR = torch.stack([fields[name] for name in group.names])
             if group.key in self.means:  # one more column, with the count, and one more row of the decoder
@@ -334,6 +344,8 @@ class NarrowTables(nn.Module):
                 x_FBR = x_FBR / divisor_FB.unsqueeze(2)
             if group.key in self.decoders:
                 x_FBR = torch.bmm(x_FBR, self._matrices(group)[group.owners])
+            elif lacking:
+                x_FBR = F.pad(x_FBR, (0, lacking))
             fields |= zip(group.names, x_FBR.unbind())
         values = torch.cat([fields[name] for name in self.names], dim=1)
         return KeyedTensor(keys=self.names, length_per_key=[self.embedding_dim] * len(self.names), values=values)

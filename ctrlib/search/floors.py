@@ -1,12 +1,13 @@
 """What any method of compression must beat at equal bytes: rounded rows, and fewer of them.
 
-Another floor, a smaller `embedding_dim` trained from scratch, is a training run and needs nothing here.
+`keep_rows` is for searches, whose models are retrained: a frequency cut or magnitude pruning that is so too. Another
+floor, a smaller `embedding_dim` trained from scratch, is a training run and needs nothing here.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from ctrlib.batch import Batch
 from ctrlib.embeddings.packed import PackedTable, PackedTables
 from ctrlib.model import Model
-from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID
+from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID, Schema
 from ctrlib.search.bytes import bytes_of
+from ctrlib.search.gates import prune, vocabularies_of, with_own_tables
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.transform_coding import usage, weight_name
 from ctrlib.structure import unstack
@@ -94,3 +96,63 @@ def _plan(method: str, model: Model, rows_of: Callable[[str, EmbeddingBagConfig]
         replaced[path] = {"kind": "packed", **packed.describe()}
         weights |= {f"{path}.{name}": tensor for name, tensor in packed.state_dict().items()}
     return Plan(method, replaced, weights)
+
+
+def keep_rows(model: Model, schema: Schema, scores: Mapping[str, Tensor], *, num_bytes: int, method: str) -> Plan:
+    """The rows of highest score, over all tables, in as many bytes; all other ids read the out-of-vocabulary row.
+
+    In float32 and trainable, to be retrained as what a search finds is: by reads a frequency cut, by `magnitudes`
+    magnitude pruning, by random numbers the floor below both. The reserved rows stay.
+
+    Args:
+        model: gives the rows.
+        schema: of its features.
+        scores: vocabulary -> (rows,).
+        num_bytes: for tables, first-order weights, maps of ids and vectors of numbers together.
+        method: the plan's.
+
+    Raises:
+        ValueError: the budget does not even hold the reserved rows.
+    """
+    values = torch.cat([score[NUM_RESERVED_IDS:] for score in scores.values()])
+    order = values.argsort(descending=True, stable=True)
+
+    def cut(number: int) -> Plan:
+        chosen = torch.zeros(len(values), dtype=torch.bool).index_fill_(0, order[:number], True)
+        parts = torch.split(chosen, [len(score) - NUM_RESERVED_IDS for score in scores.values()])
+        reserved = torch.ones(NUM_RESERVED_IDS, dtype=torch.bool)
+        kept = {name: torch.cat([reserved, part]) for name, part in zip(scores, parts)}
+        return prune(model, schema, kept, method=method)
+
+    def size(number: int) -> int:
+        return bytes_of(materialise(model, cut(number))).embedding
+
+    if size(0) > num_bytes:
+        raise ValueError(
+            f"{num_bytes:,} bytes do not even hold the reserved rows, which take {size(0):,}: ask for more"
+        )
+    low, high = 0, len(values)  # the most rows that fit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= num_bytes else (low, middle - 1)
+    return cut(low)
+
+
+def reads(batches: Iterable[Batch], schema: Schema) -> dict[str, Tensor]:
+    """How often the batches read each value: vocabulary -> (rows,)."""
+    counts = {name: torch.zeros(features[0].num_embeddings or 0) for name, features in schema.vocabularies.items()}
+    for batch in batches:
+        for name, features in schema.vocabularies.items():
+            for feature in features:
+                counts[name] += torch.bincount(batch.sparse[feature.name].values(), minlength=len(counts[name]))
+    return counts
+
+
+def magnitudes(model: Model, schema: Schema) -> dict[str, Tensor]:
+    """The L2 norm of each value's row in the embedding's first tables: vocabulary -> (rows,)."""
+    _, collections, vocabularies = with_own_tables(model, schema)
+    tables = next(iter(collections.values()))
+    return {
+        vocabulary: tables.embedding_bags[name].weight.detach().norm(dim=1)
+        for name, vocabulary in vocabularies_of(tables, vocabularies).items()
+    }

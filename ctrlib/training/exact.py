@@ -29,7 +29,7 @@ class ExactEngine:
     `step` takes a Batch and returns the mean loss (without regulariser and auxiliary losses) as a detached scalar;
     `train` does so for every batch of an epoch. `model` is the module to call for predictions; `loss` is any function
     of logits, labels and weights. "Tables" are all weights of embedding and wide part, vectors of numeric features
-    included.
+    included, but for the parameters of a module that a part publishes as `gates`: those say what of a table is used.
 
     Started by `torchrun`, every process holds a copy of the whole model and takes its part of each batch; the sum is
     what one process computes on the whole batch.
@@ -66,7 +66,9 @@ class ExactEngine:
         self._named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._parameters = list(self._named.values())
         network = {id(p) for part in model.network() for p in part.parameters()}
-        self._regularised = [parameter for parameter in self._parameters if id(parameter) not in network]
+        published = [getattr(part, "gates", None) for part in model.modules()]
+        gates = {id(p) for part in published if isinstance(part, nn.Module) for p in part.parameters()}
+        self._regularised = [p for p in self._parameters if id(p) not in network | gates]
         self._optimiser = adam(self._named, learning_rate)
         for module in model.modules():
             if isinstance(module, ManagedEmbedding):

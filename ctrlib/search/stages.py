@@ -1,0 +1,129 @@
+"""The epochs of a search, which goes on where a killed one stood.
+
+`fit` trains until validation stops rising; a search trains for as many epochs as its schedule has, and does something
+of its own between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from torch import Tensor
+
+from ctrlib.data.loader import Loader
+from ctrlib.model import Model
+from ctrlib.training.checkpoint import Checkpoints
+from ctrlib.training.distributed import world_size
+from ctrlib.training.loop import Engine, NonFiniteLossError
+from ctrlib.training.progress import random_state, set_random_state
+
+
+def search_epochs(
+    engine: Engine,
+    train: Loader,
+    num_epochs: int,
+    *,
+    before: Callable[[int], None] = lambda epoch: None,
+    after: Callable[[int], bool] = lambda epoch: False,
+    tensors: dict[str, Tensor] | None = None,
+    memory: dict[str, Any] | None = None,
+    out: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Train for `num_epochs` over the loader's epochs from its first one on.
+
+    With `out`, everything that the rest depends on is saved after every epoch, and a search that is started again there
+    goes on from the last one, with the same bits.
+
+    Args:
+        engine: trains a batch at a time, and has all of its state in `state()`.
+        train: its epochs from 0 on, wherever it stands.
+        num_epochs: at most.
+        before: called before each epoch with its number, from 0.
+        after: called after it; True ends the search.
+        tensors: the method's own, by name, saved and put back in place: a copy of weights, say.
+        memory: the method's own plain values, as JSON holds them, likewise.
+        out: folder for checkpoints.
+        identity: of the search (`identity_of`); the checkpoints of one with another are refused.
+        console: gets a line an epoch.
+
+    Raises:
+        NotImplementedError: there are several processes.
+        NonFiniteLossError: a loss is NaN or infinite.
+        ValueError: the checkpoints in `out` are of another search.
+    """
+    if world_size() > 1:
+        raise NotImplementedError(f"searches run in one process, and {world_size()} were started: start one")
+    console, memory, identity = console or Console(stderr=True), {} if memory is None else memory, identity or {}
+    state = {**engine.state(), **{f"search.{name}": tensor for name, tensor in (tensors or {}).items()}}
+    checkpoints = None if out is None else Checkpoints(out, log=console.print)
+    first, over = 0, False
+    train.set_epoch(0)
+    if checkpoints is not None and (saved := checkpoints.load(state)) is not None:
+        if saved["identity"] != identity:
+            theirs = saved["identity"]
+            differing = [name for name in {**theirs, **identity} if theirs.get(name) != identity.get(name)]
+            raise ValueError(
+                f"the checkpoints in {out} are of another search, which differs in {differing}: start with the same "
+                "settings to go on, or give another folder (or delete this one) to start anew"
+            )
+        first, over = saved["epoch"], saved["over"]
+        memory.clear()
+        memory.update(saved["memory"])
+        train.load_state_dict(saved["loader"])
+        engine.learning_rates = saved["learning_rates"]
+        set_random_state(saved["random_state"], 1)
+        console.print(f"the search goes on after epoch {first}")
+    for epoch in range(first, num_epochs):
+        if over:
+            break
+        before(epoch)
+        engine.model.train()
+        started, total, rows = time.perf_counter(), 0.0, 0
+        for batch, loss in engine.train(train):
+            value = loss.item()
+            if not np.isfinite(value):
+                raise NonFiniteLossError(
+                    f"search, epoch {epoch + 1}: the loss is {value}; no weight was changed by this batch. Usual "
+                    "cause: a learning rate that is too high"
+                )
+            total, rows = total + value * batch.size, rows + batch.size
+        seconds = time.perf_counter() - started
+        console.print(f"search epoch {epoch + 1:2d}  loss {total / rows:.5f}  {seconds:.1f} s", highlight=False)
+        over = after(epoch)
+        if checkpoints is not None:
+            plain = {
+                "identity": identity,
+                "epoch": epoch + 1,
+                "over": over,
+                "memory": memory,
+                "loader": train.state_dict(),
+                "learning_rates": engine.learning_rates,
+                "random_state": random_state(),
+            }
+            checkpoints.save(epoch + 1, state, plain)
+
+
+def identity_of(model: Model, train: Loader, settings: Any, seed: int) -> dict[str, Any]:
+    """What makes it this search: its settings, seed and data, and the model with its weights, as digests.
+
+    `settings` is a dataclass.
+    """
+    weights = hashlib.sha256(str(model).encode())
+    for tensor in model.state_dict().values():
+        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "settings": {type(settings).__name__: repr(sorted(dataclasses.asdict(settings).items()))},
+        "seed": seed,
+        "data": train.schema.hash,
+        "batch_size": train.batch_size,
+        "model": weights.hexdigest(),
+    }
