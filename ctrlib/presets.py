@@ -26,17 +26,26 @@ from ctrlib.embeddings.sequence import MeanPooling, SequenceEmbedding, Unit
 from ctrlib.embeddings.sim import SIM, TargetAttention
 from ctrlib.embeddings.table import TableEmbedding, Wide
 from ctrlib.embeddings.unified import UnifiedTables
+from ctrlib.heads.aitm import AITM
 from ctrlib.heads.ensemble import EnsembleHead
+from ctrlib.heads.esmm import ESMM
 from ctrlib.heads.linear import LinearHead
+from ctrlib.heads.mmoe import MMoE
+from ctrlib.heads.ple import PLE
+from ctrlib.heads.shared_bottom import SharedBottom
+from ctrlib.heads.stacked import TaskTowers
+from ctrlib.heads.stem import STEM
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, Categorical, Numeric, RawId, Schema, vocabulary_of
 from ctrlib.schema import Sequence as HistoryFeature
 from ctrlib.structure import restructure
+from ctrlib.towers.apem import APEM
 from ctrlib.towers.autoint import AutoInt
 from ctrlib.towers.cin import CIN
 from ctrlib.towers.combine import Parallel, Stack
 from ctrlib.towers.crossnet import CrossNet, CrossNetMix, CrossNetV2
 from ctrlib.towers.dlrm import DotInteraction
+from ctrlib.towers.dtrn import TaskRefinement
 from ctrlib.towers.eulernet import EulerNet
 from ctrlib.towers.fgcnn import FGCNN
 from ctrlib.towers.fibinet import Bilinear, FiBiNET
@@ -47,6 +56,7 @@ from ctrlib.towers.gdcn import GatedCrossNet
 from ctrlib.towers.ipnn import IPNN
 from ctrlib.towers.masknet import ParallelMaskNet, SerialMaskNet
 from ctrlib.towers.mlp import MLP
+from ctrlib.towers.streams import Flatten, Streams
 
 Widths = Sequence[int]
 SequenceFields = Literal["pooled", "mean", "din", "din_softmax", "bst", "sim"]
@@ -648,12 +658,162 @@ def eulernet(
     return inputs.model(embedding, tower)
 
 
+def shared_bottom(
+    inputs: Inputs, *, bottom_hidden: Widths = (128, 64), tower_hidden: Widths = (32,), dropout: float = 0.0
+) -> Model:
+    """Shared bottom (Caruana, 1997): one hidden network for all labels, then one for each."""
+    embedding = inputs.embedding()
+    tower = Flatten(embedding.out_shape)
+    head = SharedBottom(
+        tower.out_shape,
+        num_tasks=len(inputs.schema.labels),
+        bottom_hidden=bottom_hidden,
+        tower_hidden=tower_hidden,
+        dropout=dropout,
+    )
+    return inputs.model(embedding, tower, head=head)
+
+
+def mmoe(
+    inputs: Inputs,
+    *,
+    num_experts: int = 8,
+    expert_hidden: Widths = (128, 64),
+    tower_hidden: Widths = (32,),
+    dropout: float = 0.0,
+    one_gate: bool = False,
+    refine: bool = False,
+) -> Model:
+    """MMoE (Ma et al., KDD 2018): experts for all labels, weighted by each label's gate; OMoE with `one_gate`.
+
+    `refine`: fields refined for each label first (`TaskRefinement`), DTRN's (Liu et al., CIKM 2023) where there is no
+    history.
+    """
+    embedding = inputs.embedding()
+    num_tasks = len(inputs.schema.labels)
+    shape = embedding.out_shape
+    tower = TaskRefinement(shape, num_tasks=num_tasks) if refine else Flatten(shape)
+    head = MMoE(
+        tower.out_shape,
+        num_tasks=num_tasks,
+        num_experts=num_experts,
+        expert_hidden=expert_hidden,
+        tower_hidden=tower_hidden,
+        dropout=dropout,
+        one_gate=one_gate,
+    )
+    return inputs.model(embedding, tower, head=head)
+
+
+def ple(
+    inputs: Inputs,
+    *,
+    num_levels: int = 2,
+    num_own: int = 2,
+    num_shared: int = 2,
+    expert_hidden: Widths = (128, 64),
+    tower_hidden: Widths = (32,),
+    dropout: float = 0.0,
+    refine: bool = False,
+) -> Model:
+    """PLE (Tang et al., RecSys 2020): each label's own experts beside shared ones, in levels; CGC is one level.
+
+    `refine`: as in `mmoe`; shared experts read the fields unrefined.
+    """
+    embedding = inputs.embedding()
+    num_tasks = len(inputs.schema.labels)
+    shape = embedding.out_shape
+    tower = TaskRefinement(shape, num_tasks=num_tasks, shared_stream=True) if refine else Flatten(shape)
+    head = PLE(
+        tower.out_shape,
+        num_tasks=num_tasks,
+        num_levels=num_levels,
+        num_own=num_own,
+        num_shared=num_shared,
+        expert_hidden=expert_hidden,
+        tower_hidden=tower_hidden,
+        dropout=dropout,
+    )
+    return inputs.model(embedding, tower, head=head)
+
+
+def esmm(inputs: Inputs, *, tower_hidden: Widths = (128, 64), dropout: float = 0.0) -> Model:
+    """ESMM (Ma et al., SIGIR 2018): labels are steps of a chain, each only after the one before (click, conversion)."""
+    embedding = inputs.embedding()
+    tower = Flatten(embedding.out_shape)
+    num_tasks = len(inputs.schema.labels)
+    head = ESMM(tower.out_shape, num_tasks=num_tasks, hidden=tower_hidden, dropout=dropout)
+    return inputs.model(embedding, tower, head=head)
+
+
+def aitm(inputs: Inputs, *, tower_hidden: Widths = (128, 64, 32), dropout: float = 0.0, penalty: float = 0.6) -> Model:
+    """AITM (Xi et al., KDD 2021): each label's network hands on to the next.
+
+    Labels are in the order of their steps, each only after the one before; set `penalty` to 0 where that is not so.
+    """
+    embedding = inputs.embedding()
+    tower = Flatten(embedding.out_shape)
+    num_tasks = len(inputs.schema.labels)
+    head = AITM(tower.out_shape, num_tasks=num_tasks, tower_hidden=tower_hidden, dropout=dropout, penalty=penalty)
+    return inputs.model(embedding, tower, head=head)
+
+
+def stem(
+    inputs: Inputs,
+    *,
+    num_experts: int = 1,
+    expert_hidden: Widths = (128, 64),
+    tower_hidden: Widths = (32,),
+    dropout: float = 0.0,
+) -> Model:
+    """STEM (Su et al., AAAI 2024): embeddings and experts of each label's own beside shared ones, read by all labels.
+
+    `embedding_dim` is the width of one label's fields: the tables are T + 1 times as wide.
+    """
+    num_tasks = len(inputs.schema.labels)
+    embedding = replace(inputs, embedding_dim=(num_tasks + 1) * inputs.embedding_dim).embedding()
+    tower = Streams(embedding.out_shape, num_streams=num_tasks + 1)
+    head = STEM(
+        tower.out_shape,
+        num_tasks=num_tasks,
+        num_experts=num_experts,
+        expert_hidden=expert_hidden,
+        tower_hidden=tower_hidden,
+        dropout=dropout,
+    )
+    return inputs.model(embedding, tower, head=head)
+
+
+def apem(
+    inputs: Inputs,
+    *,
+    num_groups: int = 8,
+    num_blocks: int = 1,
+    num_heads: int = 2,
+    tower_hidden: Widths = (64, 32),
+    dropout: float = 0.0,
+    chain: bool = True,
+) -> Model:
+    """In the style of APEM (Tao et al., 2023): set attention over the fields, patterns selected for each label.
+
+    Labels are steps of a chain, each only after the one before (as in `esmm`), or independent without `chain`.
+    """
+    embedding = inputs.embedding()
+    num_tasks = len(inputs.schema.labels)
+    tower = APEM(
+        embedding.out_shape, num_tasks=num_tasks, num_groups=num_groups, num_blocks=num_blocks, num_heads=num_heads
+    )
+    head = (ESMM if chain else TaskTowers)(tower.out_shape, num_tasks=num_tasks, hidden=tower_hidden, dropout=dropout)
+    return inputs.model(embedding, tower, head=head)
+
+
 # The names of the command line, in snake case.
 PRESETS: dict[str, Callable[..., Model]] = {
     preset.__name__: preset
     for preset in (
         *(mlp, fm, wide_deep, deepfm, xdeepfm, dcn, dcnv2, dcnv2_mix, gdcn, dlrm, autoint, autoint_plus, ipnn),
         *(fgcnn, fibinet, masknet, masknet_serial, dualmlp, finalmlp, finalnet, eulernet),
+        *(shared_bottom, mmoe, ple, esmm, aitm, stem, apem),
     )
 }
 _OF_INPUTS = tuple(field.name for field in fields(Inputs) if field.name != "schema")

@@ -296,6 +296,47 @@ def oracle(teacher: Teacher) -> dict[str, float]:
     return metrics.compute()
 
 
+def conflict(
+    num_rows: int, *, num_tasks: int = 4, cardinality: int = 20, seed: int = 2024
+) -> tuple[pl.DataFrame, Floats]:
+    """Rows with tasks that are planted to be in each other's way, and their true logits (num_rows, num_tasks).
+
+    Task t's logit is 2 s_t w[shared] + u_t[left_t] (1 + 2 v_t[right_t]): signs s_t = +1, -1, +1, ... of a field that
+    all read, and a product, u and v of +1 or -1, of two fields that no other task needs. Ids are uniform. So tasks
+    contradict each other in the shared field, and each needs hidden units for a product of its own: a bottom that is
+    wide enough for one task alone is too narrow for all.
+
+    Columns: label_1, ..., shared, left_1, right_1, left_2, ... with ids from 0 to `cardinality` - 1.
+
+    Raises:
+        ValueError: there is no task or no row, or fewer than two ids.
+
+    >>> frame, logits = conflict(1000, num_tasks=2)
+    >>> frame.columns
+    ['label_1', 'label_2', 'shared', 'left_1', 'right_1', 'left_2', 'right_2']
+    >>> logits.shape
+    (1000, 2)
+    """
+    if min(num_rows, num_tasks) < 1 or cardinality < 2:
+        raise ValueError(
+            f"expected one or more rows and tasks and two or more ids, got num_rows={num_rows}, "
+            f"num_tasks={num_tasks}, cardinality={cardinality}"
+        )
+    rng = np.random.default_rng([seed, num_tasks, cardinality])
+    weights = rng.standard_normal(cardinality)
+    weights = (weights - weights.mean()) / weights.std()
+    # Half of the ids each, or a product might be known from one side.
+    signs = rng.permuted(np.tile(np.arange(cardinality) % 2 * 2 - 1, (num_tasks, 2, 1)), axis=2)
+    shared = rng.integers(0, cardinality, num_rows)
+    sides = rng.integers(0, cardinality, (num_tasks, 2, num_rows))
+    columns, logits = {"shared": shared}, np.empty((num_rows, num_tasks))
+    for task, ((left, right), (u, v)) in enumerate(zip(sides, signs)):
+        columns |= {f"left_{task + 1}": left, f"right_{task + 1}": right}
+        logits[:, task] = 2 * (-1) ** task * weights[shared] + u[left] * (1 + 2 * v[right])
+    labels = (rng.random(logits.shape) < _sigmoid(logits)).astype(np.int8)
+    return pl.DataFrame({f"label_{task + 1}": labels[:, task] for task in range(num_tasks)} | columns), logits
+
+
 def write(
     teacher: Teacher, folder: Path, file_format: Literal["csv", "parquet"] = "csv"
 ) -> dict[str, dict[str, float]]:
