@@ -148,7 +148,7 @@ def main(knobs: Knobs) -> None:
         smaller = materialise(base, transform_coding(base, sample, num_bytes=int(size / ratio)))
         layers = low_rank(smaller, ctr.Schema.load(knobs.data), sample, layers=Goal(ratio=layer_ratio))
         smaller = apply_low_rank(smaller, layers)
-        title = f"whole model x{bytes_of(base).total / bytes_of(smaller).total:.1f}"
+        title = f"whole model x{round(bytes_of(base).total / bytes_of(smaller).total)}"
         report(title, smaller)
         teacher = ctr.Ensemble([trained(dataclasses.replace(knobs, seed=seed), setting, width) for seed in TEACHERS])
         distil(smaller, teacher, train, valid, epochs=epochs, learning_rate=3e-4)
