@@ -209,7 +209,7 @@ def test_labels_of_validation_reach_weights_through_alpha_only(data: Path) -> No
         if flip:
             for batch in held_out:
                 batch.labels = 1 - batch.labels
-        engine._held_out = lambda: itertools.cycle(held_out)  # type: ignore[method-assign]
+        engine._held_out = lambda: itertools.cycle(held_out)  # type: ignore[assignment, misc]
         for _ in engine.train(train):
             pass
         return engine.state()  # type: ignore[return-value]

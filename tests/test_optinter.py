@@ -281,7 +281,7 @@ def test_labels_of_validation_reach_weights_through_alpha_only(data: Path) -> No
         held_out = list(loaders(data)[1])
         for batch in held_out if flip else []:
             batch.labels = 1 - batch.labels
-        engine._held_out = lambda: itertools.cycle(held_out)  # type: ignore[method-assign]
+        engine._held_out = lambda: itertools.cycle(held_out)  # type: ignore[assignment, misc]
         for _ in engine.train(train):
             pass
         return {name: tensor for name, tensor in engine.state().items() if "optimiser.alpha" not in name}

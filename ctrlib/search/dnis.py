@@ -23,6 +23,7 @@ Where this differs from the paper and its code:
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from ctrlib.schema import NUM_RESERVED_IDS, vocabulary_of
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.histogram import histogram
 from ctrlib.search.plan import Plan
-from ctrlib.search.stages import identity_of, search_epochs
+from ctrlib.search.stages import identity_of, search_epochs, without_end
 from ctrlib.structure import put, unstack
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.distributed import world_size
@@ -336,7 +337,8 @@ class BilevelEngine(ExactEngine):
         super().__init__(
             model, learning_rate=settings.learning_rate, embedding_l2=settings.embedding_l2, max_grad_norm=None
         )
-        self._lookup, self._valid, self._settings = lookup, valid, settings
+        self._lookup, self._settings = lookup, settings
+        self._held_out = functools.partial(without_end, valid)
 
     def train(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Two steps for every batch of train."""
@@ -347,12 +349,6 @@ class BilevelEngine(ExactEngine):
             if torch.isfinite(loss):
                 self._step_alpha(next(held_out))
             yield batch, loss
-
-    def _held_out(self) -> Iterator[Batch]:
-        """Batches of validation without an end, from its first one on."""
-        while True:
-            self._valid.set_epoch(0)
-            yield from self._valid
 
     def gradient(self, batch: Batch) -> Tensor:
         """d loss / d alpha, (L, D)."""

@@ -21,6 +21,7 @@ Where this differs from the paper and its code:
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from ctrlib.embeddings.table import table_name
 from ctrlib.model import Model
 from ctrlib.schema import Categorical
 from ctrlib.search.plan import Plan
-from ctrlib.search.stages import identity_of, search_epochs
+from ctrlib.search.stages import identity_of, search_epochs, without_end
 from ctrlib.structure import put, unstack
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.loop import NonFiniteLossError
@@ -159,7 +160,8 @@ class JointEngine(ExactEngine):
         super().__init__(
             model, learning_rate=settings.learning_rate, embedding_l2=settings.embedding_l2, max_grad_norm=None
         )
-        self._lookup, self._valid, self._bilevel = lookup, valid, settings.bilevel
+        self._lookup, self._bilevel = lookup, settings.bilevel
+        self._held_out = functools.partial(without_end, valid)
         self._alpha_optimiser = adam({"alpha": lookup.alpha}, settings.alpha_learning_rate)
 
     def state(self) -> State:
@@ -181,12 +183,6 @@ class JointEngine(ExactEngine):
                 yield batch, loss
         finally:
             alpha.requires_grad_(False)
-
-    def _held_out(self) -> Iterator[Batch]:
-        """Batches of validation without an end, from its first one on."""
-        while True:
-            self._valid.set_epoch(0)
-            yield from self._valid
 
     def gradient(self, batch: Batch) -> Tensor:
         """d loss / d alpha, (pairs, 3)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
+from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
 from ctrlib.model import Model
 from ctrlib.training.checkpoint import Checkpoints
@@ -110,6 +111,13 @@ def search_epochs(
                 "random_state": random_state(),
             }
             checkpoints.save(epoch + 1, state, plain)
+
+
+def without_end(loader: Loader) -> Iterator[Batch]:
+    """The batches of the loader's first epoch, over and over: validation, for the steps of a bilevel search."""
+    while True:
+        loader.set_epoch(0)
+        yield from loader
 
 
 def identity_of(model: Model, train: Loader, settings: Any, seed: int) -> dict[str, Any]:
