@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def main(knobs: Knobs) -> None:
     def report(name: str, model: ctr.Model) -> None:
         scores = {split: ctr.evaluate(model, part, quick=True) for split, part in (("valid", valid), ("test", test))}
         size = bytes_of(model)
-        tried.append(Candidate(name, size.embedding, size.total, scores["valid"]["auc"], scores["valid"]["log_loss"]))
+        tried.append(Candidate(series(name), size.embedding, size.total, scores["valid"]["auc"], scores["valid"]["log_loss"]))
         result = {
             "valid_auc": scores["valid"]["auc"],
             "test_auc": scores["test"]["auc"],
@@ -174,6 +175,13 @@ def main(knobs: Knobs) -> None:
         }.items():
             title = f"{name} x{setting.ratios[1]:g}"
             report(f"{title} from scratch", trained(knobs, setting, width, title.replace(" ", "_"), tables=tables))
+
+
+def series(name: str) -> str:
+    """The method that a point belongs to: its name without sizes."""
+    for pattern, short in ((r" x\d+", ""), (r"rows of \d+ bits", "rounded rows"), (r"width \d+", "narrower")):
+        name = re.sub(pattern, short, name)
+    return name
 
 
 def trained(knobs: Knobs, setting: Setting, width: int, name: str = "", **changes: Any) -> ctr.Model:

@@ -225,7 +225,7 @@ def draw(tried: list[Candidate], budget: int, path: Path) -> None:
     from matplotlib.figure import Figure  # here, since it takes longer to import than a small model to score
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in dict.fromkeys(one.method for one in tried[1:]):
         points = sorted((one.embedding_bytes, one.valid_auc) for one in tried[1:] if one.method == method)
@@ -244,5 +244,5 @@ def draw(tried: list[Candidate], budget: int, path: Path) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
