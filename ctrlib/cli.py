@@ -55,6 +55,7 @@ Tower = Literal[
     "aitm",
     "stem",
     "apem",
+    "dtrn",
 ]
 
 
@@ -211,7 +212,7 @@ class Train:
     """How numbers become fields: vector is value times vector; the next two use quantiles of the training rows."""
     bins: int | None = None
     """Quantile bins per number, for bucketised and piecewise_linear; otherwise 32."""
-    sequence: Literal["pooled", "mean", "din", "din_softmax", "bst", "sim"] = "pooled"
+    sequence: Literal["pooled", "mean", "din", "din_softmax", "bst", "sim", "tim", "tim_shared"] = "pooled"
     """How histories become fields; pooled is the mean (or sum) of each, the others compare all histories with the
     features whose vocabulary they share."""
     option: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from ctrlib.embeddings.quotient_remainder import QuotientRemainderTables
 from ctrlib.embeddings.sequence import MeanPooling, SequenceEmbedding, Unit
 from ctrlib.embeddings.sim import SIM, TargetAttention
 from ctrlib.embeddings.table import TableEmbedding, Wide
+from ctrlib.embeddings.tim import InterestEmbedding
 from ctrlib.embeddings.unified import UnifiedTables
 from ctrlib.heads.aitm import AITM
 from ctrlib.heads.ensemble import EnsembleHead
@@ -59,7 +60,7 @@ from ctrlib.towers.mlp import MLP
 from ctrlib.towers.streams import Flatten, Streams
 
 Widths = Sequence[int]
-SequenceFields = Literal["pooled", "mean", "din", "din_softmax", "bst", "sim"]
+SequenceFields = Literal["pooled", "mean", "din", "din_softmax", "bst", "sim", "tim", "tim_shared"]
 NumericFields = Literal["vector", "bucketised", "piecewise_linear", "periodic", "autodis"]
 
 
@@ -80,6 +81,9 @@ class Inputs:
     want `edges`, a list for each numeric feature (`ctrlib.quantile_edges`), `periodic` a `sigma`. `sequence`: how
     histories become fields; for all but `pooled` (mean or sum, as the feature says) histories are compared with the
     categorical features that share their vocabularies, in one unit (a second history of one thing in a second).
+    `tim` reads the histories of one thing (the first history's; others are pooled) for each label and behaviour, and
+    `tim_shared` for each behaviour only (`InterestEmbedding`): the former is for `dtrn`, and `mmoe` and `ple` that
+    refine.
     `stacked`: see `TableEmbedding`. `tables`: {"kind": name, **arguments} looks ids up in another way than one row
     for each: one of `LOOK_UPS`, given its arguments; the wide part keeps rows of its own.
     `wide_columns`: see `Wide`.
@@ -126,11 +130,13 @@ class Inputs:
                 "take ctrlib.quantile_edges(prepared_folder)"
             )
 
-    def embedding(self, names: Sequence[str] | None = None, *, suffix: str = "") -> Any:
+    def embedding(self, names: Sequence[str] | None = None, *, suffix: str = "", of_each_label: bool = False) -> Any:
         """Fields of all features, or of those named; a `suffix` keeps the tables apart from others of the model.
 
-        A second set of fields has its histories pooled.
+        A second set of fields has its histories pooled. `of_each_label`: the tower takes fields of each label's own.
         """
+        if self.sequence in ("tim", "tim_shared") and names is None and not suffix:
+            return self._interests(of_each_label)
         if self.sequence != "pooled" and names is None and not suffix:
             return SequenceEmbedding(
                 self.schema.features,
@@ -147,6 +153,21 @@ class Inputs:
             suffix=suffix,
             numeric=self._numeric_fields(names),
             tables=self._look_up(names, suffix),
+        )
+
+    def _interests(self, of_each_label: bool) -> InterestEmbedding:
+        if self.sequence == "tim" and not of_each_label:
+            raise ValueError(
+                "sequence='tim' makes fields of each label's own, which dtrn takes, and mmoe and ple with refine=True: "
+                "choose one of them, or sequence='tim_shared'"
+            )
+        return InterestEmbedding(
+            self.schema.features,
+            target=self._target(self._histories()[0]),
+            num_tasks=len(self.schema.labels) if self.sequence == "tim" else None,
+            embedding_dim=self.embedding_dim,
+            stacked=self.stacked,
+            numeric=self._numeric_fields(None),
         )
 
     def _look_up(self, names: Sequence[str] | None, suffix: str) -> nn.Module | None:
@@ -175,29 +196,32 @@ class Inputs:
     def _units(self) -> list[Unit]:
         """All histories beside the features whose vocabularies they share; a second one of a thing: a new unit."""
         pairs: list[dict[str, HistoryFeature]] = []  # a unit each: target -> history
-        for history in self.schema.sparse:
-            if not isinstance(history, HistoryFeature):
-                continue
-            targets = [
-                feature.name
-                for feature in self.schema.sparse
-                if isinstance(feature, Categorical) and vocabulary_of(feature) == vocabulary_of(history)
-            ]
-            if not targets:
-                raise ValueError(
-                    f"history {history.name!r} shares its vocabulary with no categorical feature, so there is nothing "
-                    "to compare it with: prepare it with Sequence(..., vocabulary=...), or use sequence='pooled'"
-                )
-            unit = next((unit for unit in pairs if targets[0] not in unit), None)
+        for history in self._histories():
+            target = self._target(history)
+            unit = next((unit for unit in pairs if target not in unit), None)
             if unit is None:
                 pairs.append(unit := {})
-            unit[targets[0]] = history
-        if not pairs:
-            raise ValueError(f"sequence={self.sequence!r} needs a Sequence feature, and the schema has none")
+            unit[target] = history
         return [
             Unit(tuple(unit), tuple(history.name for history in unit.values()), self._encoder(list(unit.values())))
             for unit in pairs
         ]
+
+    def _histories(self) -> list[HistoryFeature]:
+        histories = [feature for feature in self.schema.sparse if isinstance(feature, HistoryFeature)]
+        if not histories:
+            raise ValueError(f"sequence={self.sequence!r} needs a Sequence feature, and the schema has none")
+        return histories
+
+    def _target(self, history: HistoryFeature) -> str:
+        """The feature that is compared with a history: the first that shares its vocabulary."""
+        for feature in self.schema.sparse:
+            if isinstance(feature, Categorical) and vocabulary_of(feature) == vocabulary_of(history):
+                return feature.name
+        raise ValueError(
+            f"history {history.name!r} shares its vocabulary with no categorical feature, so there is nothing "
+            "to compare it with: prepare it with Sequence(..., vocabulary=...), or use sequence='pooled'"
+        )
 
     def _encoder(self, histories: list[HistoryFeature]) -> nn.Module:
         width = len(histories) * self.embedding_dim
@@ -686,10 +710,9 @@ def mmoe(
 ) -> Model:
     """MMoE (Ma et al., KDD 2018): experts for all labels, weighted by each label's gate; OMoE with `one_gate`.
 
-    `refine`: fields refined for each label first (`TaskRefinement`), DTRN's (Liu et al., CIKM 2023) where there is no
-    history.
+    `refine`: fields refined for each label first (`TaskRefinement`), half of `dtrn`.
     """
-    embedding = inputs.embedding()
+    embedding = inputs.embedding(of_each_label=refine)
     num_tasks = len(inputs.schema.labels)
     shape = embedding.out_shape
     tower = TaskRefinement(shape, num_tasks=num_tasks) if refine else Flatten(shape)
@@ -720,7 +743,7 @@ def ple(
 
     `refine`: as in `mmoe`; shared experts read the fields unrefined.
     """
-    embedding = inputs.embedding()
+    embedding = inputs.embedding(of_each_label=refine)
     num_tasks = len(inputs.schema.labels)
     shape = embedding.out_shape
     tower = TaskRefinement(shape, num_tasks=num_tasks, shared_stream=True) if refine else Flatten(shape)
@@ -807,13 +830,40 @@ def apem(
     return inputs.model(embedding, tower, head=head)
 
 
+def dtrn(
+    inputs: Inputs,
+    *,
+    num_experts: int = 8,
+    expert_hidden: Widths = (128, 64),
+    tower_hidden: Widths = (32,),
+    dropout: float = 0.0,
+) -> Model:
+    """In the style of DTRN (Liu et al., CIKM 2023): histories read and fields refined for each label, before MMoE.
+
+    With one expert, before a shared bottom; before PLE: `ple` with `refine`, and "tim" for its inputs' `sequence`.
+    """
+    if inputs.sequence not in ("pooled", "tim"):
+        raise ValueError(
+            f"dtrn reads histories in its own way, 'tim', got sequence={inputs.sequence!r}: leave it out, or use mmoe "
+            "with refine=True"
+        )
+    return mmoe(
+        replace(inputs, sequence="tim"),
+        num_experts=num_experts,
+        expert_hidden=expert_hidden,
+        tower_hidden=tower_hidden,
+        dropout=dropout,
+        refine=True,
+    )
+
+
 # The names of the command line, in snake case.
 PRESETS: dict[str, Callable[..., Model]] = {
     preset.__name__: preset
     for preset in (
         *(mlp, fm, wide_deep, deepfm, xdeepfm, dcn, dcnv2, dcnv2_mix, gdcn, dlrm, autoint, autoint_plus, ipnn),
         *(fgcnn, fibinet, masknet, masknet_serial, dualmlp, finalmlp, finalnet, eulernet),
-        *(shared_bottom, mmoe, ple, esmm, aitm, stem, apem),
+        *(shared_bottom, mmoe, ple, esmm, aitm, stem, apem, dtrn),
     )
 }
 _OF_INPUTS = tuple(field.name for field in fields(Inputs) if field.name != "schema")

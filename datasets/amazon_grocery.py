@@ -1,6 +1,7 @@
 """Amazon Grocery and Gourmet Food with behaviour histories: 151,254 reviews of 8,713 items by 14,681 users.
 
     python datasets/amazon_grocery.py --out data/amazon_grocery
+    python datasets/amazon_grocery.py --protocol baskets --out data/amazon_grocery_baskets
 
 Would this user review this item on this day, given what he reviewed before? Reviews carry the day only.
 
@@ -25,6 +26,14 @@ Category: 96 % of the items have none, which is category 0 and not a missing cel
 equal length. The user is no feature, as at BARS, but the group for GAUC; in valid and test a group is one pair, so GAUC
 is the share of pairs in order.
 
+`baskets`, for models of several labels and behaviours (no published protocol; the files hold no ratings, so what a user
+does besides reviewing an item has to come from the days). A basket is two or more reviews of a user on one day. Labels:
+`reviewed`, as above, and `basket`: did the item come in one? That is known where it was reviewed, and missing in the
+negative rows. Histories: items of earlier baskets, and items reviewed alone on their day. Category is a feature without
+a history. Split by days, since those of one day share history and label: each user's last day is for test, the one
+before for valid, all earlier ones train. Baskets grow commoner with time: 33, 49 and 56 % of the reviews in train,
+valid and test are of one.
+
 Source: R. He and J. McAuley, "Ups and Downs", WWW 2016, https://arxiv.org/abs/1602.01585; 5-core, items with relations
 only, as built by C. Wang et al., "Make It a Chorus", SIGIR 2020, https://github.com/THUwangcy/ReChorus.
 """
@@ -35,6 +44,7 @@ import gzip
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -66,6 +76,10 @@ class Arguments:
     """Folder that holds {train,dev,test,item_meta}.csv or .csv.gz already; otherwise they are downloaded."""
     max_length: int = 50
     """Of the histories: so many events at most, the latest."""
+    protocol: Literal["leave_one_out", "baskets"] = "leave_one_out"
+    """One label and the files' split, or two labels and behaviours; see the top of this file."""
+    label: Literal["both", "reviewed", "basket"] = "both"
+    """Of the protocol "baskets": which labels to keep."""
     min_history: int = 1
     """Events with fewer earlier ones than this are no targets; 0 keeps all."""
     user_feature: bool = False
@@ -113,15 +127,48 @@ def make_rows(
     events: pl.DataFrame, items: pl.DataFrame, *, max_length: int = 50, min_history: int = 1, seed: int = 0
 ) -> dict[str, pl.DataFrame]:
     """Split -> its rows, oldest first; the order of `events` and `items` does not matter."""
+    histories = {"item_history": pl.col("item"), "category_history": pl.col("category")}
+    rows = _pairs(events, items, histories, max_length=max_length, min_history=min_history, seed=seed)
+    return _splits(rows, ["user", "item", "category", *histories, "label"])
+
+
+def make_basket_rows(
+    events: pl.DataFrame, items: pl.DataFrame, *, max_length: int = 50, min_history: int = 1, seed: int = 0
+) -> dict[str, pl.DataFrame]:
+    """As `make_rows`, in the protocol `baskets`: two histories, two labels, whole days in each split."""
+    day = pl.col("time").rank("dense", descending=True).over("user")
+    events = events.with_columns(
+        basket=pl.len().over("user", "time") > 1,
+        split=pl.when(day == 1).then(pl.lit("test")).when(day == 2).then(pl.lit("valid")).otherwise(pl.lit("train")),
+    )
+    histories = {
+        "basket_history": pl.col("item").filter(pl.col("basket")),
+        "single_history": pl.col("item").filter(~pl.col("basket")),
+    }
+    rows = _pairs(events, items, histories, max_length=max_length, min_history=min_history, seed=seed)
+    rows = rows.with_columns(
+        reviewed="label", basket=pl.when(pl.col("label") == 1).then(pl.col("basket").cast(pl.Int64))
+    )
+    return _splits(rows, ["user", "item", "category", *histories, "reviewed", "basket"])
+
+
+def _pairs(
+    events: pl.DataFrame,
+    items: pl.DataFrame,
+    histories: dict[str, pl.Expr],
+    *,
+    max_length: int,
+    min_history: int,
+    seed: int,
+) -> pl.DataFrame:
+    """Each event and its negative, with what `histories` makes of the user's events of earlier days; oldest first."""
     events = events.with_columns(negative=negatives(events, items["item"], seed=seed))
     events = events.join(items, on="item", how="left").sort("user", "time", "item", "split")
     everything = f"{events['time'].max() - events['time'].min() + 1}i"  # type: ignore[operator]
     earlier = events.rolling("time", period=everything, closed="left", group_by="user").agg(
-        num_earlier=pl.len(),
-        item_history=pl.col("item").tail(max_length),
-        category_history=pl.col("category").tail(max_length),
+        num_earlier=pl.len(), **{name: history.tail(max_length) for name, history in histories.items()}
     )
-    rows = (
+    return (
         events.join(earlier.unique(["user", "time"]), on=["user", "time"])
         .filter(pl.col("num_earlier") >= min_history)
         .sort("time", "user", "item", "split")
@@ -130,7 +177,9 @@ def make_rows(
         .drop("category")
         .join(items, on="item", how="left", maintain_order="left")
     )
-    columns = ["user", "item", "category", "item_history", "category_history", "label"]
+
+
+def _splits(rows: pl.DataFrame, columns: list[str]) -> dict[str, pl.DataFrame]:
     return {split: rows.filter(pl.col("split") == split).select(columns) for split in FILES}
 
 
@@ -164,22 +213,36 @@ def negatives(events: pl.DataFrame, items: pl.Series, *, seed: int) -> pl.Series
 
 
 def main(arguments: Arguments) -> None:
-    """Fetch if needed, then prepare."""
+    """Fetch if needed, then prepare.
+
+    Raises:
+        ValueError: `label` chooses among the labels of a protocol that has one.
+    """
+    baskets = arguments.protocol == "baskets"
+    if arguments.label != "both" and not baskets:
+        raise ValueError(f"label {arguments.label!r} is one of the protocol 'baskets', got {arguments.protocol!r}")
     events, items = read(arguments.raw or fetch(arguments.out.parent / "raw" / "amazon_grocery"))
     length = arguments.max_length
-    features: list[ctr.Feature] = [
-        ctr.Categorical("item"),
-        ctr.Categorical("category"),
-        ctr.Sequence("item_history", vocabulary="item", max_length=length),
-        ctr.Sequence("category_history", vocabulary="category", max_length=length),
-    ]
+    make, histories = make_rows, {"item_history": "item", "category_history": "category"}
+    labels = ["label"]
+    if baskets:
+        make, histories = make_basket_rows, {"basket_history": "item", "single_history": "item"}
+        labels = ["reviewed", "basket"] if arguments.label == "both" else [arguments.label]
+    rows = make(events, items, max_length=length, min_history=arguments.min_history, seed=arguments.seed)
+    users: list[ctr.Feature] = [ctr.Categorical("user")] if arguments.user_feature else []
+    things = [ctr.Categorical("item"), ctr.Categorical("category")]
     ctr.prepare(
-        make_rows(events, items, max_length=length, min_history=arguments.min_history, seed=arguments.seed),
+        {split: frame.drop({"reviewed", "basket"} - set(labels), strict=False) for split, frame in rows.items()},
         arguments.out,
-        features=[ctr.Categorical("user"), *features] if arguments.user_feature else features,
-        labels=["label"],
+        features=[
+            *users,
+            *things,
+            *(ctr.Sequence(name, vocabulary=thing, max_length=length) for name, thing in histories.items()),
+        ],
+        labels=labels,
         group="user",
         ignore=() if arguments.user_feature else ("user",),
+        missing_labels="mask" if "basket" in labels else "raise",
         overwrite=True,
     )
 

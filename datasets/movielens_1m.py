@@ -1,8 +1,9 @@
-"""MovieLens-1M: 1,000,209 ratings of 3,883 movies by 6,040 users (GroupLens; research use), in three protocols.
+"""MovieLens-1M: 1,000,209 ratings of 3,883 movies by 6,040 users (GroupLens; research use), in four protocols.
 
     python datasets/movielens_1m.py --out data/movielens_1m
     python datasets/movielens_1m.py --protocol ids --out data/movielens_1m_ids
     python datasets/movielens_1m.py --protocol histories --out data/movielens_1m_histories
+    python datasets/movielens_1m.py --protocol labels --out data/movielens_1m_labels
 
 `autoint` (W. Song et al., AutoInt, CIKM 2019, https://arxiv.org/abs/1810.11921): ratings of 3 dropped, more than 3 is
 positive (77.8 %); no user and movie ids, but gender, age, occupation, zip code, genres (up to 6, mean), release year
@@ -21,6 +22,10 @@ and these than those of test; histories may reach back to any earlier time. 63 %
 so that 75 % of the rows of valid and 22 % of test are of users whom train does not know: the user only groups rows for
 GAUC, unless `user_feature` makes him a feature. Rows without history are kept: to have liked nothing yet tells
 something.
+
+`labels`, for models of several labels (no published protocol): the fields of `ids`, all ratings, and two labels:
+`liked`, rated more than 3 (57.5 %), and `loved`, rated 5 (22.6 %). Random 8:1:1, the same rows whichever labels are
+kept.
 """
 
 from __future__ import annotations
@@ -49,8 +54,10 @@ class Arguments:
     """Prepared folder to write."""
     raw: Path | None = None
     """Folder that holds ratings.dat (or .gz), users.dat and movies.dat already; otherwise they are downloaded."""
-    protocol: Literal["autoint", "ids", "histories"] = "autoint"
-    """Which published protocol; see the top of this file."""
+    protocol: Literal["autoint", "ids", "histories", "labels"] = "autoint"
+    """Which protocol; see the top of this file."""
+    label: Literal["both", "liked", "loved"] = "both"
+    """Of the protocol "labels": which to keep."""
     seed: int = 0
     """Of the random split, where there is one."""
     max_length: int = 50
@@ -114,19 +121,29 @@ def main(arguments: Arguments) -> None:
     """Fetch if needed, then prepare.
 
     Raises:
-        ValueError: `user_feature` in a protocol that says itself whether the user is a feature.
+        ValueError: `user_feature` in a protocol that says itself whether the user is a feature, or `label` in one that
+            has one label.
     """
     if arguments.user_feature and arguments.protocol != "histories":
         raise ValueError(f"protocol {arguments.protocol!r} fixes its features: user_feature goes with 'histories' only")
+    if arguments.label != "both" and arguments.protocol != "labels":
+        raise ValueError(f"protocol {arguments.protocol!r} has one label: label {arguments.label!r} goes with 'labels'")
     raw = arguments.raw or fetch(arguments.out.parent / "raw" / "movielens_1m")
     rows = read(raw)
     note = ""
     kept = rows.filter(pl.col("rating") != 3)
     person: list[ctr.Feature] = [ctr.Categorical(name) for name in ("gender", "age", "occupation", "zip")]
     genres = ctr.MultiValued("genres", max_length=6)
+    ids: list[ctr.Feature] = [ctr.Categorical("user"), ctr.Categorical("movie"), *person]
+    labels = ["label"]
     if arguments.protocol == "ids":
         data: pl.DataFrame | dict[str, pl.DataFrame] = kept.drop("rating", "time", "genres", "year")
-        features: list[ctr.Feature] = [ctr.Categorical("user"), ctr.Categorical("movie"), *person]
+        features = ids
+    elif arguments.protocol == "labels":
+        made = {"liked": (pl.col("rating") > 3).cast(pl.Int8), "loved": (pl.col("rating") == 5).cast(pl.Int8)}
+        labels = list(made) if arguments.label == "both" else [arguments.label]
+        data = rows.select(*(feature.name for feature in ids), **{label: made[label] for label in labels})
+        features = ids
     elif arguments.protocol == "histories":
         data = with_histories(rows, max_length=arguments.max_length).drop("rating", "zip", "year")
         history = ctr.Sequence("movie_history", vocabulary="movie", max_length=arguments.max_length)
@@ -147,7 +164,7 @@ def main(arguments: Arguments) -> None:
         data,
         arguments.out,
         features=features,
-        labels=["label"],
+        labels=labels,
         group="user",
         # A user who is no feature only groups rows for GAUC.
         ignore=() if any(feature.name == "user" for feature in features) else ("user",),

@@ -15,19 +15,15 @@ x 0.1 on plateau of the mean validation AUC, patience 2.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-import ctrlib as ctr
-from ctrlib.training.distributed import rank
-from ctrlib.training.recipe import RecipeKnobs
+from ctrlib.training.recipe import LabelKnobs, run_label_recipe
 
-LABELS: tuple[Literal["income"], Literal["never_married"]] = ("income", "never_married")
+COMMON = {"embedding_dim": 16, "dropout": 0.3}
 EXPERTS = {"expert_hidden": (64, 32), "tower_hidden": (16,)}
 LEVEL = {"num_own": 1, "num_shared": 1}
 
@@ -51,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Knobs(RecipeKnobs):
+class Knobs(LabelKnobs):
     """Train one model on Census-Income and report its test AUC once, label by label."""
 
     model: Literal[tuple(VARIANTS)] = "mmoe"  # type: ignore[valid-type]
@@ -59,10 +55,8 @@ class Knobs(RecipeKnobs):
     protocol: Literal["all", "hard", "numbers", "leaked"] = "all"
     """Every column; without those that nearly tell the marital status; with numbers as numbers besides; or with what
     leaks in torch-rechub's script."""
-    label: Literal["both", "income", "never_married"] = "both"
-    """Which labels; `single_task` takes one. Its prepared folder has the label's name behind that of both."""
-    report: Path | None = None
-    """Folder for transfer.json and transfer.png; a model of each label alone is trained for it as well."""
+    label: Literal["income", "never_married"] | None = None
+    """One label, for `single_task`; its prepared folder has the label's name behind that of both. Otherwise both."""
     seed: int = 1
     """Of initial weights, shuffle and dropout."""
 
@@ -71,74 +65,22 @@ def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report.
 
     Raises:
-        SystemExit: `single_task` is asked for both labels or for a report, or a run to be recorded is cut short.
+        SystemExit: `single_task` is asked for both labels or for a report, another model for one label, or a run to be
+            recorded is cut short.
     """
-    if knobs.model == "single_task" and (knobs.label == "both" or knobs.report):
-        raise SystemExit(f"a model of a single task has one label: add --label, one of {', '.join(LABELS)}")
-    if knobs.report and knobs.label != "both":
-        raise SystemExit(f"a report compares a model of both labels with one of each: leave --label {knobs.label} out")
-    if knobs.record and knobs.epochs != RecipeKnobs.epochs:
-        raise SystemExit("--record takes whole runs only: leave --epochs out")
-    model, folder, result = _train(knobs)
-    if knobs.record and rank() == 0:
-        valid = ctr.evaluate(model, ctr.Loader(folder, "valid", batch_size=8192), quick=True)
-        labels = LABELS if knobs.label == "both" else (knobs.label,)
-        tasks = zip(valid.get("tasks", [valid]), result.get("test_tasks", [_as_task(result)]), labels)
-        for of_valid, of_test, label in tasks:
-            scores = {
-                "valid_auc": of_valid["auc"],
-                "test_auc": of_test["auc"],
-                "test_logloss": of_test["log_loss"],
-            }
-            data = f"{_name(knobs.protocol)}, {label}"
-            ctr.record({**result, **scores}, Path(__file__).parent / "results.csv", data=data, model=knobs.model)
-    if knobs.report:
-        alone = [_train(dataclasses.replace(knobs, model="single_task", label=label)) for label in LABELS]
-        _report(knobs.report, (model, folder), [pair[:2] for pair in alone])
-
-
-def _name(protocol: str) -> str:
-    return "census_income" + ("" if protocol == "all" else f"_{protocol}")
-
-
-def _as_task(result: dict[str, Any]) -> dict[str, Any]:
-    return {"auc": result["test_auc"], "log_loss": result["test_logloss"]}
-
-
-def _train(knobs: Knobs) -> tuple[ctr.Model, Path, dict[str, Any]]:
-    """The trained model, its prepared folder, and what `run` found."""
-    suffix = "" if knobs.label == "both" else f"_{knobs.label}"
-    folder = knobs.data or Path(__file__).parent.parent / "data" / _name(knobs.protocol)
-    folder = folder.with_name(folder.name + suffix)
-    trained: list[ctr.Model] = []
-    result = ctr.run_recipe(
-        dataclasses.replace(knobs, record=False, data=folder),
+    run_label_recipe(
+        knobs,
         recipe=__file__,
-        data=_name(knobs.protocol) + suffix,
-        script=["census_income.py", "--protocol", knobs.protocol, "--label", knobs.label],
+        data="census_income" + ("" if knobs.protocol == "all" else f"_{knobs.protocol}"),
+        script=["census_income.py", "--protocol", knobs.protocol],
+        labels=("income", "never_married"),
         model=knobs.model,
-        config={"embedding_dim": 16, "dropout": 0.3, **VARIANTS[knobs.model]},
+        config={**COMMON, **VARIANTS[knobs.model]},
+        single={**COMMON, **VARIANTS["single_task"]},
         batch_size=2048,
         learning_rate=2e-3,
         embedding_l2=1e-5,
-        on_trained=trained.append,
     )
-    return trained[0], folder, result
-
-
-def _report(out: Path, both: tuple[ctr.Model, Path], alone: list[tuple[ctr.Model, Path]]) -> None:
-    scores = [ctr.predict(model, ctr.Loader(folder, "test", batch_size=8192)) for model, folder in (both, *alone)]
-    model, folder = both
-    valid = list(ctr.Loader(folder, "valid", batch_size=2048))
-    report = {
-        "tasks": ctr.compare_tasks(scores[0], scores[1:], tasks=LABELS),
-        "gradients": ctr.gradient_cosines(model, valid),
-        "gates": ctr.gate_usage(model, valid),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "transfer.json").write_text(ctr.to_json(report, indent=1) + "\n", encoding="utf-8")
-    ctr.draw_transfer(report, out / "transfer.png")
-    print(ctr.to_json(report["tasks"]))
 
 
 if __name__ == "__main__":

@@ -117,10 +117,10 @@ def main(knobs: Knobs) -> None:
 
     def report(name: str, model: ctr.Model) -> None:
         scores = {split: ctr.evaluate(model, part, quick=True) for split, part in (("valid", valid), ("test", test))}
-        size = bytes_of(model)
-        tried.append(Candidate(series(name), size.embedding, size.total, scores["valid"]["auc"], scores["valid"]["log_loss"]))
+        size, (auc, log_loss) = bytes_of(model), (scores["valid"][metric] for metric in ("auc", "log_loss"))
+        tried.append(Candidate(series(name), size.embedding, size.total, auc, log_loss))
         result = {
-            "valid_auc": scores["valid"]["auc"],
+            "valid_auc": auc,
             "test_auc": scores["test"]["auc"],
             "test_logloss": scores["test"]["log_loss"],
             "parameters": sum(model.num_parameters().values()),

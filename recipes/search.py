@@ -1,25 +1,34 @@
-"""What a search finds beside its floors, at equal bytes and from the same start.
+"""What a search finds beside its floors, at equal bytes and from the same start, over several seeds.
 
-    python recipes/search.py optfs --data-set frappe_x1 --data DIR --out runs/search --seed 1 [--record]
+    python recipes/search.py optfs --data-set frappe_x1 --data DIR --out runs/search [--seeds 1 2 3] [--record]
 
 The untouched model, the method's, and models of as many bytes whose rows are chosen by how often train reads them, by
-their norms in the trained untouched model, and by chance; for methods that search for widths also a random search with
-as many evaluations. All are retrained by the same `fit`, chosen by validation, and reported on test once. `planted`
-needs no DATA: half of its fields say nothing, and what a method keeps of them is printed. OUT receives all models, and
-the untouched one is trained once.
+their norms in the trained untouched model, and by chance; for OptEmbed also a random search with as many evaluations.
+For OptInter, which makes models larger, the floors are all pairs memorised, all factorised, and the found choices dealt
+out by chance. All are retrained by the same `fit`, chosen by validation, and reported on test once; then the method is
+compared with each by paired tests, over seeds (t) and over the rows of test (DeLong).
+
+`planted` needs no DATA: half of its fields say nothing, and what a method keeps of them is printed. In `..._noise`
+every field of DATA has a twin with the values of other rows. OUT receives all models; what is there already is
+not trained again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
+import scipy.stats
 import torch
 import tyro
+from torch import Tensor
 from tyro.conf import FlagCreatePairsOff, Positional
 
 import ctrlib as ctr
@@ -27,58 +36,60 @@ from ctrlib import presets
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.floors import keep_rows, magnitudes, reads
 from ctrlib.search.optembed import OptEmbed
-from ctrlib.search.plan import materialise
+from ctrlib.search.optinter import OptInter, count_crosses, plan_of
+from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.run import search_and_retrain, settings_of
+from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.exact import ExactEngine
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set, its model and training (as in its own recipe), and the methods' settings where they are not the
-    defaults; those for MovieLens are a first guess."""
+    """A data set, its model and training, chosen on validation, and the methods' settings where they are not the
+    defaults."""
 
     config: dict[str, Any]
     training: dict[str, Any]
-    methods: dict[str, dict[str, Any]]
+    share: float = 1.0
+    """Of the untouched model's embedding bytes, what methods with a budget and their floors get."""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-# Thresholds that rise by 1e-4 in a step; fewer candidates than the paper's 600, on fewer rows.
-OPTEMBED = {"alpha": 0.01, "threshold_learning_rate": 0.01, "epochs": 12, "generations": 8, "rows": 16_384}
+# Fewer candidates than the paper's 600, on fewer rows.
+OPTEMBED = {"epochs": 25, "patience": 3, "price": 1e-4, "generations": 8, "rows": 16_384}
+DEEPFM = {"preset": "deepfm", "batch_norm": True}
+FRAPPE = Setting(
+    {**DEEPFM, "embedding_dim": 10, "hidden": (128, 64), "dropout": 0.2},
+    {"batch_size": 4096, "embedding_l2": 0.05, "learning_rate": 1e-3},
+    share=0.85,
+    # 50 steps an epoch: gates move slowly, and close when the rows have learned what they are for.
+    methods={
+        "optfs": {"penalty": 1e-5, "temperature": 1000.0, "epochs": 20, "rewind": None},
+        # Thresholds would leave no value of the day and the weather, and 2/3 of the users.
+        "optembed": {**OPTEMBED, "prune_rows": False},
+    },
+)
+MOVIELENS = Setting(
+    {**DEEPFM, "embedding_dim": 16, "hidden": (128, 64), "dropout": 0.4},
+    {"batch_size": 1024, "embedding_l2": 1e-4, "learning_rate": 1e-3},
+    share=0.7,
+    methods={
+        "optfs": {"penalty": 1e-5, "rewind": None},
+        "optembed": {**OPTEMBED, "alpha": 3e-4, "threshold_learning_rate": 0.01},
+    },
+)
 SETTINGS = {
-    "frappe_x1": Setting(
-        {"preset": "deepfm", "embedding_dim": 10, "hidden": (400, 400, 400), "batch_norm": True, "dropout": 0.2},
-        {"batch_size": 4096, "embedding_l2": 0.05, "learning_rate": 1e-3},
-        {
-            # 50 steps an epoch: a gate needs steps of 5e-3 to come from 1/2 to 0 in time.
-            "optfs": {"penalty": 2e-5, "learning_rate": 5e-3},
-            "optembed": {
-                "alpha": 0.01,
-                "threshold_learning_rate": 0.01,
-                "rows": 16_384,
-                "generations": 8,
-                "epochs": 12,
-            },
-        },
+    "frappe_x1": FRAPPE,
+    "frappe_x1_noise": replace(
+        FRAPPE, share=0.45, methods={**FRAPPE.methods, "optfs": {**FRAPPE.methods["optfs"], "penalty": 2e-5}}
     ),
-    "movielens_1m_ids": Setting(
-        {"preset": "deepfm", "embedding_dim": 16, "hidden": (400, 400), "batch_norm": True, "dropout": 0.4},
-        {"batch_size": 1024, "embedding_l2": 1e-4, "learning_rate": 1e-3},
-        {
-            "optfs": {"penalty": 1e-5},
-            "optembed": {
-                "alpha": 0.01,
-                "threshold_learning_rate": 0.01,
-                "rows": 16_384,
-                "generations": 8,
-                "epochs": 12,
-            },
-        },
-    ),
+    "movielens_1m_ids": MOVIELENS,
+    "movielens_1m_ids_noise": replace(MOVIELENS, share=0.45),
     "planted": Setting(
         {"preset": "fm", "embedding_dim": 16},
         {"batch_size": 1024, "embedding_l2": 0.0, "learning_rate": 1e-3},
-        {"optfs": {"penalty": 2e-4, "temperature": 5000.0}},
+        methods={"optfs": {"penalty": 2e-4, "temperature": 5000.0}},
     ),
 }
 
@@ -95,7 +106,7 @@ class Knobs:
     """For models, plans and pictures."""
     data: Path | None = None
     """Its prepared folder (datasets/ has the scripts); none for `planted`."""
-    seed: int = 1
+    seeds: tuple[int, ...] = (1, 2, 3)
     """Of weights, order, dropout and the search."""
     epochs: int = 100
     """Of each training at most."""
@@ -106,83 +117,194 @@ class Knobs:
 
 
 def main(knobs: Knobs) -> None:
-    """Train, search, report."""
+    """Train, search, report, compare."""
     keep_freed_memory()
-    setting: Setting = SETTINGS[knobs.data_set]
-    data = knobs.data or planted(knobs.out / "planted_data")
-    out = knobs.out / f"{knobs.data_set}_seed_{knobs.seed}"
-    schema, training = ctr.Schema.load(data), setting.training
-    batch_size, l2, rate = training["batch_size"], training["embedding_l2"], training["learning_rate"]
-    settings = settings_of(
-        knobs.method, {"embedding_l2": l2, "learning_rate": rate, **setting.methods.get(knobs.method, {})}
-    )
-    common: dict[str, Any] = {**training, "seed": knobs.seed, "max_epochs": knobs.epochs}
+    if knobs.data_set == "planted":
+        data = planted(knobs.out / "planted_data")
+    elif knobs.data is None:
+        raise SystemExit(f"{knobs.data_set} needs its prepared folder: add --data")
+    else:
+        noise = knobs.data_set.endswith("_noise")
+        data = with_twins(knobs.data, knobs.out / f"{knobs.data_set}_data") if noise else knobs.data
+    scores = [Run(knobs, data, seed).all() for seed in knobs.seeds]
+    labels = np.concatenate([batch.labels[:, 0].numpy() for batch in ctr.Loader(data, "test", batch_size=8192)])
+    for name in list(scores[0])[1:]:
+        compare(knobs.method, name, labels, scores)
 
-    def fresh() -> ctr.Model:
-        torch.manual_seed(knobs.seed)
-        return presets.build(setting.config, schema)
 
-    def report(name: str, result: dict[str, Any]) -> None:
-        line = {name: result[name] for name in ("valid_auc", "test_auc", "test_logloss", "embedding_bytes")}
-        print(json.dumps({"model": f"{setting.config['preset']} {name}", **line}), flush=True)
-        if knobs.record:
-            known = {"samples_per_second": "", "engine": "exact", "precision": "fp32", "note": ""}
-            row = {**known, **result, "seed": knobs.seed, "data_hash": schema.hash}
-            model = f"{setting.config['preset']}_{setting.config['embedding_dim']} {name}"
-            ctr.record(row, Path(__file__).parent / "results.csv", data=knobs.data_set, model=model)
+class Run:
+    """All models of one seed. Each is kept in its folder: its model, result.json and the test logits."""
 
-    def search(name: str, settings: Any) -> dict[str, Any]:
-        result = search_and_retrain(knobs.method, data, setting.config, out / name, settings=settings, **common)
-        report(name, result)
-        return result
+    def __init__(self, knobs: Knobs, data: Path, seed: int) -> None:
+        self.knobs, self.data, self.seed = knobs, data, seed
+        self.setting: Setting = SETTINGS[knobs.data_set]
+        self.out = knobs.out / f"{knobs.data_set}_seed_{seed}"
+        self.schema = ctr.Schema.load(data)
+        self.l2, self.rate = self.setting.training["embedding_l2"], self.setting.training["learning_rate"]
+        self.train = ctr.Loader(data, "train", batch_size=self.setting.training["batch_size"], shuffle=True, seed=seed)
+        self.valid, self.test = (ctr.Loader(data, split, batch_size=8192) for split in ("valid", "test"))
+        self.scores: dict[str, npt.NDArray[np.float32]] = {}
 
-    found = search(knobs.method, settings)
-    for sentence in found["summary"]["words"]:
-        print(sentence)
-    if knobs.only_method:
-        return
-    if isinstance(settings, OptEmbed):
-        budget = {"generations": 0, "parents": found["summary"]["candidates"]}
-        search(f"{knobs.method}, random search", replace(settings, **budget))
+    def all(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Name of the model -> logits of test; the method's first."""
+        method = self.knobs.method
+        base = self.trained("untouched", self.fresh)
+        num_bytes = int(bytes_of(base).embedding * self.setting.share)
+        own = {"learning_rate": self.rate, "embedding_l2": self.l2, **self.setting.methods.get(method, {})}
+        if method in ("optembed", "dnis") and self.setting.share < 1:
+            own["num_bytes"] = num_bytes
+        settings = settings_of(method, own)
+        found = self.searched(method, settings)
+        if not self.knobs.only_method:
+            if isinstance(settings, OptEmbed):
+                candidates = json.loads((self.out / method / "search.json").read_text())["summary"]["candidates"]
+                self.searched(f"{method}, random search", replace(settings, generations=0, parents=candidates))
+            if isinstance(settings, OptInter):
+                self.pair_floors(settings)
+            else:
+                budget = (num_bytes, f"{self.setting.share:.0%} of the bytes")
+                self.row_floors(
+                    base, *(budget if "num_bytes" in own else (bytes_of(found).embedding, f"the bytes of {method}"))
+                )
+        return {method: self.scores.pop(method), **self.scores}
 
-    base = out / "untouched"
-    if not (base / "result.json").is_file():
-        _, result = ctr.run(
-            data,
-            lambda schema: presets.build(setting.config, schema),
-            on_trained=lambda model: ctr.save_model(model, setting.config, data, base),
-            **common,
-        )
-        (base / "result.json").write_text(ctr.to_json(result), encoding="utf-8")
-    report("untouched", json.loads((base / "result.json").read_text(encoding="utf-8")))
+    def fresh(self) -> ctr.Model:
+        """The untouched model before training."""
+        torch.manual_seed(self.seed)
+        return presets.build(self.setting.config, self.schema)
 
-    trained: Any = ctr.Predictor.load(base).model
-    train = ctr.Loader(data, "train", batch_size=batch_size, shuffle=True, seed=knobs.seed)
-    valid, test = (ctr.Loader(data, split, batch_size=2 * batch_size) for split in ("valid", "test"))
-    generator = torch.Generator().manual_seed(knobs.seed)
-    counts = reads(train, schema)
-    floors = {
-        "frequency cut": counts,
-        "magnitude pruning": magnitudes(trained, schema),
-        "random rows": {name: torch.rand(len(count), generator=generator) for name, count in counts.items()},
-    }
-    for name, scores in floors.items():
-        model = fresh()
-        plan = keep_rows(model, schema, scores, num_bytes=found["embedding_bytes"], method=name)
-        smaller = materialise(model, plan)
-        train.set_epoch(0)
-        torch.manual_seed(knobs.seed)
-        ctr.fit(ExactEngine(smaller, learning_rate=rate, embedding_l2=l2), train, valid, max_epochs=knobs.epochs)
-        scored = {split: ctr.evaluate(smaller, part, quick=True) for split, part in (("valid", valid), ("test", test))}
+    def trained(self, name: str, build: Callable[[], ctr.Model]) -> ctr.Model:
+        """The model, trained from what is built, or as it was trained before."""
+        folder = self.out / name
+        if not (folder / "result.json").is_file():
+            model = build()
+            self.train.set_epoch(0)
+            torch.manual_seed(self.seed)
+            ctr.fit(
+                ExactEngine(model, learning_rate=self.rate, embedding_l2=self.l2),
+                self.train,
+                self.valid,
+                max_epochs=self.knobs.epochs,
+            )
+            ctr.save_model(model, {**self.setting.config, "replaced": describe(model)}, self.data, folder)
+            self.keep(name, model)
+        return self.known(name)
+
+    def searched(self, name: str, settings: Any) -> ctr.Model:
+        """What the search finds, retrained, or as it was found before."""
+        if not (self.out / name / "result.json").is_file():
+            result = search_and_retrain(
+                self.knobs.method,
+                self.data,
+                self.setting.config,
+                self.out / name,
+                settings=settings,
+                seed=self.seed,
+                max_epochs=self.knobs.epochs,
+                **self.setting.training,
+            )
+            for sentence in result["summary"]["words"]:
+                print(sentence)
+            loaded: Any = ctr.Predictor.load(self.out / name).model
+            self.keep(name, loaded)
+        return self.known(name)
+
+    def keep(self, name: str, model: ctr.Model) -> None:
+        """Score a trained model once, and write what it reached."""
+        valid, test = ctr.evaluate(model, self.valid, quick=True), ctr.evaluate(model, self.test, quick=True)
+        np.save(self.out / name / "test.npy", ctr.predict(model, self.test).logits[:, 0])
         result = {
-            "valid_auc": scored["valid"]["auc"],
-            "test_auc": scored["test"]["auc"],
-            "test_logloss": scored["test"]["log_loss"],
-            "parameters": sum(smaller.num_parameters().values()),
-            "network_parameters": smaller.num_parameters()["network"],
-            "embedding_bytes": bytes_of(smaller).embedding,
+            "valid_auc": valid["auc"],
+            "test_auc": test["auc"],
+            "test_logloss": test["log_loss"],
+            "parameters": sum(model.num_parameters().values()),
+            "network_parameters": model.num_parameters()["network"],
+            "embedding_bytes": bytes_of(model).embedding,
         }
-        report(f"{name} to the bytes of {knobs.method}", result)
+        (self.out / name / "result.json").write_text(ctr.to_json(result), encoding="utf-8")
+
+    def known(self, name: str) -> ctr.Model:
+        """A model that is there, with its scores; recorded, if it was not yet."""
+        folder = self.out / name
+        self.scores[name] = np.load(folder / "test.npy")
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        shown = {key: result[key] for key in ("valid_auc", "test_auc", "parameters", "embedding_bytes")}
+        print(json.dumps({"model": name, "seed": self.seed, **shown}), flush=True)
+        if self.knobs.record and not (folder / "recorded").exists():
+            row = {**result, "samples_per_second": "", "engine": "exact", "precision": "fp32", "note": ""}
+            row |= {"seed": self.seed, "data_hash": self.schema.hash}
+            model_name = f"{self.setting.config['preset']}_{self.setting.config['embedding_dim']} {name}"
+            ctr.record(row, Path(__file__).parent / "results.csv", data=self.knobs.data_set, model=model_name)
+            (folder / "recorded").touch()
+        model: Any = ctr.Predictor.load(folder).model
+        return model
+
+    def row_floors(self, base: ctr.Model, num_bytes: int, size: str) -> None:
+        """Rows kept by other rules, in as many bytes; `size` is for their names."""
+        counts = reads(self.train, self.schema)
+        generator = torch.Generator().manual_seed(self.seed)
+        floors = {"frequency cut": counts, "magnitude pruning": magnitudes(base, self.schema)}
+        if self.knobs.data_set == "planted":
+            floors["random rows"] = {name: torch.rand(len(n), generator=generator) for name, n in counts.items()}
+        for name, scores in floors.items():
+
+            def build(name: str = name, scores: Mapping[str, Tensor] = scores) -> ctr.Model:
+                model = self.fresh()
+                plan = keep_rows(model, self.schema, scores, num_bytes=num_bytes, method=name)
+                return materialise(model, plan)
+
+            self.trained(f"{name} to {size}", build)
+
+    def pair_floors(self, settings: OptInter) -> None:
+        """All pairs memorised, all factorised, and as many of each kind as the search chose, by chance."""
+        plan = Plan.load(self.out / self.knobs.method / "plan.safetensors")
+        fields, matrix = plan.summary["pairs"]["fields"], plan.summary["pairs"]["choice"]
+        pairs = list(itertools.combinations(fields, 2))
+        found = [matrix[i][j] for i, j in itertools.combinations(range(len(fields)), 2)]
+        rows = {feature.name: feature.num_embeddings or 0 for feature in self.schema.sparse}
+        crosses = count_crosses(self.train, pairs, rows, min_count=settings.min_count)
+        dealt = np.random.default_rng(self.seed).permutation(found).tolist()
+        floors = {
+            "all memorised": ["memorise"] * len(pairs),
+            "all factorised": ["factorise"] * len(pairs),
+            "choices by chance": dealt,
+        }
+        for name, choice in floors.items():
+
+            def build(choice: list[str] = choice) -> ctr.Model:
+                model = self.fresh()
+                plan = plan_of(model, pairs, crosses, choice, cross_dim=settings.cross_dim, seed=self.seed)
+                return materialise(model, plan)
+
+            self.trained(f"optinter, {name}", build)
+
+
+def compare(method: str, other: str, labels: npt.NDArray[Any], scores: list[dict[str, npt.NDArray[Any]]]) -> None:
+    """Print the mean difference of test AUC, method - other, and two paired tests of it."""
+    by_rows = [ctr.metrics.auc_paired_test(labels, run[method], run[other]) for run in scores]
+    differences = [result.difference for result in by_rows]
+    line: dict[str, Any] = {"difference": float(np.mean(differences)), "of_each_seed": differences}
+    if len(differences) > 1:
+        line["p_over_seeds"] = float(scipy.stats.ttest_1samp(differences, 0).pvalue)
+    line["p_over_rows"] = [result.p_value for result in by_rows]
+    print(json.dumps({"model": f"{method} - {other}", **line}), flush=True)
+
+
+def with_twins(data: Path, folder: Path, *, seed: int = 0) -> Path:
+    """Prepared data whose every field has a twin: all fields of another row of the split. Prepared, if it is not there.
+
+    So that twins are as frequent as what they copy, and as related to each other, and say nothing about the label.
+    """
+    if (folder / "schema.json").is_file():
+        return folder
+    names = [feature.name for feature in ctr.Schema.load(data).sparse]
+    splits = {}
+    for split in ("train", "valid", "test"):
+        ids = pl.read_parquet(data / split / "*.parquet", columns=[*names, "label"])
+        splits[split] = ids.with_columns(pl.col(names).shuffle(seed).name.suffix("_noise"))
+    features = [ctr.Categorical(name) for name in (*names, *(f"{name}_noise" for name in names))]
+    ctr.prepare(splits, folder, features=features, labels="label", log=None)
+    return folder
 
 
 def planted(folder: Path, *, num_rows: int = 200_000, seed: int = 2024) -> Path:

@@ -57,6 +57,7 @@ def interests(num_tasks: int = T, num_behaviours: int = J, **arguments: int) -> 
     """With a hypernetwork that does not ignore its input, as it does at the start."""
     module = ctr.TaskInterests(8, num_tasks=num_tasks, num_behaviours=num_behaviours, **arguments)
     nn.init.normal_(module.hyper[2].weight, std=0.3)
+    nn.init.normal_(module.scale)
     return module
 
 
@@ -83,7 +84,7 @@ def naive(module: ctr.TaskInterests, x: Tensor, mask: Tensor, target: Tensor) ->
                 events = events + module.out(torch.cat(read, dim=1))
                 events = nn.functional.layer_norm(events, (8,), gamma_1, beta_1)
                 events = nn.functional.layer_norm(events + module.feed_forward(events), (8,), gamma_2, beta_2)
-                out[t, b, j] = (events @ module.target_query(target[b]) / 8**0.5).softmax(0) @ events
+                out[t, b, j] = module.scale * ((events @ module.target_query(target[b]) / 8**0.5).softmax(0) @ events)
     return out
 
 
@@ -184,6 +185,27 @@ def test_interests_are_fields_in_the_schemas_order() -> None:
             assert torch.count_nonzero(out[:, row, history]) == 0
 
 
+def test_interests_start_as_small_as_the_rows_of_the_tables() -> None:
+    """A LayerNorm's output does not shrink with its input, and would drown the other fields."""
+    schema = example_schema(2)
+    embedding = ctr.InterestEmbedding(schema.features, target="item", num_tasks=2, embedding_dim=8, init_std=1e-3)
+    batch = example_batch(schema, 64)
+    interests = embedding(batch)[:, batch.sparse["history"].lengths() > 0, schema.position("history")]
+    assert 0.1e-3 < interests.std().item() < 3e-3
+
+
+def test_interests_without_tasks_are_those_of_one_task() -> None:
+    schema = example_schema(2)
+    alike, one = (
+        ctr.InterestEmbedding(schema.features, target="item", num_tasks=num_tasks, embedding_dim=4, init_std=1.0)
+        for num_tasks in (None, 1)
+    )
+    alike.load_state_dict(one.state_dict())
+    batch = example_batch(schema, 7)
+    assert torch.equal(alike(batch), one(batch)[0])
+    assert alike.out_shape == one.out_shape[1:] == (6, 4)
+
+
 def test_interests_and_refinement_train_in_front_of_any_head() -> None:
     schema = example_schema(2)
     heads = {
@@ -249,6 +271,45 @@ def test_planted_gates() -> None:
     of_a, of_b = gates.tolist()
     assert of_a[1] < 0.5 * min(of_a[0], of_a[2])
     assert of_b[2] < 0.5 * of_b[1]
+
+
+def test_planted_interests() -> None:
+    """A repeats clicks, B repeats purchases: whether an item is among few others, which a mean of rows blurs."""
+    torch.manual_seed(0)
+    num_rows, length, num_items = 8000, 4, 40
+    item = torch.randint(num_items, (num_rows,))
+    events = torch.randint(num_items, (2, num_rows, length))
+    planted = torch.rand(2, num_rows) < 0.5
+    events[..., 0] = torch.where(planted, item, events[..., 0])
+    repeated = (events == item.unsqueeze(1)).any(2).float()
+    labels = torch.bernoulli(0.1 + 0.8 * repeated).T  # the best possible AUC is 0.9
+    names = ("item", "clicks", "buys")
+    features = [
+        ctr.Categorical("item", num_embeddings=num_items + 3),
+        *(ctr.Sequence(name, vocabulary="item", num_embeddings=num_items + 3) for name in names[1:]),
+    ]
+
+    def batch(rows: Tensor) -> Batch:
+        values = torch.cat([item[rows], events[:, rows].flatten()]) + 3
+        lengths = torch.tensor([1, length, length]).repeat_interleave(len(rows))
+        sparse = KeyedJaggedTensor.from_lengths_sync(list(names), values, lengths)
+        return Batch(sparse, torch.zeros(len(rows), 0), labels[rows], torch.ones(len(rows)))
+
+    def aucs(embedding: nn.Module) -> list[float]:
+        tower = ctr.TaskRefinement(embedding.out_shape, num_tasks=2)
+        head = ctr.SharedBottom(tower.out_shape, num_tasks=2, bottom_hidden=(16,), tower_hidden=())
+        model = ctr.Model(embedding, tower, head)
+        engine = ctr.ExactEngine(model, learning_rate=0.01)
+        for _ in range(10):
+            for rows in torch.randperm(num_rows // 2).split(250):
+                engine.step(batch(rows))
+        tasks = ctr.evaluate(model, [batch(torch.arange(num_rows // 2, num_rows))], quick=True)["tasks"]
+        return [task["auc"] for task in tasks]
+
+    common = {"embedding_dim": 8, "init_std": 0.5}
+    units = [ctr.Unit(("item",), (name,), ctr.MeanPooling(8)) for name in names[1:]]
+    assert max(aucs(ctr.SequenceEmbedding(features, units=units, **common))) < 0.8
+    assert min(aucs(ctr.InterestEmbedding(features, target="item", num_tasks=2, **common))) > 0.82
 
 
 NUM_TASKS, WIDTH, ROWS, HELD_OUT = 3, 6, 16_000, 8_000

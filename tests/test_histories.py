@@ -234,6 +234,43 @@ def test_grocery_download_is_known_by_its_content(tmp_path: Path, monkeypatch: p
     assert grocery.fetch(tmp_path) == tmp_path
 
 
+@pytest.mark.parametrize(("max_length", "min_history"), [(50, 1), (2, 3)])
+def test_grocery_baskets_are_what_the_protocol_says(max_length: int, min_history: int) -> None:
+    events, items = purchases(seed=6)
+    rows = grocery.make_basket_rows(events, items, max_length=max_length, min_history=min_history)
+    size = Counter((user, time) for user, _, time, _ in events.iter_rows())
+    expected: dict[str, list[Any]] = {"train": [], "valid": [], "test": []}
+    for user, item, time, _ in events.iter_rows():
+        days = sorted({t for u, _, t, _ in events.iter_rows() if u == user}, reverse=True)
+        earlier = sorted((t, i) for u, i, t, _ in events.iter_rows() if u == user and t < time)
+        if len(earlier) >= min_history:
+            in_basket = [i for t, i in earlier if size[user, t] > 1][-max_length:]
+            alone = [i for t, i in earlier if size[user, t] == 1][-max_length:]
+            row = (user, item, in_basket, alone, 1, int(size[user, time] > 1))
+            expected[["test", "valid", "train"][min(days.index(time), 2)]].append(row)
+    columns = ["user", "item", "basket_history", "single_history", "reviewed", "basket"]
+    for split, frame in rows.items():
+        positive, negative = frame.gather_every(2), frame.gather_every(2, offset=1)
+        assert sorted(positive.select(columns).iter_rows()) == sorted(expected[split])
+        assert positive.select(columns[2:4]).equals(negative.select(columns[2:4]))
+        assert set(negative["reviewed"]) == {0} and set(negative["basket"]) == {None}
+
+
+def test_grocery_baskets_keep_their_rows_whichever_label_is_asked_for(tmp_path: Path) -> None:
+    raw = write_grocery(tmp_path / "raw", shuffled=False)
+    for label in ("both", "basket"):
+        grocery.main(grocery.Arguments(out=tmp_path / label, raw=raw, protocol="baskets", label=label))
+    both, alone = (ctr.Schema.load(tmp_path / label) for label in ("both", "basket"))
+    assert both.labels == ("reviewed", "basket") and alone.labels == ("basket",)
+    assert [feature.name for feature in both.vocabularies["item"]] == ["item", "basket_history", "single_history"]
+    for split in grocery.FILES:
+        frames = [pl.read_parquet(tmp_path / label / split) for label in ("both", "basket")]
+        assert frames[0].drop("reviewed").equals(frames[1])
+        assert frames[0]["basket"].is_nan().equals(frames[0]["reviewed"] == 0)
+    with pytest.raises(ValueError, match="label 'basket' is one of the protocol 'baskets', got 'leave_one_out'"):
+        grocery.main(grocery.Arguments(out=tmp_path / "d", raw=raw, label="basket"))
+
+
 # ------------------------------------------------------------------------------------------------- movielens histories
 
 
@@ -316,3 +353,21 @@ def test_movielens_user_as_a_feature(tmp_path: Path) -> None:
     assert schema.features[0].name == "user" and schema.group == "user"
     with pytest.raises(ValueError, match="'ids' fixes its features"):
         movielens.main(movielens.Arguments(out=tmp_path / "e", raw=raw, protocol="ids", user_feature=True))
+
+
+def test_movielens_labels_are_of_all_ratings(tmp_path: Path) -> None:
+    raw = write_movielens(tmp_path / "raw", shuffled=False)
+    for label in ("both", "liked", "loved"):
+        movielens.main(movielens.Arguments(out=tmp_path / label, raw=raw, protocol="labels", label=label))
+    rating = ratings(seed=6)["rating"]
+    frames = {
+        label: pl.concat([pl.read_parquet(tmp_path / label / split) for split in ("train", "valid", "test")])
+        for label in ("both", "liked", "loved")
+    }
+    assert ctr.Schema.load(tmp_path / "both").labels == ("liked", "loved")
+    assert frames["both"]["liked"].sum() == (rating > 3).sum() and frames["both"]["loved"].sum() == (rating == 5).sum()
+    assert (frames["both"]["liked"] >= frames["both"]["loved"]).all() and len(frames["both"]) == len(rating)
+    assert frames["both"].drop("loved").equals(frames["liked"])
+    assert frames["both"].drop("liked").equals(frames["loved"])
+    with pytest.raises(ValueError, match="protocol 'ids' has one label: label 'liked' goes with 'labels'"):
+        movielens.main(movielens.Arguments(out=tmp_path / "e", raw=raw, protocol="ids", label="liked"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ from torch import Tensor, nn
 
 import ctrlib as ctr
 from ctrlib import presets
+from ctrlib.data.synthetic import conflict
 from ctrlib.heads.aitm import order_violation
 from ctrlib.heads.esmm import logit_of_both
 from ctrlib.heads.stacked import StackedHidden, StackedLinear
 from ctrlib.losses import collect_auxiliary, total_auxiliary
 from ctrlib.testing import check_head, example_batch, example_schema
 from ctrlib.training.evaluate import Scores, score
+from ctrlib.training.recipe import LabelKnobs, run_label_recipe
 from ctrlib.training.transfer import _Ranked
 
 B, H, T = 7, 6, 3
@@ -495,3 +499,43 @@ def test_clicked_only_scores_are_esmms_conditional_ones() -> None:
         found = ctr.metrics.auc(happened[rows, task], head.conditional_logits(x)[rows, task].detach())
         assert score(steps)["tasks"][task]["auc"] == pytest.approx(found, abs=1e-3)
         assert score(steps)["tasks"][task]["rows"] == int(rows.sum())
+
+
+def test_a_recipe_of_several_labels_records_and_compares_each(tmp_path: Path) -> None:
+    frame, _ = conflict(2000, num_tasks=2)
+    labels = ("label_1", "label_2")
+    features = [ctr.Categorical(name) for name in frame.columns[2:]]
+    for kept in (labels, labels[:1], labels[1:]):
+        folder = tmp_path / "_".join(["d", *(kept if len(kept) == 1 else ())])
+        ctr.prepare(frame.drop(set(labels) - set(kept)), folder, features=features, labels=kept, log=None)
+    (tmp_path / "recipes").mkdir()
+    config = {"preset": "shared_bottom", "embedding_dim": 4, "bottom_hidden": (8,), "tower_hidden": ()}
+    arguments: dict[str, Any] = {"recipe": str(tmp_path / "recipes" / "x.py"), "data": "d", "script": ["none.py"]}
+    arguments |= {
+        "labels": labels,
+        "config": config,
+        "single": config,
+        "batch_size": 500,
+        "learning_rate": 0.02,
+        "patience": 1,
+    }
+    knobs = LabelKnobs(data=tmp_path / "d", seed=3, record=True, device="cpu", report=tmp_path / "report")
+    together = run_label_recipe(knobs, model="shared_bottom", **arguments)
+    alone = run_label_recipe(dataclasses.replace(knobs, label="label_2", report=None), model="single_task", **arguments)
+    with (tmp_path / "recipes" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["data"], row["model"]) for row in rows] == [
+        ("d, label_1", "shared_bottom"),
+        ("d, label_2", "shared_bottom"),
+        ("d, label_2", "single_task"),
+    ]
+    found = [*(task["auc"] for task in together["test_tasks"]), alone["test_auc"]]
+    assert [float(row["test_auc"]) for row in rows] == pytest.approx(found, abs=1e-6)
+    valid = [float(row["valid_auc"]) for row in rows]
+    assert [sum(valid[:2]) / 2, valid[2]] == pytest.approx([together["valid_auc"], alone["valid_auc"]], abs=1e-6)
+    tasks = json.loads((tmp_path / "report" / "transfer.json").read_text())["tasks"]
+    assert [task["multi_auc"] for task in tasks] == pytest.approx(found[:2], abs=1e-6)
+    assert tasks[1]["single_auc"] == pytest.approx(alone["test_auc"], abs=1e-6)
+    for model, label in (("single_task", None), ("shared_bottom", "label_1"), ("single_task", "label_3")):
+        with pytest.raises(SystemExit, match="single_task, and only that, takes a --label of label_1, label_2"):
+            run_label_recipe(dataclasses.replace(knobs, label=label, report=None), model=model, **arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,20 @@ def test_the_weights_are_those_of_the_rewound_epoch(planted: Path) -> None:
     torch.testing.assert_close(
         plan.weights["embedding.tables.tables.embedding_bags.table_table_i0.weight"][3:], rows[3:] * 1.606531
     )
+
+
+def test_or_the_model_s_own(planted: Path) -> None:
+    """Without `rewind`, rows and network are those that the model had before."""
+    schema = ctr.Schema.load(planted)
+    model, train = build(schema, tower="deepfm", hidden=(8,)), loader(planted)
+    settings = dataclasses.replace(SETTINGS, rewind=None)
+    plan = optfs.search(model, train, train, settings=settings, console=QUIET)
+    smaller, batch = materialise(model, plan), next(iter(train))
+    kept = smaller.embedding(batch)
+    is_open = kept.any(dim=2, keepdim=True)
+    assert 0.4 < is_open.float().mean() < 0.6
+    assert torch.equal(kept, model.embedding(batch) * is_open)
+    assert all(torch.equal(a, b) for a, b in zip(smaller.tower.parameters(), model.tower.parameters(), strict=True))
 
 
 def test_gates_have_no_l2(planted: Path) -> None:

@@ -21,6 +21,7 @@ SCHEMA = example_schema(num_tasks=2)
 SMALL: dict[str, dict[str, Any]] = {
     "autoint": {"num_layers": 2, "head_dim": 4},
     "autoint_plus": {"num_layers": 2, "head_dim": 4},
+    "dtrn": {"num_experts": 2, "expert_hidden": (8,), "tower_hidden": (4,)},
     "dualmlp": {"hidden_1": (8,), "hidden_2": (6,)},
     "fgcnn": {"num_channels": (3, 4), "kernel_height": 3},
     "finalmlp": {"hidden_1": (8,), "hidden_2": (6,), "num_heads": 2, "contexts": (("user",), ("price", "history"))},
@@ -99,10 +100,11 @@ def test_preset_traces_and_exports(name: str) -> None:
     torch.manual_seed(0)
     model = make(name)
     network = nn.Sequential(model.tower, model.head).eval()
-    example, other = (torch.randn(rows, *model.tower.in_shape) for rows in (4, 9))
+    *tasks, num_fields, dim = model.tower.in_shape
+    example, other = (torch.randn(*tasks, rows, num_fields, dim) for rows in (4, 9))
     expected = network(other)
     torch.testing.assert_close(torch.fx.symbolic_trace(network)(other), expected)
-    dynamic = {0: torch.export.Dim("batch")}
+    dynamic = {len(tasks): torch.export.Dim("batch")}
     exported = torch.export.export(network, (example,), dynamic_shapes=(dynamic,)).module()
     torch.testing.assert_close(exported(other), expected)
 
@@ -139,6 +141,9 @@ def test_numbers_become_fields_in_every_way(numeric: str) -> None:
         ({"preset": "eulernet", "num_orders": 3}, "eulernet does not take these arguments"),
         ({"preset": "mlp", "embedding_dim": 8.5}, "mlp does not take these arguments"),
         ({"preset": "mlp", "sigma": 3.0}, "is for numeric='periodic'"),
+        ({"preset": "mlp", "sequence": "tim"}, "makes fields of each label's own, which dtrn takes"),
+        ({"preset": "mmoe", "sequence": "tim"}, "mmoe and ple with refine=True"),
+        ({"preset": "dtrn", "sequence": "din"}, "dtrn reads histories in its own way, 'tim', got sequence='din'"),
         ({"preset": "mlp", "edges": [[1.0, 2.0]]}, "edges are for bucketised and piecewise_linear"),
     ],
 )
@@ -147,7 +152,7 @@ def test_wrong_config_says_what_is_right(config: dict[str, Any], message: str) -
         build(config, SCHEMA)
 
 
-@pytest.mark.parametrize("sequence", ["mean", "din", "din_softmax", "bst", "sim"])
+@pytest.mark.parametrize("sequence", ["mean", "din", "din_softmax", "bst", "sim", "tim_shared"])
 @pytest.mark.parametrize("engine", ["exact", "fused"])
 def test_histories_become_fields_in_every_way_under_any_tower(sequence: str, engine: str) -> None:
     torch.manual_seed(0)
@@ -166,10 +171,50 @@ def test_histories_become_fields_in_every_way_under_any_tower(sequence: str, eng
     assert losses[-1] < losses[0] - 0.1, losses
 
 
-def test_a_second_history_of_one_thing_is_a_second_unit() -> None:
+def two_behaviours(*labels: str) -> ctr.Schema:
     item = ctr.Categorical("item", num_embeddings=9)
     histories = [ctr.Sequence(name, vocabulary="item", num_embeddings=9) for name in ("clicks", "purchases")]
-    schema = ctr.Schema((item, *histories), ("y",))
+    return ctr.Schema((item, *histories), labels)
+
+
+def test_dtrn_reads_each_behaviour_for_each_label() -> None:
+    schema = two_behaviours("click", "buy")
+    torch.manual_seed(0)
+    arguments = {"embedding_dim": 4, "expert_hidden": (8,), "tower_hidden": ()}
+    models = {
+        "dtrn": build({"preset": "dtrn", **arguments}, schema),
+        "mmoe": build({"preset": "mmoe", "refine": True, "sequence": "tim", **arguments}, schema),
+        "ple": build({"preset": "ple", "refine": True, "sequence": "tim", **arguments}, schema),
+    }
+    models["dtrn"].load_state_dict(models["mmoe"].state_dict())
+    batch = example_batch(schema, 64)
+    assert torch.equal(models["dtrn"](batch), models["mmoe"](batch))
+    for name in ("dtrn", "ple"):
+        model = models[name]
+        assert model.embedding.histories == ["clicks", "purchases"]
+        assert model.tower.in_shape == (2, 3, 4)
+        tasks = model.embedding.interests.tasks.detach().clone()
+        trainer = ctr.ExactEngine(model, learning_rate=0.005)
+        losses = [trainer.step(batch).item() for _ in range(40)]
+        assert losses[-1] < losses[0] - 0.1, (name, losses)
+        assert not torch.equal(model.embedding.interests.tasks, tasks)
+
+
+def test_tim_reads_histories_of_one_thing_and_pools_others() -> None:
+    schema = two_behaviours("y")
+    shop = ctr.Categorical("shop", num_embeddings=5)
+    shops = ctr.Sequence("shops", vocabulary="shop", num_embeddings=5)
+    schema = ctr.Schema((shop, *schema.features, shops), ("y",))
+    model = build({"preset": "mlp", "embedding_dim": 4, "hidden": (4,), "sequence": "tim_shared"}, schema)
+    batch = example_batch(schema, 16)
+    plain = ctr.TableEmbedding(schema.features, only=["shop", "shops"], embedding_dim=4)
+    plain.load_state_dict(model.embedding.rest.state_dict())
+    assert model.embedding.histories == ["clicks", "purchases"]
+    assert torch.equal(model.embedding(batch)[:, [0, 4]], plain(batch))
+
+
+def test_a_second_history_of_one_thing_is_a_second_unit() -> None:
+    schema = two_behaviours("y")
     model = build({"preset": "mlp", "embedding_dim": 4, "hidden": (4,), "sequence": "din"}, schema)
     assert [unit[:2] for unit in model.embedding.units] == [(("item",), ("clicks",)), (("item",), ("purchases",))]
     trainer = ctr.ExactEngine(model, learning_rate=0.01)

@@ -30,7 +30,8 @@ class TaskInterests(nn.Module):
     at gamma = 1, beta = 0: at first every task reads as a plain transformer does.
 
     "Style", since there is no public code. Ours are: one block, LayerNorm after the residual, pooling by the target,
-    events without positions, and the start of the hypernetwork.
+    events without positions, the start of the hypernetwork, and that h_tj is multiplied by a learned vector, which
+    starts at `out_scale`.
 
     Shape: histories (J, B, L, D), mask (J, B, L), target (B, D) -> (T, B, J, D).
 
@@ -53,6 +54,7 @@ class TaskInterests(nn.Module):
         num_heads: int = 2,
         condition_dim: int = 8,
         hyper_hidden: int = 32,
+        out_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if min(num_tasks, num_behaviours) < 1 or dim % num_heads:
@@ -69,6 +71,7 @@ class TaskInterests(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.feed_forward = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
         self.target_query = nn.Linear(dim, dim, bias=False)
+        self.scale = nn.Parameter(torch.full((dim,), out_scale))
         init_linear(self)
         with torch.no_grad():
             norms.weight.zero_()
@@ -85,7 +88,7 @@ class TaskInterests(nn.Module):
         x = gamma_2 * F.layer_norm(x + self.feed_forward(x), (dim,)) + beta_2
         scores = torch.einsum("bd,tjbld->tjbl", self.target_query(target), x) / dim**0.5
         weights = scores.masked_fill(~seen, -torch.inf).softmax(3)
-        return torch.einsum("tjbl,tjbld->tbjd", weights.masked_fill(empty, 0.0), x)
+        return self.scale * torch.einsum("tjbl,tjbld->tbjd", weights.masked_fill(empty, 0.0), x)
 
     def _norms(self) -> Tensor:
         num_tasks, num_behaviours = len(self.tasks), len(self.behaviours)
@@ -109,7 +112,10 @@ class InterestEmbedding(nn.Module):
     Histories share the vocabulary, and the table, of `target`: the thing that is to be clicked, liked or bought. All
     other fields are the same for all tasks. `ctrlib.TaskRefinement` reads this, alone or in front of any head.
 
-    Shape: Batch -> (T, B, F, D), fields in the schema's order.
+    With None for `num_tasks` histories are read alike for all tasks: one transformer, told the behaviour only, whose
+    fields any tower reads. `stacked` and `numeric` are for the other features, as in `TableEmbedding`.
+
+    Shape: Batch -> (T, B, F, D), or (B, F, D) without tasks; fields in the schema's order.
 
     Raises:
         ValueError: `target` is no categorical feature, or no history shares its vocabulary.
@@ -119,6 +125,8 @@ class InterestEmbedding(nn.Module):
     >>> clicks, buys = (Sequence(name, vocabulary="item", num_embeddings=9) for name in ("clicks", "buys"))
     >>> InterestEmbedding([item, clicks, Numeric("price"), buys], target="item", num_tasks=2, embedding_dim=4).out_shape
     (2, 4, 4)
+    >>> InterestEmbedding([item, clicks, buys], target="item", num_tasks=None, embedding_dim=4).out_shape
+    (3, 4)
     """
 
     def __init__(
@@ -126,10 +134,12 @@ class InterestEmbedding(nn.Module):
         features: Iterable[Feature],
         *,
         target: str,
-        num_tasks: int,
+        num_tasks: int | None,
         embedding_dim: int = 16,
         init_std: float = 1e-4,
         num_heads: int = 2,
+        stacked: int = 0,
+        numeric: nn.Module | None = None,
     ) -> None:
         super().__init__()
         features = tuple(features)
@@ -145,16 +155,24 @@ class InterestEmbedding(nn.Module):
                 f"no history shares the vocabulary of target {target!r}: prepare one with Sequence(..., "
                 f"vocabulary={vocabulary_of(thing)!r}), or use TableEmbedding"
             )
-        self.out_shape = (num_tasks, len(features), embedding_dim)
+        fields = (len(features), embedding_dim)
+        self.out_shape = fields if num_tasks is None else (num_tasks, *fields)
         self.target, self.histories = target, [history.name for history in histories]
         self.tables = make_event_tables([thing, *histories], embedding_dim=embedding_dim, init_std=init_std)
         self.interests = TaskInterests(
-            embedding_dim, num_tasks=num_tasks, num_behaviours=len(histories), num_heads=num_heads
+            embedding_dim,
+            num_tasks=1 if num_tasks is None else num_tasks,
+            num_behaviours=len(histories),
+            num_heads=num_heads,
+            # What a LayerNorm gives has length sqrt(D): it would drown the other fields until these have grown.
+            out_scale=init_std,
         )
         rest = [feature.name for feature in features if feature not in (thing, *histories)]
         self.rest: TableEmbedding | None = None
         if rest:
-            self.rest = TableEmbedding(features, only=rest, embedding_dim=embedding_dim, init_std=init_std)
+            self.rest = TableEmbedding(
+                features, only=rest, embedding_dim=embedding_dim, init_std=init_std, stacked=stacked, numeric=numeric
+            )
         made = [target, *rest, *self.histories]
         self.order = [made.index(feature.name) for feature in features]
 
@@ -164,7 +182,7 @@ class InterestEmbedding(nn.Module):
         return [self.interests]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Batch -> (T, B, F, D)."""
+        """Batch -> (T, B, F, D), or (B, F, D) without tasks."""
         looked_up = self.tables(batch.sparse)
         jagged = [looked_up[name] for name in self.histories]
         lengths_JB = torch.stack([history.lengths() for history in jagged])
@@ -176,5 +194,5 @@ class InterestEmbedding(nn.Module):
         if self.rest is not None:
             plain = torch.cat([plain, self.rest(batch)], dim=1)
         interests = self.interests(histories, mask, target_BD)
-        fields = torch.cat([plain.expand(self.out_shape[0], -1, -1, -1), interests], dim=2)
-        return fields[:, :, self.order]
+        fields = torch.cat([plain.expand(len(interests), -1, -1, -1), interests], dim=2)[:, :, self.order]
+        return fields if len(self.out_shape) == 3 else fields[0]

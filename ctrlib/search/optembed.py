@@ -69,7 +69,9 @@ class OptEmbed:
     embedding_l2: float = 1e-5
     """L2 on whole tables [1e-6 to 1e-3]."""
     epochs: int = 30
-    """Of the supernet at most; it stops when validation AUC falls, and keeps the best."""
+    """Of the supernet at most; the best by validation AUC is kept."""
+    patience: int = 1
+    """After as many epochs without a better AUC it stops [1]; before that, each divides the learning rate by ten."""
     generations: int = 30
     """Of the evolution; none for a random search."""
     parents: int = 15
@@ -80,6 +82,8 @@ class OptEmbed:
     """And of these."""
     mutation_rate: float = 0.1
     """Of each field's width."""
+    prune_rows: bool = True
+    """False: every row stays, and only widths are searched (OptEmbed-D)."""
     rows: int = 100_000
     """Of validation, from its start, on which a candidate is scored."""
     multiple_of: int = 1
@@ -96,6 +100,7 @@ class OptEmbed:
             ("learning_rate", self.learning_rate, 0),
             ("embedding_l2", self.embedding_l2, 0),
             ("epochs", self.epochs, 1),
+            ("patience", self.patience, 1),
             ("rows", self.rows, 1),
             ("multiple_of", self.multiple_of, 1),
             ("price", self.price, 0),
@@ -134,7 +139,8 @@ class UnitStep(torch.autograd.Function):
 
 
 class RowGates(nn.Module):
-    """m_v = 1[||E_v||_1 > t_f], with the derivative of `UnitStep` for rows and thresholds; 1 for the reserved ids.
+    """m_v = 1[||E_v||_1 > t_f], with the derivative of `UnitStep` for rows and thresholds; 1 for the reserved ids, and
+    for all without `prune`.
 
     `weights`: the rows of each vocabulary, which belong to another module. `thresholds` (V,) start at 0, and take a
     step of SGD as soon as they have a gradient.
@@ -144,8 +150,9 @@ class RowGates(nn.Module):
 
     thresholds: Tensor
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], *, learning_rate: float) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], *, learning_rate: float, prune: bool = True) -> None:
         super().__init__()
+        self.prune = prune
         self.weights = dict(weights)  # not registered here: they belong to the tables
         self.vocabularies = list(weights)
         # Not a parameter: Adam and L2 have no business here.
@@ -160,10 +167,16 @@ class RowGates(nn.Module):
 
     def forward(self, vocabulary: str) -> Tensor:
         """The gates of a vocabulary."""
+        if not self.prune:
+            return self.weights[vocabulary].new_ones(len(self.weights[vocabulary]))
         norms = self.weights[vocabulary].abs().sum(1)
         threshold = self.thresholds[self.vocabularies.index(vocabulary)]
         gates: Tensor = UnitStep.apply(norms - threshold)  # type: ignore[no-untyped-call]
         return torch.cat([gates.new_ones(NUM_RESERVED_IDS), gates[NUM_RESERVED_IDS:]])
+
+    def kept(self) -> dict[str, Tensor]:
+        """Vocabulary -> which of its rows stay, (rows,) of bool."""
+        return {name: self(name).detach() > 0 for name in self.vocabularies}
 
     def push(self) -> Tensor:
         """sum_f exp(-t_f)."""
@@ -242,7 +255,7 @@ def search(
         supernet, learning_rate=settings.learning_rate, embedding_l2=settings.embedding_l2, max_grad_norm=None
     )
     best = {name: tensor.detach().clone() for name, tensor in supernet.state_dict().items()}
-    memory = {"auc": float("-inf")}
+    memory = {"auc": float("-inf"), "worse": 0}
 
     def after(epoch: int) -> bool:
         auc = evaluate(supernet, valid, quick=True)["auc"]
@@ -251,8 +264,10 @@ def search(
         num_kept = sum(int(gates(name).sum()) - NUM_RESERVED_IDS for name in gates.vocabularies)
         console.print(f"  valid AUC {auc:.6f} in full width, {num_kept:,} rows above their thresholds", highlight=False)
         if not auc > memory["auc"]:
-            return True
-        memory["auc"] = auc
+            memory["worse"] += 1
+            engine.learning_rates = [rate / 10 for rate in engine.learning_rates]
+            return memory["worse"] >= settings.patience
+        memory["auc"], memory["worse"] = auc, 0
         for name, tensor in supernet.state_dict().items():
             best[name].copy_(tensor)
         return False
@@ -269,7 +284,7 @@ def search(
         console=console,
     )
     supernet.load_state_dict(best)
-    kept = {name: gates(name).detach() > 0 for name in gates.vocabularies}
+    kept = gates.kept()
     found, column = best_widths(model, supernet, masked, kept, valid, settings=settings, seed=seed, console=console)
     return _plan(model, train.schema, masked, kept, found, column, settings)
 
@@ -282,7 +297,7 @@ def make_supernet(model: Model, schema: Schema, settings: OptEmbed) -> tuple[Mod
         for config in tables.embedding_bag_configs():
             weight = cast(nn.Parameter, tables.embedding_bags[config.name].weight)
             weights.setdefault(vocabularies[config.feature_names[0]], weight)
-    gates = RowGates(weights, learning_rate=settings.threshold_learning_rate)
+    gates = RowGates(weights, learning_rate=settings.threshold_learning_rate, prune=settings.prune_rows)
     put_gates(supernet, collections, gates, vocabularies)
     path = next(iter(collections))
     masked = PrefixMasked(cast(GatedTables, supernet.get_submodule(path)), multiple_of=settings.multiple_of)

@@ -3,8 +3,8 @@ Prediction", WWW 2023, https://arxiv.org/abs/2301.10909.
 
 Every value v has a gate g_v, 1/2 at first, and e_f = m(x_f) E[x_f] with m(v) = s(tau g_v) / s(1/2), s the sigmoid: all
 is as without gates at first, and as tau rises over the epochs m becomes a step at 0. The loss is log-loss plus
-lambda sum_v s(tau g_v) over the whole vocabulary. Then the weights go back to those of an early epoch and are trained
-again with the values whose gate is above 0.
+lambda sum_v s(tau g_v) over the whole vocabulary. Then the weights go back to those of an early epoch, or to a fresh
+start, and are trained again with the values whose gate is above 0.
 
 Log-loss does not move the gate of a value that the data lack, only lambda does, with a gradient of about 1e-8: that it
 is pruned is the doing of a dense Adam with eps = 1e-8, under which the drift does not depend on lambda but through eps.
@@ -16,8 +16,10 @@ Where this differs from the paper and its code:
 * The ids of padding, missing and unseen values have no gate: something has to be there for what train did not know.
 * All towers are gated and hardened (in the code IPNN's gates stay soft), all weights rewound (in the code not DCN's
   biases), and what is reported as kept is what the final model keeps.
-* Rows start as in the paper (`start_rows`), whatever the model's own start is, and the retraining goes on from there.
-* The constant 1 / s(1/2) of an open gate is multiplied into the rows, and L2 is on tables, not on the network.
+* Rows start as in the paper (`start_rows`), whatever the model's own start is. A rewound retraining goes on from there,
+  with the constant 1 / s(1/2) of an open gate multiplied into the rows; a fresh one (`rewind=None`) starts from the
+  model's own weights.
+* L2 is on tables, not on the network.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from ctrlib.search.stages import identity_of, search_epochs
 from ctrlib.training.exact import ExactEngine
 
 INIT = 0.5
+OPENED = 1 / torch.sigmoid(torch.tensor(INIT)).item()  # m of a gate that has become a step
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ class OptFS:
     """tau in the last epoch [100 to 10,000]; it rises from 1 by the same factor after each."""
     epochs: int = 5
     """Of the search [5 to 20]."""
-    rewind: int = 1
-    """The epoch, from 0, at whose start the weights are kept that the retraining starts from [0 to 4]."""
+    rewind: int | None = 1
+    """The epoch, from 0, at whose start the weights are kept that the retraining starts from [0 to 4]; None: it starts
+    from the model's own."""
     learning_rate: float = 1e-3
     """Adam's, of weights and gates."""
     embedding_l2: float = 0.0
@@ -78,13 +82,13 @@ class OptFS:
             ("penalty", self.penalty, 0),
             ("temperature", self.temperature, 1),
             ("epochs", self.epochs, 2),
-            ("rewind", self.rewind, 0),
+            ("rewind", self.rewind or 0, 0),
             ("learning_rate", self.learning_rate, 0),
             ("embedding_l2", self.embedding_l2, 0),
         ):
             if not value >= least:
                 raise ValueError(f"OptFS: {name} must be {least} or more, got {value}")
-        if self.rewind >= self.epochs:
+        if self.rewind is not None and self.rewind >= self.epochs:
             raise ValueError(
                 f"OptFS: rewind={self.rewind} must be one of the epochs 0 to {self.epochs - 1}, whose weights there are"
             )
@@ -144,7 +148,7 @@ def search(
     out: Path | None = None,
     console: Console | None = None,
 ) -> Plan:
-    """The values to keep, with the weights of epoch `rewind` to retrain from; what is pruned reads the zero vector.
+    """The values to keep, with the weights to retrain from; what is pruned reads the zero vector.
 
     Args:
         model: freshly built, any tower; it is not changed.
@@ -199,8 +203,10 @@ def search(
         identity=identity,
         console=console,
     )
+    if settings.rewind is None:
+        return plan_of(model, gates, train.schema, factor=1.0)
     searched.load_state_dict(rewound, strict=False)
-    return plan_of(searched, gates, train.schema)
+    return with_other_weights(plan_of(searched, gates, train.schema), without_gates(searched))
 
 
 def gated(model: Model, schema: Schema, settings: OptFS) -> tuple[Model, ValueGates]:
@@ -217,11 +223,8 @@ def gated(model: Model, schema: Schema, settings: OptFS) -> tuple[Model, ValueGa
     return searched, gates
 
 
-def plan_of(searched: Model, gates: ValueGates, schema: Schema) -> Plan:
-    """The gates as they are now, hardened, and all weights of the searched model."""
-    plain = without_gates(searched)
+def plan_of(model: Model, gates: ValueGates, schema: Schema, *, factor: float = OPENED) -> Plan:
+    """The gates as they are now, hardened, and the model's rows, times that factor."""
     reserved = torch.ones(NUM_RESERVED_IDS, dtype=torch.bool)
     kept = {name: torch.cat([reserved, gates.is_open(name)]) for name in gates.rows}
-    factor = 1 / torch.sigmoid(torch.tensor(INIT)).item()
-    plan = prune(plain, schema, kept, method="optfs", dropped_to=PADDING_ID, factor=factor)
-    return with_other_weights(plan, plain)
+    return prune(without_gates(model), schema, kept, method="optfs", dropped_to=PADDING_ID, factor=factor)

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from ctrlib import presets
 from ctrlib.data.loader import Loader
 from ctrlib.data.quantiles import quantile_edges
-from ctrlib.model import Ensemble
+from ctrlib.model import Ensemble, Model
 from ctrlib.schema import Schema
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.distributed import rank, world_size
 from ctrlib.training.evaluate import evaluate, predict, score
 from ctrlib.training.loop import to_json
 from ctrlib.training.run import Device, EngineName, choose_device, record, run
+from ctrlib.training.transfer import compare_tasks, draw_transfer, gate_usage, gradient_cosines
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,16 @@ class RecipeKnobs:
     """A plan.json of an earlier run, to spread tables as that did."""
     record: bool = False
     """Append the result to results.csv."""
+
+
+@dataclass(frozen=True)
+class LabelKnobs(RecipeKnobs):
+    """Flags of recipes of several labels."""
+
+    label: str | None = None
+    """One label, for `single_task`; its prepared folder has the label's name behind that of all. Otherwise all."""
+    report: Path | None = None
+    """Folder for transfer.json and transfer.png; a model of each label alone is trained for it as well."""
 
 
 def run_recipe(
@@ -80,6 +89,92 @@ def run_recipe(
     result = {"data": data, "model": model, **_train(knobs, folder, config, training)[1]}
     _report(knobs, recipe, result)
     return result
+
+
+def run_label_recipe(
+    knobs: LabelKnobs,
+    *,
+    recipe: str,
+    data: str,
+    script: Sequence[str],
+    labels: Sequence[str],
+    model: str,
+    config: dict[str, Any],
+    single: dict[str, Any],
+    **training: Any,
+) -> dict[str, Any]:
+    """As `run_recipe`, of several labels: a row of results.csv for each, and a report of who hurts whom.
+
+    Args:
+        knobs: the flags.
+        recipe: path of the recipe.
+        data: name of the data in results.csv, behind which stands the label's, and of the prepared folder.
+        script: file name of the data-set script and its arguments; gets `--label NAME` for a model of one label.
+        labels: all that the script makes, in its order.
+        model: name of the variant in results.csv; `single_task`, and no other, is of one label.
+        config: what `presets.build` needs, as in `run_recipe`.
+        single: the same for the models of one label that a report compares with.
+        training: arguments of `ctrlib.run`.
+
+    Raises:
+        SystemExit: as `run_recipe`; a model of one label is asked for without one or with a report, or another with a
+            label.
+    """
+    if (model == "single_task") != (knobs.label in labels) or (knobs.label and knobs.report):
+        raise SystemExit(f"single_task, and only that, takes a --label of {', '.join(labels)}, and no --report")
+    trained, folder, result = _train_labels(knobs, recipe, data, script, config, training)
+    result = {"data": data, "model": model, **result}
+    _report(dataclasses.replace(knobs, record=False), recipe, result)
+    if knobs.record and rank() == 0:
+        path = Path(recipe).parent / "results.csv"
+        if knobs.label:
+            record(result, path, data=f"{data}, {knobs.label}", model=model)
+        for label, valid, test in zip(labels, result.get("valid_tasks", ()), result.get("test_tasks", ())):
+            scores = {"valid_auc": valid["auc"], "test_auc": test["auc"], "test_logloss": test["log_loss"]}
+            row = {**result, **scores, "test_gauc": test.get("gauc")}
+            record(row, path, data=f"{data}, {label}", model=model)
+    if knobs.report:
+        singles = [
+            _train_labels(dataclasses.replace(knobs, label=label), recipe, data, script, single, training)[:2]
+            for label in labels
+        ]
+        if rank() == 0:
+            _report_transfer(knobs.report, labels, (trained, folder), singles)
+    return result
+
+
+def _train_labels(
+    knobs: LabelKnobs, recipe: str, data: str, script: Sequence[str], config: dict[str, Any], training: dict[str, Any]
+) -> tuple[Model, Path, dict[str, Any]]:
+    """The trained model of all labels or of one, its prepared folder, and what `run` found."""
+    if knobs.label:
+        data, script = f"{data}_{knobs.label}", [*script, "--label", knobs.label]
+        knobs = dataclasses.replace(
+            knobs,
+            data=knobs.data and knobs.data.with_name(f"{knobs.data.name}_{knobs.label}"),
+            out=knobs.out and knobs.out / knobs.label,
+        )
+    folder = _prepared(knobs, recipe, data, script)
+    model, result = _train(knobs, folder, config, training)
+    return model, folder, result
+
+
+def _report_transfer(
+    out: Path, labels: Sequence[str], together: tuple[Model, Path], alone: Sequence[tuple[Model, Path]]
+) -> None:
+    """What each label gains or loses by the others' company, as numbers and as a picture."""
+    both, *singles = (predict(model, Loader(folder, "test", batch_size=8192)) for model, folder in (together, *alone))
+    model, folder = together
+    valid = list(Loader(folder, "valid", batch_size=2048))
+    report = {
+        "tasks": compare_tasks(both, singles, tasks=labels),
+        "gradients": gradient_cosines(model, valid),
+        "gates": gate_usage(model, valid),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "transfer.json").write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
+    draw_transfer(report, out / "transfer.png")
+    print(to_json(report["tasks"]))
 
 
 def run_ensemble_recipe(
@@ -158,7 +253,7 @@ def _prepared(knobs: RecipeKnobs, recipe: str, data: str, script: Sequence[str])
 
 def _train(
     knobs: RecipeKnobs, folder: Path, config: dict[str, Any], training: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[Model, dict[str, Any]]:
     """One model by the flags: what `run` returns."""
     keep_freed_memory()
     if knobs.engine == "fused":

@@ -246,6 +246,7 @@ def run(
         "test_auc": test_scores["auc"],
         "test_logloss": test_scores["log_loss"],
         **{f"test_{name}": value for name, value in test_scores.items() if name not in ("auc", "log_loss")},
+        **({"valid_tasks": valid_scores["tasks"]} if "tasks" in valid_scores else {}),
         "parameters": sum(parameters.values()),
         "network_parameters": parameters["network"],
         "embedding_bytes": embedding_bytes,
