@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +363,18 @@ def test_settings_are_checked() -> None:
             OptEmbed(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="embedding_dim=6 is no multiple of multiple_of=4"):
         make_supernet(build(example_schema(), dim=6), example_schema(), OptEmbed(multiple_of=4))
+
+
+def test_widths_alone_can_be_searched(rows_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row stays, whatever pushes the thresholds; the supernet stops after two epochs that are no better."""
+    monkeypatch.setattr(optembed, "evaluate", lambda *_, **__: {"auc": 0.5})
+    said = io.StringIO()
+    settings = OptEmbed(
+        alpha=10.0, threshold_learning_rate=1.0, prune_rows=False, epochs=9, patience=2, generations=1, price=0.1
+    )
+    train, valid = loaders(rows_data)
+    model = build(train.schema, dim=4)
+    plan = optembed.search(model, train, valid, settings=settings, console=Console(file=said))
+    assert all(kept == every for kept, every in plan.summary["kept"].values())
+    assert said.getvalue().count("search epoch") == 3  # the first is better than none
+    assert min(plan.summary["dims"].values()) < 4 == model.embedding.out_shape[1]  # the price decides

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from ctrlib.serving.predictor import Predictor
 from ctrlib.training.distributed import world_size
 from ctrlib.training.exact import ExactEngine
 
+ROOT = Path(__file__).parent.parent
 QUIET = Console(quiet=True)
 CONFIG = {"preset": "deepfm", "embedding_dim": 4, "hidden": (8,)}
 OPTFS = {"penalty": 3e-3, "epochs": 3, "learning_rate": 1e-2}
@@ -252,3 +255,45 @@ def test_settings_and_pictures_say_what_they_lack(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has none of kept, dims and pairs to draw"):
         draw({**result, "summary": {}}, tmp_path / "search.png")
     assert set(runner.METHODS) == {"optfs", "optembed", "dnis", "optinter"}
+
+
+def test_the_recipe_compares_over_seeds(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models of each seed beside each other, on data with a twin of every field; a second call trains nothing."""
+    spec = importlib.util.spec_from_file_location("recipes_search", ROOT / "recipes" / "search.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # dataclasses look their module up there
+    spec.loader.exec_module(script)
+    setting = script.Setting(
+        CONFIG, {"batch_size": 500, "embedding_l2": 0.0, "learning_rate": 1e-2}, methods={"optfs": OPTFS}
+    )
+    monkeypatch.setitem(script.SETTINGS, "frappe_x1_noise", setting)
+    knobs = script.Knobs("optfs", "frappe_x1_noise", tmp_path, data=data, seeds=(1, 2), epochs=2)
+    script.main(knobs)
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    names = ["untouched", "optfs", "frequency cut to the bytes of optfs", "magnitude pruning to the bytes of optfs"]
+    assert [(line["model"], line["seed"]) for line in said[:8]] == [(name, seed) for seed in (1, 2) for name in names]
+    by_name = {(line["model"], line["seed"]): line for line in said[:8]}
+    for line in said[8:]:
+        _, other = line["model"].split(" - ")
+        apart = [by_name["optfs", seed]["test_auc"] - by_name[other, seed]["test_auc"] for seed in (1, 2)]
+        assert line["of_each_seed"] == pytest.approx(apart, abs=1e-9)
+        assert line["difference"] == pytest.approx(sum(apart) / 2)
+        assert len(line["p_over_rows"]) == 2
+    assert len(said) == 8 + 3
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    script.main(knobs)
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+    twins = {split: pl.read_parquet(tmp_path / "frappe_x1_noise_data" / split) for split in ("train", "test")}
+    for rows in twins.values():
+        for name in ("a", "b", "noise"):
+            assert rows[name].sort().equals(rows[f"{name}_noise"].sort().rename(name))
+    train = twins["train"]
+    # A twin's fields are another row's: related to each other, and not to the label.
+    together = train.select("a", "b").rows()
+    assert sorted(together) == sorted(train.select("a_noise", "b_noise").rows())
+    assert train["a"].ne(train["a_noise"]).mean() > 0.8
