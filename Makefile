@@ -69,7 +69,7 @@ dev: setup
 	fi
 
 test: dev  ## the whole suite: tests/ and the examples in the docstrings (ARGS='-k name' narrows it)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 faults: dev  ## hundreds of small runs, killed, stopped and damaged: each must end as if nothing was (ARGS='--help')
 	$(PY) tests/faults.py $(ARGS)
