@@ -82,7 +82,9 @@ MOVIELENS = Setting(
 SETTINGS = {
     "frappe_x1": FRAPPE,
     "frappe_x1_noise": replace(
-        FRAPPE, share=0.45, methods={**FRAPPE.methods, "optfs": {**FRAPPE.methods["optfs"], "penalty": 2e-5}}
+        FRAPPE,
+        share=0.45,
+        methods={"optfs": {**FRAPPE.methods["optfs"], "penalty": 2e-5}, "optembed": MOVIELENS.methods["optembed"]},
     ),
     "movielens_1m_ids": MOVIELENS,
     "movielens_1m_ids_noise": replace(MOVIELENS, share=0.45),
