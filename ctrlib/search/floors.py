@@ -98,8 +98,16 @@ def _plan(method: str, model: Model, rows_of: Callable[[str, EmbeddingBagConfig]
     return Plan(method, replaced, weights)
 
 
-def keep_rows(model: Model, schema: Schema, scores: Mapping[str, Tensor], *, num_bytes: int, method: str) -> Plan:
-    """The rows of highest score, over all tables, in as many bytes; all other ids read the out-of-vocabulary row.
+def keep_rows(
+    model: Model,
+    schema: Schema,
+    scores: Mapping[str, Tensor],
+    *,
+    num_bytes: int,
+    method: str,
+    dropped_to: int = OOV_ID,
+) -> Plan:
+    """The rows of highest score, over all tables, in as many bytes.
 
     In float32 and trainable, to be retrained as what a search finds is: by reads a frequency cut, by `magnitudes`
     magnitude pruning, by random numbers the floor below both. The reserved rows stay.
@@ -110,6 +118,7 @@ def keep_rows(model: Model, schema: Schema, scores: Mapping[str, Tensor], *, num
         scores: vocabulary -> (rows,).
         num_bytes: for tables, first-order weights, maps of ids and vectors of numbers together.
         method: the plan's.
+        dropped_to: what all other values read: the row of OOV_ID, or PADDING_ID for the zero vector.
 
     Raises:
         ValueError: the budget does not even hold the reserved rows.
@@ -122,7 +131,7 @@ def keep_rows(model: Model, schema: Schema, scores: Mapping[str, Tensor], *, num
         parts = torch.split(chosen, [len(score) - NUM_RESERVED_IDS for score in scores.values()])
         reserved = torch.ones(NUM_RESERVED_IDS, dtype=torch.bool)
         kept = {name: torch.cat([reserved, part]) for name, part in zip(scores, parts)}
-        return prune(model, schema, kept, method=method)
+        return prune(model, schema, kept, method=method, dropped_to=dropped_to)
 
     def size(number: int) -> int:
         return bytes_of(materialise(model, cut(number))).embedding
