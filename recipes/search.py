@@ -42,6 +42,7 @@ from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.run import search_and_retrain, settings_of
 from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
+from ctrlib.training.evaluate import score
 from ctrlib.training.exact import ExactEngine
 
 
@@ -214,8 +215,9 @@ class Run:
 
     def keep(self, name: str, model: ctr.Model) -> None:
         """Score a trained model once, and write what it reached."""
-        valid, test = ctr.evaluate(model, self.valid, quick=True), ctr.evaluate(model, self.test, quick=True)
-        np.save(self.out / name / "test.npy", ctr.predict(model, self.test).logits[:, 0])
+        valid, scored = ctr.evaluate(model, self.valid, quick=True), ctr.predict(model, self.test)
+        test = score(scored)
+        np.save(self.out / name / "test.npy", scored.logits[:, 0])
         result = {
             "valid_auc": valid["auc"],
             "test_auc": test["auc"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import polars as pl
 import pytest
 import torch
 from rich.console import Console
+from search_checks import check_a_killed_search_goes_on
 from torch import nn
 
 import ctrlib as ctr
@@ -441,28 +443,13 @@ def test_what_cannot_be_searched_is_refused(data: Path) -> None:
 
 def test_a_search_that_was_killed_ends_with_the_same_plan(data: Path, tmp_path: Path) -> None:
     settings = DNIS(blocks=3, warm_epochs=1, epochs=3, ratio=1.6)
-    model = model_of(data)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    whole = dnis.search(model, *loaders(data), settings=settings, console=QUIET)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-    class Killed(Exception):
-        pass
-
-    class Killing(Console):
-        """Ends the search when it reports on its second epoch."""
-
-        reports = 0
-
-        def print(self, *objects: Any, **options: Any) -> None:
-            self.reports += "mean alpha" in str(objects[0])
-            if self.reports == 2:
-                raise Killed
-
-    with pytest.raises(Killed):
-        dnis.search(model, *loaders(data), settings=settings, out=tmp_path, console=Killing(quiet=True))
-    again = dnis.search(model, *loaders(data), settings=settings, out=tmp_path, console=QUIET)
-    assert again.replaced == whole.replaced and again.summary == whole.summary
-    assert all(torch.equal(tensor, again.weights[name]) for name, tensor in whole.weights.items())
-    with pytest.raises(ValueError, match="another"):
-        dnis.search(model, *loaders(data), settings=DNIS(blocks=3, ratio=1.7), out=tmp_path, console=QUIET)
+    check_a_killed_search_goes_on(
+        dnis.search,
+        model_of(data),
+        lambda: loaders(data),
+        settings=settings,
+        others=replace(settings, ratio=1.7),
+        text="mean alpha",
+        complaint="of another run: settings was",
+        out=tmp_path,
+    )

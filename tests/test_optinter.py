@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import polars as pl
 import pytest
 import torch
 from rich.console import Console
+from search_checks import check_a_killed_search_goes_on
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -350,33 +352,16 @@ def test_alpha_from_validation_is_closer_to_the_planted_truth_than_from_train(pl
 
 def test_a_search_that_was_killed_ends_with_the_same_plan(data: Path, tmp_path: Path) -> None:
     settings = OptInter(cross_dim=4, epochs=3, gumbel=True, alpha_learning_rate=0.05)
-    model = model_of(data)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    whole = optinter.search(model, *loaders(data), settings=settings, console=QUIET)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-    class Killed(Exception):
-        pass
-
-    class Killing(Console):
-        """Ends the search when it reports on its second epoch."""
-
-        reports = 0
-
-        def print(self, *objects: Any, **options: Any) -> None:
-            self.reports += "temperature" in str(objects[0])
-            if self.reports == 2:
-                raise Killed
-
-    with pytest.raises(Killed):
-        optinter.search(model, *loaders(data), settings=settings, out=tmp_path, console=Killing(quiet=True))
-    again = optinter.search(model, *loaders(data), settings=settings, out=tmp_path, console=QUIET)
-    assert again.replaced == whole.replaced and again.summary == whole.summary
-    assert whole.weights.keys() == again.weights.keys()
-    assert all(torch.equal(tensor, again.weights[name]) for name, tensor in whole.weights.items())
-    with pytest.raises(ValueError, match="another search"):
-        other = OptInter(cross_dim=4, epochs=3, gumbel=True, alpha_learning_rate=0.1)
-        optinter.search(model, *loaders(data), settings=other, out=tmp_path, console=QUIET)
+    check_a_killed_search_goes_on(
+        optinter.search,
+        model_of(data),
+        lambda: loaders(data),
+        settings=settings,
+        others=replace(settings, alpha_learning_rate=0.1),
+        text="temperature",
+        complaint="another search",
+        out=tmp_path,
+    )
 
 
 # The look-up as a part, and what is refused

@@ -46,10 +46,9 @@ from ctrlib.schema import NUM_RESERVED_IDS, vocabulary_of
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.histogram import histogram
 from ctrlib.search.plan import Plan
-from ctrlib.search.stages import identity_of, search_epochs, without_end
+from ctrlib.search.stages import identity_of, refuse_several_processes, search_epochs, without_end
 from ctrlib.structure import put, unstack
 from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.distributed import world_size
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.loop import NonFiniteLossError, fit
 
@@ -261,8 +260,7 @@ def search(
         ValueError: the model has no such tables, the budget is below what takes bytes whatever is dropped, or `out`
             holds another search.
     """
-    if world_size() > 1:
-        raise NotImplementedError(f"searches run in one process, and {world_size()} were started: start one")
+    refuse_several_processes()
     settings, console = settings or DNIS(), console or Console(stderr=True)
     identity = identity_of(model, train, settings, seed)
     searched, lookup, counts = soft_model(model, train, settings)

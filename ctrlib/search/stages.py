@@ -61,8 +61,7 @@ def search_epochs(
         NonFiniteLossError: a loss is NaN or infinite.
         ValueError: the checkpoints in `out` are of another search.
     """
-    if world_size() > 1:
-        raise NotImplementedError(f"searches run in one process, and {world_size()} were started: start one")
+    refuse_several_processes()
     console, memory, identity = console or Console(stderr=True), {} if memory is None else memory, identity or {}
     state = {**engine.state(), **{f"search.{name}": tensor for name, tensor in (tensors or {}).items()}}
     checkpoints = None if out is None else Checkpoints(out, log=console.print)
@@ -111,6 +110,12 @@ def search_epochs(
                 "random_state": random_state(),
             }
             checkpoints.save(epoch + 1, state, plain)
+
+
+def refuse_several_processes() -> None:
+    """Raise NotImplementedError if there are several."""
+    if world_size() > 1:
+        raise NotImplementedError(f"searches run in one process, and {world_size()} were started: start one")
 
 
 def without_end(loader: Loader) -> Iterator[Batch]:
