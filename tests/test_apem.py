@@ -22,6 +22,26 @@ def test_set_attention_does_not_care_about_the_order_of_fields() -> None:
     torch.testing.assert_close(same_groups, groups, rtol=0, atol=1e-6)
 
 
+def test_folded_attention_is_multi_head_attention() -> None:
+    """In both directions: that of torch with the same projections; and so is what a group reads of each field."""
+    attention = ctr.SetAttention(D, num_groups=3, num_heads=2)
+    x, groups = torch.randn(B, NUM_FIELDS, D), torch.randn(B, 3, D)
+    for block in (attention.gather, attention.scatter):
+        folded, plain = block.attention, torch.nn.MultiheadAttention(D, 2, batch_first=True)
+        with torch.no_grad():
+            folded.bias.normal_()
+            plain.in_proj_weight.copy_(torch.cat([folded.query, folded.key, folded.value]).flatten(0, 1))
+            plain.in_proj_bias.zero_()
+            plain.out_proj.weight.copy_(folded.out.flatten(0, 1).T)
+            plain.out_proj.bias.copy_(folded.bias)
+        points = attention.points.expand(B, -1, -1)
+        read, weights = plain(points, x, x)
+        torch.testing.assert_close(folded.gather(attention.points, x), read, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(folded.scatter(x, groups), plain(x, groups, groups)[0], rtol=1e-5, atol=1e-5)
+        if block is attention.gather:
+            torch.testing.assert_close(attention.attention(x), weights, rtol=1e-5, atol=1e-6)
+
+
 def test_squeeze_and_excitation_knows_the_fields() -> None:
     """So that their order must stay: the same only if its weights are permuted with the fields."""
     x, order = torch.randn(B, NUM_FIELDS, D), torch.tensor([3, 0, 5, 1, 2, 4])
