@@ -59,7 +59,7 @@ class Setting:
 
 
 # Fewer candidates than the paper's 600, on fewer rows.
-OPTEMBED = {"epochs": 25, "patience": 3, "price": 1e-4, "generations": 8, "rows": 16_384}
+OPTEMBED = {"epochs": 25, "patience": 3, "whole": 0.5, "price": 1e-4, "generations": 8, "rows": 16_384}
 DEEPFM = {"preset": "deepfm", "batch_norm": True}
 FRAPPE = Setting(
     {**DEEPFM, "embedding_dim": 10, "hidden": (128, 64), "dropout": 0.2},
@@ -158,11 +158,13 @@ class Run:
         if method in ("optembed", "dnis") and self.setting.share < 1:
             own["num_bytes"] = num_bytes
         settings = settings_of(method, own)
-        found = self.searched(method, settings)
+        # A random search asks the same supernet.
+        found = self.searched(method, settings, "supernet" if isinstance(settings, OptEmbed) else None)
         if not self.knobs.only_method:
             if isinstance(settings, OptEmbed):
                 candidates = json.loads((self.out / method / "search.json").read_text())["summary"]["candidates"]
-                self.searched(f"{method}, random search", replace(settings, generations=0, parents=candidates))
+                chance = replace(settings, generations=0, parents=candidates)
+                self.searched(f"{method}, random search", chance, "supernet")
             if isinstance(settings, OptInter):
                 self.pair_floors(settings)
             else:
@@ -194,9 +196,14 @@ class Run:
             self.keep(name, model)
         return self.known(name)
 
-    def searched(self, name: str, settings: Any) -> ctr.Model:
-        """What the search finds, retrained, or as it was found before."""
+    def searched(self, name: str, settings: Any, shared: str | None = None) -> ctr.Model:
+        """What the search finds, retrained, or as it was found before; `shared` is a folder for its checkpoints."""
         if not (self.out / name / "result.json").is_file():
+            if shared is not None:
+                for folder in (name, shared):
+                    (self.out / folder).mkdir(exist_ok=True)
+                (self.out / name / "search").unlink(missing_ok=True)
+                (self.out / name / "search").symlink_to((self.out / shared).resolve())
             result = search_and_retrain(
                 self.knobs.method,
                 self.data,

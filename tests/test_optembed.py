@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,12 @@ def test_planted_widths_are_found(widths_data: Path, tmp_path: Path) -> None:
     again = optembed.search(model, train, valid, settings=settings, out=tmp_path / "search", console=QUIET)
     assert again.summary == plan.summary
     assert all(torch.equal(again.weights[name], tensor) for name, tensor in plan.weights.items())
+    narrow = replace(settings, num_bytes=rows * 3)
+    plans = [
+        optembed.search(model, train, valid, settings=narrow, out=tmp_path / name, console=QUIET)
+        for name in ("search", "anew")
+    ]
+    assert plans[0].summary == plans[1].summary != plan.summary
     with pytest.raises(ValueError, match=r"another search, which differs in \['seed'\]"):
         optembed.search(model, train, valid, settings=settings, seed=1, out=tmp_path / "search", console=QUIET)
     aucs = []

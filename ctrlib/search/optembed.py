@@ -28,7 +28,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +70,8 @@ class OptEmbed:
     """L2 on whole tables [1e-6 to 1e-3]."""
     epochs: int = 30
     """Of the supernet at most; the best by validation AUC is kept."""
+    whole: float = 0.0
+    """Share of the samples that show all columns of all fields [0]."""
     patience: int = 1
     """After as many epochs without a better AUC it stops [1]; before that, each divides the learning rate by ten."""
     generations: int = 30
@@ -113,6 +115,10 @@ class OptEmbed:
     def evolution(self) -> Evolution:
         """The part of them that is for `evolve`."""
         return Evolution(self.generations, self.parents, self.mutations, self.crossovers, self.mutation_rate)
+
+
+# Settings that the supernet does not depend on.
+EVOLUTION = ("rows", "num_bytes", "price", *(field.name for field in fields(Evolution)))
 
 
 class UnitStep(torch.autograd.Function):
@@ -191,9 +197,10 @@ class PrefixMasked(nn.Module):
     Shape: KeyedJaggedTensor -> KeyedTensor, the keys and widths of `lookup`.
     """
 
-    def __init__(self, lookup: GatedTables, *, multiple_of: int = 1) -> None:
+    def __init__(self, lookup: GatedTables, *, multiple_of: int = 1, whole: float = 0.0) -> None:
         super().__init__()
         self.lookup = lookup
+        self.whole = whole
         configs = lookup.tables.embedding_bag_configs()
         self.embedding_dim = configs[0].embedding_dim
         if self.embedding_dim % multiple_of:
@@ -214,6 +221,8 @@ class PrefixMasked(nn.Module):
         values: Tensor = pooled.values()
         if self.training:
             genes = torch.randint(1, self.levels + 1, (values.shape[0], len(self.genes)), device=values.device)
+            if self.whole:
+                genes[torch.rand(len(genes), device=values.device) < self.whole] = self.levels
         else:
             genes = torch.tensor([self.genes], device=values.device)
         columns = torch.arange(self.embedding_dim, device=values.device)
@@ -239,7 +248,8 @@ def search(
         valid: decides when the supernet is done, and scores the candidates: use test for neither.
         settings: the method's.
         seed: of dropout, the samples' widths, and the evolution.
-        out: folder where the supernet is kept after every epoch; started again there, the search goes on.
+        out: folder where the supernet is kept after every epoch; started again there, the search goes on. So does one
+            with another budget or another evolution: the supernet is the same.
         console: gets a line an epoch.
 
     Raises:
@@ -247,7 +257,9 @@ def search(
         ValueError: the model has no tables, the budget is too small, or `out` holds another search.
     """
     settings, console = settings or OptEmbed(), console or Console(stderr=True)
-    identity = identity_of(model, train, settings, seed)
+    # Of the supernet: what has to do with the evolution only may change.
+    evolution = {name: getattr(OptEmbed(), name) for name in EVOLUTION}
+    identity = identity_of(model, train, replace(settings, **evolution), seed)
     torch.manual_seed(seed)
     supernet, masked, gates = make_supernet(model, train.schema, settings)
     start_rows(gates.weights.values())
@@ -300,7 +312,9 @@ def make_supernet(model: Model, schema: Schema, settings: OptEmbed) -> tuple[Mod
     gates = RowGates(weights, learning_rate=settings.threshold_learning_rate, prune=settings.prune_rows)
     put_gates(supernet, collections, gates, vocabularies)
     path = next(iter(collections))
-    masked = PrefixMasked(cast(GatedTables, supernet.get_submodule(path)), multiple_of=settings.multiple_of)
+    masked = PrefixMasked(
+        cast(GatedTables, supernet.get_submodule(path)), multiple_of=settings.multiple_of, whole=settings.whole
+    )
     put(supernet, path, masked)
 
     def push(module: nn.Module, *_: Any) -> None:
