@@ -1,4 +1,4 @@
-"""The README's table of results, made from results.csv: mean and sd over seeds, beside what was published.
+"""RESULTS.md and the README's table, made from results.csv: mean and sd over seeds, beside what was published.
 
     python recipes/results.py
 
@@ -19,6 +19,7 @@ import tyro
 HERE = Path(__file__).parent
 BEGIN = "<!-- results: made by recipes/results.py from recipes/results.csv, do not edit -->"
 END = "<!-- end of results -->"
+PAGE = "# Results\n\nMade by `results.py` from `results.csv`, do not edit.\n\n{}\n"
 
 BARS = "BARS, mean of 5 seeds"
 CHOSEN = "BARS, the run chosen by validation"
@@ -84,7 +85,7 @@ PUBLISHED: dict[tuple[str, str], str] = {
 }
 
 KEY = ("data", "data_hash", "model", "engine", "precision", "note")
-VALUES = ("test_auc", "test_logloss", "network_parameters", "embedding_bytes", "samples_per_second")
+VALUES = ("valid_auc", "test_auc", "test_logloss", "network_parameters", "embedding_bytes", "samples_per_second")
 INFERENCE = "inference_samples_per_second"  # not known of the first runs
 NEEDED = (*KEY, "seed", *VALUES, INFERENCE, "hardware")
 HEADINGS = (
@@ -99,12 +100,14 @@ EMPTY = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """Rewrite the README's table of results."""
+    """Write the tables of results."""
 
     results: Path = HERE / "results.csv"
     """What `--record` of the recipes has appended to."""
     readme: Path = HERE.parent / "README.md"
-    """File with the two markers between which the table stands."""
+    """File with the two markers between which the best of each data set stand."""
+    page: Path = HERE / "RESULTS.md"
+    """File for all results."""
 
 
 def read(path: Path) -> list[list[dict[str, str]]]:
@@ -128,8 +131,18 @@ def read(path: Path) -> list[list[dict[str, str]]]:
     return [list(by_seed.values()) for by_seed in groups.values()]
 
 
+def best_of_each(groups: list[list[dict[str, str]]]) -> list[list[dict[str, str]]]:
+    """Of each data set the runs with the best mean validation AUC."""
+    best: dict[str, list[dict[str, str]]] = {}
+    for runs in groups:
+        kept = best.setdefault(runs[0]["data"], runs)
+        if _mean(runs, "valid_auc") > _mean(kept, "valid_auc"):
+            best[runs[0]["data"]] = runs
+    return list(best.values())
+
+
 def make_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, str], str]) -> str:
-    """The markdown between the markers.
+    """The table of all groups, as markdown.
 
     Best mean test AUC first. A published number stands beside every engine; where the note on the data says that they
     differ from what was published, it says to see that note.
@@ -211,11 +224,12 @@ def rewritten(text: str, table: str) -> str:
 
 
 def main(arguments: Arguments) -> None:
-    """Rewrite the table."""
+    """Write all results, and the best of them into the README."""
     groups = read(arguments.results)
     text = arguments.readme.read_text(encoding="utf-8")
-    arguments.readme.write_text(rewritten(text, make_table(groups, PUBLISHED)), encoding="utf-8")
-    print(f"{arguments.readme}: {len(groups)} rows from {sum(map(len, groups))} runs")
+    arguments.readme.write_text(rewritten(text, make_table(best_of_each(groups), PUBLISHED)), encoding="utf-8")
+    arguments.page.write_text(PAGE.format(make_table(groups, PUBLISHED)), encoding="utf-8")
+    print(f"{arguments.page}: {len(groups)} rows from {sum(map(len, groups))} runs")
 
 
 if __name__ == "__main__":
