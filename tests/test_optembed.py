@@ -116,6 +116,11 @@ def test_widths_are_drawn_evenly_and_apart() -> None:
     joint = torch.bincount((drawn["user"] - 1) * 6 + drawn["item"] - 1, minlength=36).double()
     assert ((joint - 6000 / 36).square() / (6000 / 36)).sum() < 78  # chi^2 of 35, at 1e-4
     assert torch.equal(drawn["item"][bags], drawn["history"][bags])  # one table, one width
+    masked.whole = 0.5
+    pooled = masked(batch.sparse)
+    whole = torch.stack([pooled[key].ne(0).sum(1) == 6 for key in ("user", "item")])
+    assert abs(whole.all(0).double().mean() - (1 / 2 + 1 / 2 / 36)) < 0.026  # 4 sigma
+    assert abs(whole.sum(0).eq(1).double().mean() - 1 / 2 * 10 / 36) < 0.018
     masked.eval()
     masked.genes = (2,) * len(masked.genes)
     once, again = masked(batch.sparse), masked(batch.sparse)
@@ -364,6 +369,7 @@ def test_settings_are_checked() -> None:
     for wrong, complaint in (
         ({"alpha": -1.0}, "OptEmbed: alpha must be 0 or more, got -1.0"),
         ({"epochs": 0}, "epochs must be 1 or more"),
+        ({"whole": 1.5}, "whole must be 1 or less, got 1.5"),
         ({"mutation_rate": 2.0}, "mutation_rate must be between 0 and 1, got 2.0"),
     ):
         with pytest.raises(ValueError, match=complaint):

@@ -71,7 +71,8 @@ class OptEmbed:
     epochs: int = 30
     """Of the supernet at most; the best by validation AUC is kept."""
     whole: float = 0.0
-    """Share of the samples that show all columns of all fields [0]."""
+    """Share of the samples that show all columns of all fields [0]: last columns, which 1 sample in D shows otherwise,
+    learn what they are worth if there are samples enough for the first ones, too."""
     patience: int = 1
     """After as many epochs without a better AUC it stops [1]; before that, each divides the learning rate by ten."""
     generations: int = 30
@@ -103,12 +104,15 @@ class OptEmbed:
             ("embedding_l2", self.embedding_l2, 0),
             ("epochs", self.epochs, 1),
             ("patience", self.patience, 1),
+            ("whole", self.whole, 0),
             ("rows", self.rows, 1),
             ("multiple_of", self.multiple_of, 1),
             ("price", self.price, 0),
         ):
             if not value >= least:
                 raise ValueError(f"OptEmbed: {name} must be {least} or more, got {value}")
+        if self.whole > 1:
+            raise ValueError(f"OptEmbed: whole must be 1 or less, got {self.whole}")
         _ = self.evolution
 
     @property
@@ -192,7 +196,8 @@ class RowGates(nn.Module):
 class PrefixMasked(nn.Module):
     """Shows the first columns of each field: in training of each sample a number drawn from all, else `widths`.
 
-    Widths are `multiple_of` times 1 to `levels`, and those of fields that share a table are drawn together.
+    Widths are `multiple_of` times 1 to `levels`, and those of fields that share a table are drawn together. A share
+    `whole` of the samples shows all columns.
 
     Shape: KeyedJaggedTensor -> KeyedTensor, the keys and widths of `lookup`.
     """
