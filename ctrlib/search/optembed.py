@@ -18,8 +18,8 @@ Where this differs from the paper and its code:
 * A pruned value is gone from all tables; the first-order weights take part in the decision. Fields that share a table
   have one width and one threshold.
 * The ids of padding, missing and unseen values always keep their rows, which all pruned values read as zero.
-* The retraining starts from the weights that the model had before the search, a fresh start if it was fresh. The
-  supernet's rows start as the paper's do (`start_rows`).
+* The retraining starts from the weights that the model had before the search, a fresh start if it was fresh, or goes
+  on from the supernet's (`inherit`). The supernet's rows start as the paper's do (`start_rows`).
 * L2 is on tables, not on the network; Adam moves all but the thresholds, which plain SGD does.
 """
 
@@ -43,7 +43,16 @@ from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, PADDING_ID, Schema
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.evolution import Evolution, Found, Genes, evolve
-from ctrlib.search.gates import GatedTables, kept_ids, prune, put_gates, start_rows, with_own_tables
+from ctrlib.search.gates import (
+    GatedTables,
+    kept_ids,
+    prune,
+    put_gates,
+    start_rows,
+    with_other_weights,
+    with_own_tables,
+    without_gates,
+)
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.stages import identity_of, search_epochs
 from ctrlib.structure import put
@@ -89,6 +98,8 @@ class OptEmbed:
     """False: every row stays, and only widths are searched (OptEmbed-D)."""
     rows: int = 100_000
     """Of validation, from its start, on which a candidate is scored."""
+    inherit: bool = False
+    """Retrain from the supernet's weights, all of them, and not from those before the search."""
     multiple_of: int = 1
     """Widths are multiples of this; the fused engine wants 4."""
     num_bytes: int | None = None
@@ -122,7 +133,7 @@ class OptEmbed:
 
 
 # Settings that the supernet does not depend on.
-EVOLUTION = ("rows", "num_bytes", "price", *(field.name for field in fields(Evolution)))
+EVOLUTION = ("inherit", "rows", "num_bytes", "price", *(field.name for field in fields(Evolution)))
 
 
 class UnitStep(torch.autograd.Function):
@@ -303,7 +314,11 @@ def search(
     supernet.load_state_dict(best)
     kept = gates.kept()
     found, column = best_widths(model, supernet, masked, kept, valid, settings=settings, seed=seed, console=console)
-    return _plan(model, train.schema, masked, kept, found, column, settings)
+    if not settings.inherit:
+        return _plan(model, train.schema, masked, kept, found, column, settings)
+    put(supernet, next(path for path, part in supernet.named_modules() if part is masked), masked.lookup)
+    trained = without_gates(supernet)
+    return with_other_weights(_plan(trained, train.schema, masked, kept, found, column, settings), trained)
 
 
 def make_supernet(model: Model, schema: Schema, settings: OptEmbed) -> tuple[Model, PrefixMasked, RowGates]:
