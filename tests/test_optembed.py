@@ -378,6 +378,30 @@ def test_settings_are_checked() -> None:
         make_supernet(build(example_schema(), dim=6), example_schema(), OptEmbed(multiple_of=4))
 
 
+def test_what_inherits_the_supernet_is_its_best_candidate(rows_data: Path) -> None:
+    """Retraining starts from all of its weights: on validation the small model is what the evolution scored."""
+    train, valid = loaders(rows_data)
+    model = build(train.schema, dim=4)
+    settings = OptEmbed(
+        alpha=0.1,
+        threshold_learning_rate=0.01,
+        learning_rate=0.02,
+        epochs=3,
+        generations=1,
+        price=0.0,
+        num_bytes=bytes_of(model).embedding * 6 // 10,
+        inherit=True,
+    )
+    plan = optembed.search(model, train, valid, settings=settings, console=QUIET)
+    assert min(plan.summary["dims"].values()) < 4
+    smaller = materialise(model, plan)
+    assert ctr.evaluate(smaller, valid, quick=True)["auc"] == pytest.approx(plan.summary["fitness"], abs=1e-9)
+    fresh = materialise(
+        model, optembed.search(model, train, valid, settings=replace(settings, inherit=False), console=QUIET)
+    )
+    assert ctr.evaluate(fresh, valid, quick=True)["auc"] < plan.summary["fitness"] - 0.1
+
+
 def test_widths_alone_can_be_searched(rows_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row stays, whatever pushes the thresholds; the supernet stops after two epochs that are no better."""
     monkeypatch.setattr(optembed, "evaluate", lambda *_, **__: {"auc": 0.5})
