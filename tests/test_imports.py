@@ -17,7 +17,7 @@ LAYERS = [
     {"losses"},
     {"data", "embeddings", "towers", "heads"},
     {"model", "testing"},
-    {"structure"},
+    {"structure", "inputs"},
     {"presets"},
     {"training", "search", "retrieval", "ranking", "serving"},
     {"cli"},
