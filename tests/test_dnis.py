@@ -89,15 +89,15 @@ def is_useful() -> torch.Tensor:
 
 def recovers(alpha: torch.Tensor) -> bool:
     useful = is_useful()
-    return bool((alpha[useful] > 0.9).all() and (alpha[~useful] < 0.25).all() and (alpha[3] < 0.15).all())
+    return bool((alpha[useful] > 0.9).all() and (alpha[~useful] < 0.25).all() and (alpha[3] < 0.1).all())
 
 
 def test_planted_ranks_are_found_and_without_normalising_they_are_not(planted: Path) -> None:
-    alpha = planted_search(planted, epochs=10, penalty=0.2)
+    alpha = planted_search(planted, epochs=11, penalty=0.3)
     assert recovers(alpha), alpha.tolist()
     raw = planted_search(planted, epochs=5, normalise="none")
     assert raw.min() > 0.9  # as good as nothing has moved
-    pushed = planted_search(planted, epochs=5, normalise="none", penalty=0.2)
+    pushed = planted_search(planted, epochs=5, normalise="none", penalty=0.3)
     assert not recovers(pushed) and pushed.max() < 0.6  # the penalty does not tell them apart
 
 
