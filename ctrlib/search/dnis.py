@@ -12,9 +12,9 @@ Where this differs from the paper and its code:
 * Whole columns of a block are dropped, four at a time, and not single numbers, each of which would need an index.
   What matters is |alpha| times the root mean square of the column: alpha by itself says nothing, as (c E, alpha / c) is
   the same model, and the code ranks by |E|. As in the paper one threshold serves all blocks, set by a budget of bytes.
-  All rows count alike. Where the most frequent block is dropped since its numbers are small, rows that
-  are read more often may count for more (`frequency_power`). On Frappe that is worse: validation AUC at 82 % and 25 %
-  of the bytes .9854 and .9582, with counts to the power 1/4 .9845 and .9237; on MovieLens-1M the choice is the same.
+  All rows count alike. Where the most frequent block is dropped since its numbers are small, rows that are read more
+  often may count for more (`frequency_power`). On Frappe that is worse: validation AUC at 82 % and 25 % of the bytes
+  .9854 and .9582, with counts to the power 1/4 .9845 and .9237; on MovieLens-1M the choice is the same.
 * lambda is added to the gradient after this was normalised. Added before, as in the code, its weight is
   lambda / mean |g|, and rare blocks are pushed to 0 whatever they are worth (`normalise="task_and_penalty"`).
 * Frequencies are those of train alone, and an epoch is one over train, with as many batches of validation, over and
