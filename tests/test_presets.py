@@ -12,7 +12,7 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
-from ctrlib import cli
+from ctrlib import cli, inputs
 from ctrlib.embeddings import table
 from ctrlib.presets import PRESETS, build, for_engine
 from ctrlib.testing import example_batch, example_schema
@@ -40,8 +40,8 @@ def make(name: str, engine: str = "exact", **layout: Any) -> ctr.Model:
 def test_command_line_knows_every_preset() -> None:
     assert list(get_args(cli.Tower)) == list(PRESETS)
     choices = get_type_hints(cli.Train)
-    assert get_args(choices["numeric"]) == get_args(ctr.presets.NumericFields)
-    assert get_args(choices["sequence"]) == get_args(ctr.presets.SequenceFields)
+    assert get_args(choices["numeric"]) == get_args(inputs.NumericFields)
+    assert get_args(choices["sequence"]) == get_args(inputs.SequenceFields)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -150,12 +150,12 @@ class _FoldedAttention(nn.Module):
         """Of every group's attention to the fields: points (m, D), x (B, F, D) -> (B, F, H, m), sums over F are 1."""
         queries_HMD = torch.einsum("md,hdf->hmf", points, self._query_key())
         scores = x @ queries_HMD.flatten(0, 1).T
-        return scores.float().softmax(1).to(x.dtype).view(*x.shape[:2], self.num_heads, -1)
+        return scores.float().softmax(1).to(x.dtype).view(x.shape[0], x.shape[1], self.num_heads, -1)
 
     def gather(self, points: Tensor, x: Tensor) -> Tensor:
         """What points read of the fields: -> (B, m, D)."""
         weights_BFHM = self.gather_weights(points, x)
-        read_BHMD = (weights_BFHM.flatten(2).mT @ x).view(len(x), self.num_heads, *points.shape)
+        read_BHMD = (weights_BFHM.flatten(2).mT @ x).view(x.shape[0], self.num_heads, -1, x.shape[2])
         out: Tensor = torch.einsum("bhmd,hdf->bmf", read_BHMD, self._value_out()) + self.bias
         return out
 
@@ -163,7 +163,7 @@ class _FoldedAttention(nn.Module):
         """What fields read of the groups: x (B, F, D), groups (B, m, D) -> (B, F, D)."""
         keys_BHMD = torch.einsum("hdf,bmf->bhmd", self._query_key(), groups)
         values_BHMD = torch.einsum("bmd,hdf->bhmf", groups, self._value_out())
-        scores_BFHM = (x @ keys_BHMD.flatten(1, 2).mT).view(*x.shape[:2], self.num_heads, -1)
+        scores_BFHM = (x @ keys_BHMD.flatten(1, 2).mT).view(x.shape[0], x.shape[1], self.num_heads, -1)
         weights = scores_BFHM.float().softmax(3).to(x.dtype).flatten(2)
         out: Tensor = weights @ values_BHMD.flatten(1, 2) + self.bias
         return out
