@@ -83,6 +83,8 @@ MOVIELENS = Setting(
     methods={
         "optfs": {"penalty": 1e-5, "rewind": None},
         "optembed": {**THRESHOLDS, "inherit": True},
+        # Every rating is a user and a movie of its own: memorised, they are learnt by heart.
+        "optinter": {"min_count": 20},
     },
 )
 SETTINGS = {
