@@ -165,12 +165,13 @@ class Run:
             own["num_bytes"] = num_bytes
         settings = settings_of(method, own)
         # A random search asks the same supernet.
-        found = self.searched(method, settings, "supernet" if isinstance(settings, OptEmbed) else None)
+        supernet = self.out / "supernet" if isinstance(settings, OptEmbed) else None
+        found = self.searched(method, settings, supernet)
         if not self.knobs.only_method:
             if isinstance(settings, OptEmbed):
                 candidates = json.loads((self.out / method / "search.json").read_text())["summary"]["candidates"]
                 chance = replace(settings, generations=0, parents=candidates)
-                self.searched(f"{method}, random search", chance, "supernet")
+                self.searched(f"{method}, random search", chance, supernet)
             if isinstance(settings, OptInter):
                 self.pair_floors(settings)
             else:
@@ -208,14 +209,9 @@ class Run:
             self.keep(name, model)
         return self.known(name)
 
-    def searched(self, name: str, settings: Any, shared: str | None = None) -> ctr.Model:
-        """What the search finds, retrained, or as it was found before; `shared` is a folder for its checkpoints."""
+    def searched(self, name: str, settings: Any, checkpoints: Path | None = None) -> ctr.Model:
+        """What the search finds, retrained, or as it was found before; `checkpoints`: where its own stay."""
         if not (self.out / name / "result.json").is_file():
-            if shared is not None:
-                for folder in (name, shared):
-                    (self.out / folder).mkdir(exist_ok=True)
-                (self.out / name / "search").unlink(missing_ok=True)
-                (self.out / name / "search").symlink_to((self.out / shared).resolve())
             result = search_and_retrain(
                 self.knobs.method,
                 self.data,
@@ -224,6 +220,7 @@ class Run:
                 settings=settings,
                 seed=self.seed,
                 max_epochs=self.knobs.epochs,
+                checkpoints=checkpoints,
                 **self.setting.training,
             )
             for sentence in result["summary"]["words"]:

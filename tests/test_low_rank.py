@@ -18,6 +18,7 @@ from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
 from ctrlib.layers import LowRankLinear
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.schema import Categorical, Numeric, Schema
+from ctrlib.search.fold import fold
 from ctrlib.search.histogram import histogram
 from ctrlib.search.low_rank import (
     Goal,
@@ -25,7 +26,6 @@ from ctrlib.search.low_rank import (
     allocate_ranks,
     apply_low_rank,
     factorise,
-    fold,
     full_table,
     linear_layers,
     low_rank,

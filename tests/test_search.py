@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from ctrlib.search import optembed, optfs
 from ctrlib.search import run as runner
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.floors import keep_rows, magnitudes, reads
+from ctrlib.search.optembed import OptEmbed
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.run import draw, search_and_retrain, settings_of
 from ctrlib.search.stages import search_epochs
@@ -255,6 +257,21 @@ def test_settings_and_pictures_say_what_they_lack(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has none of kept, dims and pairs to draw"):
         draw({**result, "summary": {}}, tmp_path / "search.png")
     assert set(runner.METHODS) == {"optfs", "optembed", "dnis", "optinter"}
+
+
+def test_another_evolution_asks_the_supernet_that_is_there(data: Path, tmp_path: Path) -> None:
+    """Its checkpoints stay where they were asked to, and no epoch is trained again."""
+    found = []
+    for generations in (1, 0):
+        said = io.StringIO()
+        settings = OptEmbed(epochs=2, generations=generations, parents=4, learning_rate=1e-2, price=0.0)
+        out, console = tmp_path / str(generations), Console(file=said, width=200)
+        options = {"max_epochs": 1, "batch_size": 500, "checkpoints": tmp_path / "supernet", "console": console}
+        found.append(search_and_retrain("optembed", data, CONFIG, out, settings=settings, **options))
+        assert ("search epoch" in said.getvalue()) == (generations == 1)
+        assert not (out / "search").exists() and any((tmp_path / "supernet").iterdir())
+    assert found[0]["summary"]["kept"] == found[1]["summary"]["kept"]
+    assert found[0]["summary"]["candidates"] > found[1]["summary"]["candidates"] == 4
 
 
 def test_the_recipe_compares_over_seeds(

@@ -64,6 +64,7 @@ def search_and_retrain(
     max_epochs: int = 100,
     patience: int = 2,
     seed: int = 0,
+    checkpoints: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Search on train (and validation, if the method asks it), retrain what is found, choose its epoch by validation.
@@ -83,6 +84,8 @@ def search_and_retrain(
         max_epochs: of the retraining.
         patience: epochs without a better validation AUC before it stops.
         seed: of everything.
+        checkpoints: folder where those of the search stay, for another that goes on from them (`OptEmbed` with another
+            budget or evolution); otherwise they are deleted in the end.
         console: where progress is shown.
 
     Raises:
@@ -97,7 +100,7 @@ def search_and_retrain(
     valid, test = (Loader(data, split, batch_size=2 * batch_size) for split in ("valid", "test"))
     out.mkdir(parents=True, exist_ok=True)
 
-    plan = _plan(method, model, train, valid, settings, seed, out, console)
+    plan = _plan(method, model, train, valid, settings, seed, out, checkpoints or out / "search", console)
     for sentence in plan.summary.get("words", ()):
         console.print(sentence, highlight=False)
     smaller = materialise(model, plan)
@@ -108,7 +111,7 @@ def search_and_retrain(
         **{"plan": hashlib.sha256((out / "plan.safetensors").read_bytes()).hexdigest(), "patience": patience},
         **{"learning_rate": learning_rate, "embedding_l2": embedding_l2, "seed": seed, "batch_size": batch_size},
     }
-    with Checkpoints(out / "checkpoints", log=console.print) as checkpoints:
+    with Checkpoints(out / "checkpoints", log=console.print) as epochs:
         engine = ExactEngine(smaller, learning_rate=learning_rate, embedding_l2=embedding_l2)
         history = fit(
             engine,
@@ -117,7 +120,7 @@ def search_and_retrain(
             max_epochs=max_epochs,
             patience=patience,
             out=out,
-            checkpoints=checkpoints,
+            checkpoints=epochs,
             identity=identity,
             console=console,
         )
@@ -150,7 +153,15 @@ def search_and_retrain(
 
 
 def _plan(
-    method: str, model: Model, train: Loader, valid: Loader, settings: Any, seed: int, out: Path, console: Console
+    method: str,
+    model: Model,
+    train: Loader,
+    valid: Loader,
+    settings: Any,
+    seed: int,
+    out: Path,
+    checkpoints: Path,
+    console: Console,
 ) -> Plan:
     """The plan of this very search if it is there, or a search."""
     path = out / "plan.safetensors"
@@ -159,7 +170,7 @@ def _plan(
         console.print(f"{path} is of this search already")
         return found
     search = importlib.import_module(f"ctrlib.search.{method}").search
-    plan: Plan = search(model, train, valid, settings=settings, seed=seed, out=out / "search", console=console)
+    plan: Plan = search(model, train, valid, settings=settings, seed=seed, out=checkpoints, console=console)
     plan = dataclasses.replace(plan, summary={**plan.summary, "identity": identity})
     plan.save(path)
     return plan

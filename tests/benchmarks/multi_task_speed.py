@@ -2,14 +2,15 @@
 
     python tests/benchmarks/multi_task_speed.py data/census_income
 
-Steps of training on the same batches, all models in turn, as ratios to T shared bottoms of one label, the smallest
-network whose path to a label is as long and wide, and to T models of the head's own kind. Compare ratios.
+Steps of training on the same batches, all models of recipes/census_income.py in turn, as ratios to T of its single
+models, whose path to the label is as long and wide, and to T models of the head's own kind. Compare ratios.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,20 +27,8 @@ from ctrlib import presets
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.run import make_engine
 
-COMMON = {"embedding_dim": 16, "dropout": 0.3}
-EXPERTS = {"expert_hidden": (64, 32), "tower_hidden": (16,)}
-SINGLE = {"preset": "shared_bottom", "bottom_hidden": (64, 32), "tower_hidden": (16,)}
-MODELS: dict[str, dict[str, Any]] = {
-    "shared_bottom": SINGLE,
-    "omoe": {"preset": "mmoe", **EXPERTS, "num_experts": 3, "one_gate": True},
-    "mmoe": {"preset": "mmoe", **EXPERTS, "num_experts": 3},
-    "cgc": {"preset": "ple", **EXPERTS, "num_own": 1, "num_shared": 1, "num_levels": 1},
-    "ple": {"preset": "ple", **EXPERTS, "num_own": 1, "num_shared": 1, "num_levels": 2},
-    "aitm": {"preset": "aitm", "tower_hidden": (64, 32, 16)},
-    "stem": {"preset": "stem", **EXPERTS},
-    "mmoe_refined": {"preset": "mmoe", **EXPERTS, "num_experts": 3, "refine": True},
-    "apem": {"preset": "apem", "num_groups": 4, "tower_hidden": (64, 32), "chain": False},
-}
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+from census_income import COMMON, VARIANTS
 
 
 @dataclass(frozen=True)
@@ -87,20 +76,22 @@ def main(arguments: Arguments) -> None:
     num_labels = len(loader.schema.labels)
     models = {
         (name, count): Timed(config, loader.schema, count)
-        for name, config in MODELS.items()
+        for name, config in VARIANTS.items()
         for count in (1, num_labels)
-        if (name, count) != ("aitm", 1)  # a chain of one step is no chain
+        if (name, count) not in (("aitm", 1), ("single_task", num_labels))  # a chain of one step is no chain
     }
     for _ in range(1 + arguments.rounds):
         for model in models.values():
             model.run(batches)
     seconds = {key: statistics.median(model.seconds[1:]) for key, model in models.items()}
-    for name in MODELS:
+    for name in VARIANTS:
+        if name == "single_task":
+            continue
         whole, own = seconds[name, num_labels], seconds.get((name, 1))
         line = {
             "model": name,
             "samples_per_second": round(arguments.batch_size / whole),
-            "against_single_models": round(whole / (num_labels * seconds["shared_bottom", 1]), 2),
+            "against_single_models": round(whole / (num_labels * seconds["single_task", 1]), 2),
             "against_its_own_kind": None if own is None else round(whole / (num_labels * own), 2),
         }
         print(json.dumps(line), flush=True)
