@@ -86,7 +86,7 @@ format: dev  ## let ruff repair what it can
 
 demo: setup  ## download MovieLens 100k, prepare it and train a DCNv2 on it
 	$(PY) datasets/movielens_100k.py --out data/movielens_100k
-	$(VENV)/bin/ctrlib train data/movielens_100k --tower dcnv2 --dropout 0.5 --l2 1e-3 --out runs/demo --overwrite
+	$(VENV)/bin/ctrlib train data/movielens_100k --model dcnv2 --dropout 0.5 --l2 1e-3 --out runs/demo --overwrite
 
 clean:  ## remove .venv, caches and build leftovers; data/ and runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -25,38 +25,9 @@ if TYPE_CHECKING:
 # Heavy imports (torch, TorchRec) are inside the commands, so that --help and doctor answer at once and always.
 
 
-# The names of ctrlib.presets.PRESETS, in its order.
-Tower = Literal[
-    "mlp",
-    "fm",
-    "wide_deep",
-    "deepfm",
-    "xdeepfm",
-    "dcn",
-    "dcnv2",
-    "dcnv2_mix",
-    "gdcn",
-    "dlrm",
-    "autoint",
-    "autoint_plus",
-    "ipnn",
-    "fgcnn",
-    "fibinet",
-    "masknet",
-    "masknet_serial",
-    "dualmlp",
-    "finalmlp",
-    "finalnet",
-    "eulernet",
-    "shared_bottom",
-    "mmoe",
-    "ple",
-    "esmm",
-    "aitm",
-    "stem",
-    "apem",
-    "dtrn",
-]
+from ctrlib.models.table import MODELS
+
+ModelName = Literal[tuple(MODELS)]  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True)
@@ -189,14 +160,14 @@ class Train:
 
     Writes the model (weights, schema, vocabularies), metrics.json, log.jsonl and the learning curve as a picture.
 
-    Example: ctrlib train data/clicks --tower dcnv2 --dim 16 --out runs/clicks
+    Example: ctrlib train data/clicks --model dcnv2 --dim 16 --out runs/clicks
     """
 
     data: Positional[Path]
     """Prepared folder."""
     out: Path | None = None
-    """Folder for the model; otherwise runs/NAME-TOWER."""
-    tower: Tower = "dcnv2"
+    """Folder for the model; otherwise runs/NAME-MODEL."""
+    model: ModelName = "dcnv2"
     """Which published model."""
     dim: int | None = None
     """Width of the embeddings; otherwise 16 (multiples of 4 for the fused engine)."""
@@ -217,7 +188,7 @@ class Train:
     features whose vocabulary they share."""
     option: tuple[str, ...] = ()
     """Other arguments of the model, as NAME=VALUE with a JSON value: num_heads=5 hidden_1=[400,400]; a wrong name lists
-    the right ones. See ctrlib.presets."""
+    the right ones. See ctrlib.models."""
     engine: Literal["exact", "fused"] = "exact"
     """exact: dense Adam as in the papers. fused: row-wise Adagrad through TorchRec, for large tables."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -256,11 +227,11 @@ class Train:
     """Print the result as JSON."""
 
     def config(self) -> dict[str, Any]:
-        """What `presets.build` needs to make this model."""
+        """What `models.build` needs to make this model."""
         from ctrlib.data.quantiles import quantile_edges
-        from ctrlib.presets import arguments_of, for_engine
+        from ctrlib.models import for_engine
 
-        takes = ["embedding_dim", *arguments_of(self.tower)]
+        takes = ["embedding_dim", *MODELS[self.model].arguments]
         flags = {
             "dim": "embedding_dim",
             "hidden": "hidden",
@@ -274,10 +245,10 @@ class Train:
         if idle:
             similar = [argument for argument in takes if any(argument.startswith(flags[name]) for name in idle)]
             raise ValueError(
-                f"{', '.join('--' + name.replace('_', '-') for name in idle)}: {self.tower} has no such argument; "
-                + (f"say --option with {' or '.join(similar)}" if similar else "leave it out or choose another --tower")
+                f"{', '.join('--' + name.replace('_', '-') for name in idle)}: {self.model} has no such argument; "
+                + (f"say --option with {' or '.join(similar)}" if similar else "leave it out or choose another --model")
             )
-        config: dict[str, Any] = {"preset": self.tower}
+        config: dict[str, Any] = {"model": self.model}
         config |= {flags[name]: getattr(self, name) for name in changed}
         config |= {"numeric": self.numeric, "sequence": self.sequence}
         binned = self.numeric in ("bucketised", "piecewise_linear")
@@ -296,15 +267,15 @@ class Train:
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
-        from ctrlib import presets
+        from ctrlib import models
+        from ctrlib.distributed import rank
         from ctrlib.serving.predictor import save_model
         from ctrlib.serving.warm_start import warm_start
         from ctrlib.training.allocator import keep_freed_memory
-        from ctrlib.training.distributed import rank
         from ctrlib.training.loop import to_json
         from ctrlib.training.run import run
 
-        out = self.out or Path("runs") / f"{self.data.name}-{self.tower}"
+        out = self.out or Path("runs") / f"{self.data.name}-{self.model}"
         unfinished = (out / "checkpoints").exists()  # of this very run, or `run` refuses it
         if (out / "model.json").exists() and not self.overwrite and not unfinished:
             raise ValueError(f"{out} holds a model already: give another --out, or --overwrite to replace it")
@@ -313,7 +284,7 @@ class Train:
         built: list[Model] = []
 
         def build(schema: Schema) -> Model:
-            model = presets.build(config, schema)
+            model = models.build(config, schema)
             if self.warm_start is not None and not built:  # `run` builds a second one for the trained weights
                 carried = warm_start(model, self.data, self.warm_start)
                 for vocabulary, rows in carried.items() if rank() == 0 else ():
@@ -349,7 +320,7 @@ class Train:
         if self.json:
             print(to_json({"out": str(out), **result}))
         else:
-            print_scores(result, f"{self.tower} on {self.data}")
+            print_scores(result, f"{self.model} on {self.data}")
             print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
         return 0
 
@@ -494,7 +465,7 @@ class Compress:
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
-        from ctrlib.search.compress import compress, parse_bytes, table_of
+        from ctrlib.search.compression import compress, parse_bytes, table_of
         from ctrlib.training.allocator import keep_freed_memory
         from ctrlib.training.loop import to_json
 
@@ -532,7 +503,7 @@ class Search:
     a value is. optinter: how each pair of fields interacts. OUT receives a model folder, search.json and search.png,
     which explain what was chosen; the same command goes on after a kill.
 
-    Example: ctrlib search optfs data/clicks --tower deepfm --setting penalty=1e-5 --out runs/clicks_optfs
+    Example: ctrlib search optfs data/clicks --model deepfm --setting penalty=1e-5 --out runs/clicks_optfs
     """
 
     method: Positional[Literal["optfs", "optembed", "dnis", "optinter"]]
@@ -541,7 +512,7 @@ class Search:
     """Prepared folder."""
     out: Path
     """Where the model and the explanation go."""
-    tower: Tower = "deepfm"
+    model: ModelName = "deepfm"
     """Which published model."""
     dim: int | None = None
     """Width of the embeddings; otherwise 16."""
@@ -583,7 +554,7 @@ class Search:
         keep_freed_memory()
         model = Train(
             self.data,
-            tower=self.tower,
+            model=self.model,
             dim=self.dim,
             hidden=self.hidden,
             dropout=self.dropout,
@@ -608,7 +579,7 @@ class Search:
             print(to_json(result))
             return 0
         print("\n".join(result["summary"].get("words", ())))
-        print_scores(result, f"{self.method}, {self.tower} on {self.data}")
+        print_scores(result, f"{self.method}, {self.model} on {self.data}")
         print(
             f"{self.out}: {result['embedding_bytes_before']:,} bytes of embeddings before, "
             f"{result['embedding_bytes']:,} after ({result['ratio']:.1f} times fewer); see search.png"

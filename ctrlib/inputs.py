@@ -1,10 +1,10 @@
-"""How the features of a schema become the fields of a tower: what every preset takes first."""
+"""How the features of a schema become the fields of a tower: what every published model takes first."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -41,7 +41,7 @@ LOOK_UPS: dict[str, Callable[..., nn.Module]] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """How the features become fields, whatever the tower: what every preset takes first.
+    """How the features become fields, whatever the tower: what every published model takes first.
 
     `embedding_dim`: width D of the fields. `numeric`: how numbers become fields; `bucketised` and `piecewise_linear`
     want `edges`, a list for each numeric feature (`ctrlib.quantile_edges`), `periodic` a `sigma`. `sequence`: how
@@ -59,8 +59,8 @@ class Inputs:
             has no target.
 
     >>> from ctrlib.testing import example_schema
-    >>> from ctrlib import presets
-    >>> model = presets.deepfm(Inputs(example_schema(), embedding_dim=8), hidden=(16,))
+    >>> from ctrlib import models
+    >>> model = models.deepfm(Inputs(example_schema(), embedding_dim=8), hidden=(16,))
     >>> model.tower.in_shape
     (6, 8)
     """
@@ -96,6 +96,19 @@ class Inputs:
                 f"numeric={self.numeric!r} needs edges for {wanted} numeric features, got {len(self.edges or ())}: "
                 "take ctrlib.quantile_edges(prepared_folder)"
             )
+
+    def reading(self, sequence: SequenceFields) -> Inputs:
+        """The same, with histories read in a model's own way.
+
+        Raises:
+            ValueError: another way is asked for.
+        """
+        if self.sequence not in ("pooled", sequence):
+            raise ValueError(
+                f"this model reads histories in its own way, {sequence!r}, got sequence={self.sequence!r}: leave it "
+                "out, or take a model that reads them in any way, such as mlp"
+            )
+        return replace(self, sequence=sequence)
 
     def embedding(self, names: Sequence[str] | None = None, *, suffix: str = "", of_each_label: bool = False) -> Any:
         """Fields of all features, or of those named; a `suffix` keeps the tables apart from others of the model.

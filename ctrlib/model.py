@@ -90,10 +90,11 @@ class Ensemble(nn.Module):
     Raises:
         ValueError: there is no model.
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_batch, example_schema
     >>> schema = example_schema()
-    >>> members = [presets.mlp(presets.Inputs(schema, embedding_dim=4), hidden=(8,)) for _ in range(2)]
+    >>> members = [models.mlp(Inputs(schema, embedding_dim=4), hidden=(8,)) for _ in range(2)]
     >>> batch = example_batch(schema, 3)
     >>> bool(torch.allclose(Ensemble(members)(batch), (members[0](batch) + members[1](batch)) / 2))
     True

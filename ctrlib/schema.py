@@ -109,7 +109,7 @@ class Numeric:
 @dataclass(frozen=True)
 class RawId:
     """One 64-bit id per row as it is in the log, without vocabulary; which row of a table it reads, the embedding
-    decides (`ctrlib.ManagedEmbedding`).
+    decides (`ctrlib.embeddings.ManagedEmbedding`).
 
     No id is reserved; a missing cell is an id of its own, -2^63. `form`, unless given, is filled in by preparation:
     "integer" if every value of train is one, or the text of one as integers are printed ("12", not "012" or "12.0");

@@ -1,6 +1,6 @@
-"""What of a preset's model was replaced by smaller parts, as plain data, so that a model folder can say it.
+"""What of a published model was replaced by smaller parts, as plain data, so that a model folder can say it.
 
-A compressed model is a preset's model in which some modules have given way to others: tables to packed or narrow ones,
+A compressed model is a published model in which some modules have given way to others: tables to packed or narrow ones,
 linear layers to pairs of thin ones. `restructure` does that to a freshly built model, before its weights are loaded.
 """
 
@@ -32,7 +32,7 @@ KINDS: dict[str, type[nn.Module]] = {
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The parts of a model that are not its preset's: path -> {"kind": ..., **arguments}, outer ones first."""
+    """The parts of a model that are not the published model's: path -> {"kind": ..., **arguments}, outer ones first."""
     kinds = {made: kind for kind, made in KINDS.items()}
     return {
         path: {"kind": kinds[type(part)], **part.describe()}

@@ -21,18 +21,18 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from ctrlib.training.recipe import LabelKnobs, run_label_recipe
+from harness import LabelKnobs, run_label_recipe
 
 HEAD = {"num_experts": 3, "expert_hidden": (64, 32), "tower_hidden": (16,), "dropout": 0.2, "embedding_dim": 16}
-REFINED = {"preset": "mmoe", "refine": True, **HEAD}
+REFINED = {"model": "mmoe", "refine": True, **HEAD}
 
-# Everything in which the variants differ: the preset and its arguments.
+# Everything in which the variants differ: the published model and its arguments.
 VARIANTS: dict[str, dict[str, Any]] = {
     "single_task": {**REFINED, "sequence": "tim_shared"},
     "mean": {**REFINED, "sequence": "mean"},
     "din": {**REFINED, "sequence": "din"},
     "tim_shared": {**REFINED, "sequence": "tim_shared"},
-    "dtrn": {"preset": "dtrn", **HEAD},
+    "dtrn": {"model": "dtrn", **HEAD},
 }
 
 

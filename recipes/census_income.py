@@ -7,7 +7,7 @@
 The data is MMoE's (J. Ma et al., KDD 2018); datasets/census_income.py says what `numbers` adds, what `hard` leaves out
 and how the rows are split, and why torch-rechub's published numbers are to be compared with `leaked` only.
 `single_task` is the floor: one model for each label. `--record` appends a row for each label; `--report` says whether a
-label gains or loses by the other's company (`ctrlib.training.transfer`).
+label gains or loses by the other's company (`ctrlib.analysis.transfer`).
 
 Width 16, dropout .3, batch 2048, Adam 2e-3, L2 1e-5 on tables, chosen on validation with shared_bottom; learning rate
 x 0.1 on plateau of the mean validation AUC, patience 2.
@@ -21,28 +21,28 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from ctrlib.training.recipe import LabelKnobs, run_label_recipe
+from harness import LabelKnobs, run_label_recipe
 
 COMMON = {"embedding_dim": 16, "dropout": 0.3}
 EXPERTS = {"expert_hidden": (64, 32), "tower_hidden": (16,)}
 LEVEL = {"num_own": 1, "num_shared": 1}
 
-# Everything in which the variants differ: the preset and its arguments. Each label's path through any of them has the
-# same widths, 64 and 32, then 16 of its own, and there are three experts (in each level) where there are any.
+# Everything in which the variants differ: the published model and its arguments. Each label's path through any of
+# them has the same widths, 64 and 32, then 16 of its own, and there are three experts (in each level) if any.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "single_task": {"preset": "shared_bottom", "bottom_hidden": (64, 32), "tower_hidden": (16,)},
-    "shared_bottom": {"preset": "shared_bottom", "bottom_hidden": (64, 32), "tower_hidden": (16,)},
-    "omoe": {"preset": "mmoe", **EXPERTS, "num_experts": 3, "one_gate": True},
-    "mmoe": {"preset": "mmoe", **EXPERTS, "num_experts": 3},
-    "cgc": {"preset": "ple", **EXPERTS, **LEVEL, "num_levels": 1},
-    "ple": {"preset": "ple", **EXPERTS, **LEVEL, "num_levels": 2},
+    "single_task": {"model": "shared_bottom", "bottom_hidden": (64, 32), "tower_hidden": (16,)},
+    "shared_bottom": {"model": "shared_bottom", "bottom_hidden": (64, 32), "tower_hidden": (16,)},
+    "omoe": {"model": "mmoe", **EXPERTS, "num_experts": 3, "one_gate": True},
+    "mmoe": {"model": "mmoe", **EXPERTS, "num_experts": 3},
+    "cgc": {"model": "ple", **EXPERTS, **LEVEL, "num_levels": 1},
+    "ple": {"model": "ple", **EXPERTS, **LEVEL, "num_levels": 2},
     # Married or not follows from no income, nor the other way round: chains of labels are not these, so AITM goes
     # without its calibrator, and ESMM is not for this data.
-    "aitm": {"preset": "aitm", "tower_hidden": (64, 32, 16), "penalty": 0.0},
-    "stem": {"preset": "stem", **EXPERTS},
-    "apem": {"preset": "apem", "num_groups": 4, "tower_hidden": (64, 32), "chain": False},
-    "mmoe_refined": {"preset": "mmoe", **EXPERTS, "num_experts": 3, "refine": True},
-    "ple_refined": {"preset": "ple", **EXPERTS, **LEVEL, "num_levels": 2, "refine": True},
+    "aitm": {"model": "aitm", "tower_hidden": (64, 32, 16), "penalty": 0.0},
+    "stem": {"model": "stem", **EXPERTS},
+    "apem": {"model": "apem", "num_groups": 4, "tower_hidden": (64, 32), "chain": False},
+    "mmoe_refined": {"model": "mmoe", **EXPERTS, "num_experts": 3, "refine": True},
+    "ple_refined": {"model": "ple", **EXPERTS, **LEVEL, "num_levels": 2, "refine": True},
 }
 
 

@@ -26,17 +26,18 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models, plots
 from ctrlib.embeddings.unified import proportional_rows
 from ctrlib.search.bytes import bytes_of
-from ctrlib.search.compress import Candidate, Head, draw
-from ctrlib.search.distil import distil
+from ctrlib.search.coding import transform_coding
+from ctrlib.search.compression import Candidate, Head
+from ctrlib.search.distillation import distil
 from ctrlib.search.floors import frequency_cut, rounded_rows
-from ctrlib.search.low_rank import Goal, apply_low_rank, low_rank
+from ctrlib.search.mimicking import Goal, apply_low_rank, low_rank
 from ctrlib.search.plan import Plan, materialise
-from ctrlib.search.transform_coding import transform_coding
 from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
+from records import record
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Setting:
 
 
 TEACHERS = (1, 2, 3)
-MLP = {"preset": "dcnv2", "batch_norm": True}
+MLP = {"model": "dcnv2", "batch_norm": True}
 SETTINGS = {
     "movielens_1m_ids": Setting(
         {**MLP, "embedding_dim": 32, "hidden": (400, 400), "dropout": 0.4},
@@ -134,12 +135,10 @@ def main(knobs: Knobs) -> None:
             "note": "",
         }
         print(json.dumps({"model": f"dcnv2_{width} {name}", **result}), flush=True)
-        draw(tried, int(tried[0].embedding_bytes / setting.ratios[0]), knobs.out / f"{knobs.data_set}.png")
+        plots.compression(tried, int(tried[0].embedding_bytes / setting.ratios[0]), knobs.out / f"{knobs.data_set}.png")
         if knobs.record:
             result["samples_per_second"] = ""
-            ctr.record(
-                result, Path(__file__).parent / "results.csv", data=knobs.data_set, model=f"dcnv2_{width} {name}"
-            )
+            record(result, Path(__file__).parent / "results.csv", data=knobs.data_set, model=f"dcnv2_{width} {name}")
 
     base = trained(knobs, setting, width)
     size = bytes_of(base).embedding
@@ -193,7 +192,7 @@ def trained(knobs: Knobs, setting: Setting, width: int, name: str = "", **change
     if not (folder / "model.safetensors").is_file():
         ctr.run(
             knobs.data,
-            lambda schema: presets.build(config, schema),
+            lambda schema: models.build(config, schema),
             seed=knobs.seed,
             on_trained=lambda model: ctr.save_model(model, config, knobs.data, folder),
             **setting.training,

@@ -14,8 +14,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-import ctrlib as ctr
-from ctrlib.training.recipe import RecipeKnobs
+from harness import RecipeKnobs, run_ensemble_recipe, run_recipe
 
 MLP = {"hidden": (400, 400, 400), "batch_norm": True}
 
@@ -86,17 +85,17 @@ def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
     common: dict[str, Any] = {"recipe": __file__, "data": "frappe_x1", "script": ["frappe.py"], "model": knobs.model}
     if knobs.model == "ensemble":
-        ctr.run_ensemble_recipe(knobs, members=[settings(name) for name in ENSEMBLE], **common)
+        run_ensemble_recipe(knobs, members=[settings(name) for name in ENSEMBLE], **common)
     else:
         config, training = settings(knobs.model)
-        ctr.run_recipe(knobs, config=config, **training, **common)
+        run_recipe(knobs, config=config, **training, **common)
 
 
 def settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model and the training of a variant."""
     variant = dict(VARIANTS[name])
     training = {"embedding_l2": variant.pop("embedding_l2"), "batch_size": 4096, "learning_rate": 1e-3}
-    return {"preset": name, "embedding_dim": 10, **variant}, training
+    return {"model": name, "embedding_dim": 10, **variant}, training
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-import ctrlib as ctr
-from ctrlib.training.recipe import RecipeKnobs
+from harness import RecipeKnobs, run_recipe
 
-MODEL = {"preset": "mlp", "embedding_dim": 16, "hidden": (200, 80), "batch_norm": True, "dropout": 0.2}
+MODEL = {"model": "mlp", "embedding_dim": 16, "hidden": (200, 80), "batch_norm": True, "dropout": 0.2}
 
 # Everything in which the variants differ: how histories become fields.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,7 +51,7 @@ class Knobs(RecipeKnobs):
 def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
     data = DATA[knobs.data_set]
-    ctr.run_recipe(
+    run_recipe(
         knobs,
         recipe=__file__,
         data=knobs.data_set,

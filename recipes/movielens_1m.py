@@ -14,14 +14,13 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-import ctrlib as ctr
-from ctrlib.training.recipe import RecipeKnobs
+from harness import RecipeKnobs, run_recipe
 
 MLP = {"hidden": (400, 400), "batch_norm": True, "dropout": 0.4}
 # The one number of the protocol, the time of the rating, in 32 quantile bins, piecewise linear.
 TIME = {"numeric": "piecewise_linear", "bins": 32}
 
-# Everything in which the variants differ: the preset (otherwise that of the variant's name) and its arguments. Widths
+# Everything in which the variants differ: the model (otherwise that of the variant's name) and its arguments. Widths
 # and dropout were chosen on validation with dcnv2 and are those of all; AutoInt's are the paper's.
 VARIANTS: dict[str, dict[str, Any]] = {
     "mlp": MLP,
@@ -45,10 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "finalmlp": {f"{name}_{n}": value for n in (1, 2) for name, value in MLP.items()},
     "finalnet": {"hidden_1": (400, 400), "dropout_1": 0.4, "hidden_2": (400,), "dropout_2": 0.4},
     "eulernet": {"num_orders": (20,), "layer_norm": True},
-    "mlp_time": {"preset": "mlp", **MLP, **TIME},
-    "dcnv2_time": {"preset": "dcnv2", **MLP, **TIME},
+    "mlp_time": {"model": "mlp", **MLP, **TIME},
+    "dcnv2_time": {"model": "dcnv2", **MLP, **TIME},
     "autoint_plus_time": {
-        "preset": "autoint_plus",
+        "model": "autoint_plus",
         **{**MLP, **TIME, "num_layers": 3, "num_heads": 2, "head_dim": 32},
     },
 }
@@ -70,13 +69,13 @@ class Knobs(RecipeKnobs):
 
 def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
-    ctr.run_recipe(
+    run_recipe(
         knobs,
         recipe=__file__,
         data=f"movielens_1m_{knobs.protocol}",
         script=["movielens_1m.py", "--protocol", knobs.protocol],
         model=knobs.model,
-        config={"preset": knobs.model, "embedding_dim": 16, **VARIANTS[knobs.model]},
+        config={"model": knobs.model, "embedding_dim": 16, **VARIANTS[knobs.model]},
         batch_size=1024,
         learning_rate=1e-3,
         embedding_l2=EMBEDDING_L2[knobs.protocol],

@@ -19,18 +19,18 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from ctrlib.training.recipe import LabelKnobs, run_label_recipe
+from harness import LabelKnobs, run_label_recipe
 
 EXPERTS = {"expert_hidden": (64, 32), "tower_hidden": (16,)}
 LEVEL = {"num_own": 1, "num_shared": 1}
 
-# Everything in which the variants differ: the preset and its arguments. Each label's path has the same widths.
+# Everything in which the variants differ: the published model and its arguments. Each label's path has the same widths.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "single_task": {"preset": "shared_bottom", "bottom_hidden": (64, 32), "tower_hidden": (16,)},
-    "shared_bottom": {"preset": "shared_bottom", "bottom_hidden": (64, 32), "tower_hidden": (16,)},
-    "mmoe": {"preset": "mmoe", **EXPERTS, "num_experts": 3},
-    "ple": {"preset": "ple", **EXPERTS, **LEVEL, "num_levels": 2},
-    "aitm": {"preset": "aitm", "tower_hidden": (64, 32, 16)},
+    "single_task": {"model": "shared_bottom", "bottom_hidden": (64, 32), "tower_hidden": (16,)},
+    "shared_bottom": {"model": "shared_bottom", "bottom_hidden": (64, 32), "tower_hidden": (16,)},
+    "mmoe": {"model": "mmoe", **EXPERTS, "num_experts": 3},
+    "ple": {"model": "ple", **EXPERTS, **LEVEL, "num_levels": 2},
+    "aitm": {"model": "aitm", "tower_hidden": (64, 32, 16)},
 }
 
 

@@ -37,14 +37,14 @@ def main(knobs: Knobs) -> None:
     """Train, saving now and then, and print the validation AUC."""
     torch.manual_seed(0)  # every process builds the same model
     schema = ctr.Schema.load(knobs.data)
-    model = ctr.presets.dcnv2(ctr.Inputs(schema, embedding_dim=8, stacked=4), hidden=(64, 64))
-    tables = set(ctr.tables_of(model))  # with batch normalisation: ctr.synchronise_batch_norm(model)
-    sharded = ctr.shard(model, learning_rate=0.02)  # tables: row-wise Adagrad inside the backward pass
+    model = ctr.models.dcnv2(ctr.Inputs(schema, embedding_dim=8, stacked=4), hidden=(64, 64))
+    tables = set(ctr.sharding.tables_of(model))  # with batch normalisation: ctr.training.synchronise_batch_norm(model)
+    sharded = ctr.sharding.shard(model, learning_rate=0.02)  # tables: row-wise Adagrad inside the backward pass
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dense = {name: weight for name, weight in sharded.named_parameters() if name not in tables}
-    optimiser = ctr.adam(dense, 1e-3)
-    state = {**ctr.sharded_state(sharded), **ctr.optimiser_state(optimiser, dense)}
+    optimiser = ctr.training.make_adam(dense, 1e-3)
+    state = {**ctr.sharding.sharded_state(sharded), **ctr.training.optimiser_state(optimiser, dense)}
     share = {"batch_size": knobs.batch_size, "rank": rank, "world_size": world_size}
     train = ctr.Loader(knobs.data, "train", shuffle=True, **share)
     valid = ctr.Loader(knobs.data, "valid", **share)
@@ -53,7 +53,7 @@ def main(knobs: Knobs) -> None:
         saved = checkpoints.load(state)
         if saved is not None:
             train.load_state_dict(saved["loader"])
-            ctr.set_random_state(saved["random_state"], world_size)
+            ctr.training.set_random_state(saved["random_state"], world_size)
         step = 0 if saved is None else saved["step"]
         while train.epoch < knobs.epochs:
             for batch in train:
@@ -63,11 +63,11 @@ def main(knobs: Knobs) -> None:
                 optimiser.step()
                 step += 1
                 if step % knobs.checkpoint_steps == 0:
-                    where = {"loader": train.state_dict(), "step": step, "random_state": ctr.random_state()}
+                    where = {"loader": train.state_dict(), "step": step, "random_state": ctr.training.random_state()}
                     checkpoints.save(step, state, where)
 
     scores = ctr.evaluate(sharded, valid)
-    weights = ctr.whole_weights(sharded)  # plain tensors, on rank 0: what an unsharded model loads
+    weights = ctr.sharding.whole_weights(sharded)  # plain tensors, on rank 0: what an unsharded model loads
     if rank == 0:
         print(f"step {step}: valid AUC {scores['auc']:.4f}, {sum(map(torch.numel, weights.values())):,} weights")
 

@@ -5,7 +5,7 @@
 
 The data is `ctrlib.data.synthetic.conflict`: 60,000 rows, 8:1:1, whose best possible AUC is known. Each task's path has
 4 hidden units, enough for one task and too few for three. `--record` appends a row for each label; `--report` compares
-each with a model of its own (`ctrlib.training.transfer`).
+each with a model of its own (`ctrlib.analysis.transfer`).
 
 Width 8, batch 512, Adam 1e-2, learning rate x 0.1 on plateau of the mean validation AUC, patience 2.
 """
@@ -22,23 +22,23 @@ from tyro.conf import FlagCreatePairsOff
 
 import ctrlib as ctr
 from ctrlib.data.synthetic import conflict
-from ctrlib.training.distributed import rank
-from ctrlib.training.recipe import LabelKnobs, run_label_recipe
+from ctrlib.distributed import rank
+from harness import LabelKnobs, run_label_recipe
 
 LABELS = ("label_1", "label_2", "label_3")
-BOTTOM = {"preset": "shared_bottom", "bottom_hidden": (4,), "tower_hidden": ()}
+BOTTOM = {"model": "shared_bottom", "bottom_hidden": (4,), "tower_hidden": ()}
 EXPERTS = {"expert_hidden": (4,), "tower_hidden": ()}
 
-# Everything in which the variants differ: the preset and its arguments.
+# Everything in which the variants differ: the published model and its arguments.
 VARIANTS: dict[str, dict[str, Any]] = {
     "single_task": BOTTOM,
     "shared_bottom": BOTTOM,
-    "mmoe": {"preset": "mmoe", **EXPERTS, "num_experts": 4},
-    "cgc": {"preset": "ple", **EXPERTS, "num_levels": 1, "num_own": 1, "num_shared": 1},
-    "ple": {"preset": "ple", **EXPERTS, "num_levels": 2, "num_own": 1, "num_shared": 1},
-    "stem": {"preset": "stem", **EXPERTS},
+    "mmoe": {"model": "mmoe", **EXPERTS, "num_experts": 4},
+    "cgc": {"model": "ple", **EXPERTS, "num_levels": 1, "num_own": 1, "num_shared": 1},
+    "ple": {"model": "ple", **EXPERTS, "num_levels": 2, "num_own": 1, "num_shared": 1},
+    "stem": {"model": "stem", **EXPERTS},
     # A shared bottom, which is MMoE with one expert, behind refined fields: no more hidden units than the bottom alone.
-    "shared_bottom_refined": {"preset": "mmoe", **EXPERTS, "num_experts": 1, "refine": True},
+    "shared_bottom_refined": {"model": "mmoe", **EXPERTS, "num_experts": 1, "refine": True},
 }
 
 

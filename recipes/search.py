@@ -35,10 +35,11 @@ from torch import Tensor
 from tyro.conf import FlagCreatePairsOff, Positional
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.schema import PADDING_ID
 from ctrlib.search.bytes import bytes_of
-from ctrlib.search.floors import keep_rows, magnitudes, reads
+from ctrlib.search.counting import count_reads
+from ctrlib.search.floors import keep_rows, row_norms
 from ctrlib.search.optembed import OptEmbed
 from ctrlib.search.optinter import OptInter, count_crosses, plan_of
 from ctrlib.search.plan import Plan, materialise
@@ -47,6 +48,7 @@ from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.evaluate import score
 from ctrlib.training.exact import ExactEngine
+from records import record
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Setting:
 # Fewer candidates than the paper's 600, on fewer rows.
 OPTEMBED = {"epochs": 25, "patience": 3, "whole": 0.5, "price": 1e-4, "generations": 8, "rows": 16_384}
 THRESHOLDS = {**OPTEMBED, "alpha": 3e-4, "threshold_learning_rate": 0.01}
-DEEPFM = {"preset": "deepfm", "batch_norm": True}
+DEEPFM = {"model": "deepfm", "batch_norm": True}
 FRAPPE = Setting(
     {**DEEPFM, "embedding_dim": 10, "hidden": (128, 64), "dropout": 0.2},
     {"batch_size": 4096, "embedding_l2": 0.05, "learning_rate": 1e-3},
@@ -97,7 +99,7 @@ SETTINGS = {
     "movielens_1m_ids": MOVIELENS,
     "movielens_1m_ids_noise": replace(MOVIELENS, share=0.45, methods={**MOVIELENS.methods, "optembed": THRESHOLDS}),
     "planted": Setting(
-        {"preset": "fm", "embedding_dim": 16},
+        {"model": "fm", "embedding_dim": 16},
         {"batch_size": 1024, "embedding_l2": 0.0, "learning_rate": 1e-3},
         methods={"optfs": {"penalty": 2e-4, "temperature": 5000.0}},
     ),
@@ -184,7 +186,7 @@ class Run:
     def fresh(self) -> ctr.Model:
         """The untouched model before training."""
         torch.manual_seed(self.seed)
-        return presets.build(self.setting.config, self.schema)
+        return models.build(self.setting.config, self.schema)
 
     def trained(self, name: str, build: Callable[[], ctr.Model], *, fine_tune: bool = False) -> ctr.Model:
         """The model, trained from what is built, or as it was trained before.
@@ -246,7 +248,7 @@ class Run:
             "network_parameters": model.num_parameters()["network"],
             "embedding_bytes": bytes_of(model).embedding,
         }
-        (self.out / name / "result.json").write_text(ctr.to_json(result), encoding="utf-8")
+        (self.out / name / "result.json").write_text(ctr.training.to_json(result), encoding="utf-8")
 
     def known(self, name: str) -> ctr.Model:
         """A model that is there, with its scores; recorded, if it was not yet."""
@@ -258,17 +260,17 @@ class Run:
         if self.knobs.record and not (folder / "recorded").exists():
             row = {**result, "samples_per_second": "", "engine": "exact", "precision": "fp32", "note": ""}
             row |= {"seed": self.seed, "data_hash": self.schema.hash}
-            model_name = f"{self.setting.config['preset']}_{self.setting.config['embedding_dim']} {name}"
-            ctr.record(row, Path(__file__).parent / "results.csv", data=self.knobs.data_set, model=model_name)
+            model_name = f"{self.setting.config['model']}_{self.setting.config['embedding_dim']} {name}"
+            record(row, Path(__file__).parent / "results.csv", data=self.knobs.data_set, model=model_name)
             (folder / "recorded").touch()
         model: Any = ctr.Predictor.load(folder).model
         return model
 
     def row_floors(self, base: ctr.Model, num_bytes: int, size: str) -> None:
         """Rows kept by other rules, in as many bytes, from both starts; `size` is for their names."""
-        counts = reads(self.train, self.schema)
+        counts = count_reads(self.schema, self.train)
         generator = torch.Generator().manual_seed(self.seed)
-        floors = {"frequency cut": counts, "magnitude pruning": magnitudes(base, self.schema)}
+        floors = {"frequency cut": counts, "magnitude pruning": row_norms(base, self.schema)}
         if self.knobs.data_set == "planted":
             floors["random rows"] = {name: torch.rand(len(n), generator=generator) for name, n in counts.items()}
         self.trained("untouched, fine-tuned", lambda: copy.deepcopy(base), fine_tune=True)

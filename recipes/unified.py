@@ -20,6 +20,7 @@ from tyro.conf import FlagCreatePairsOff
 import ctrlib as ctr
 from ctrlib.embeddings.unified import UnifiedTables, proportional_rows
 from ctrlib.training.allocator import keep_freed_memory
+from records import record
 
 DATA = "movielens_1m_ids"
 WIDTH, INIT = 30, 0.05
@@ -78,9 +79,9 @@ def main(knobs: Knobs) -> None:
         device="cpu",
         out=knobs.out,
     )
-    print(ctr.to_json({"data": DATA, "model": knobs.model, **result}))
+    print(ctr.training.to_json({"data": DATA, "model": knobs.model, **result}))
     if knobs.record:
-        ctr.record(result, Path(__file__).parent / "results.csv", data=DATA, model=knobs.model)
+        record(result, Path(__file__).parent / "results.csv", data=DATA, model=knobs.model)
 
 
 if __name__ == "__main__":

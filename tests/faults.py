@@ -40,13 +40,12 @@ from rich.console import Console
 from rich.table import Table
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import distributed, models
 from ctrlib.batch import Batch
 from ctrlib.data.synthetic import Teacher, generate
-from ctrlib.training import distributed
 from ctrlib.training.run import EngineName, make_engine
 
-CONFIG = {"preset": "deepfm", "embedding_dim": 8, "hidden": [16], "wide_columns": 4, "dropout": 0.1, "batch_norm": True}
+CONFIG = {"model": "deepfm", "embedding_dim": 8, "hidden": [16], "wide_columns": 4, "dropout": 0.1, "batch_norm": True}
 TEACHER = Teacher(num_rows=5200, cardinalities=(50, 40, 30), num_numeric=2, max_history=5, seed=3)
 TRAIN_ROWS, BATCH, EPOCHS = 1200, 128, 3
 STEPS = -(-TRAIN_ROWS // BATCH)  # an epoch
@@ -142,7 +141,7 @@ def train(life: Life) -> dict[str, Any]:
     if setup.ranks > 1:
         distributed.init_process_group(torch.device("cpu"))
     torch.manual_seed(1)
-    model = presets.build(presets.for_engine(CONFIG, setup.engine), ctr.Schema.load(life.data))
+    model = models.build(models.for_engine(CONFIG, setup.engine), ctr.Schema.load(life.data))
     engine = make_engine(
         model,
         setup.engine,
@@ -188,7 +187,7 @@ def train(life: Life) -> dict[str, Any]:
     ]
     own = hashlib.sha256()
     for name, value in sorted(engine.state().items()):
-        parts = value.parts if isinstance(value, ctr.Shards) else (((0,) * value.dim(), value),)
+        parts = value.parts if isinstance(value, ctr.sharding.Shards) else (((0,) * value.dim(), value),)
         for offsets, part in sorted(parts, key=lambda pair: pair[0]):
             own.update(f"{name} {offsets} {tuple(part.shape)}".encode())
             own.update(part.detach().reshape(-1).view(torch.uint8).numpy())

@@ -15,7 +15,7 @@ B, NUM_FIELDS, D, T = 9, 6, 8, 3
 
 def test_set_attention_does_not_care_about_the_order_of_fields() -> None:
     x, order = torch.randn(B, NUM_FIELDS, D), torch.randperm(NUM_FIELDS)
-    attention = ctr.SetAttention(D, num_groups=3)
+    attention = ctr.towers.SetAttention(D, num_groups=3)
     fields, groups = attention(x)
     permuted, same_groups = attention(x[:, order])
     torch.testing.assert_close(permuted, fields[:, order], rtol=0, atol=1e-6)
@@ -24,7 +24,7 @@ def test_set_attention_does_not_care_about_the_order_of_fields() -> None:
 
 def test_folded_attention_is_multi_head_attention() -> None:
     """In both directions: that of torch with the same projections; and so is what a group reads of each field."""
-    attention = ctr.SetAttention(D, num_groups=3, num_heads=2)
+    attention = ctr.towers.SetAttention(D, num_groups=3, num_heads=2)
     x, groups = torch.randn(B, NUM_FIELDS, D), torch.randn(B, 3, D)
     for block in (attention.gather, attention.scatter):
         folded, plain = block.attention, torch.nn.MultiheadAttention(D, 2, batch_first=True)
@@ -45,7 +45,7 @@ def test_folded_attention_is_multi_head_attention() -> None:
 def test_squeeze_and_excitation_knows_the_fields() -> None:
     """So that their order must stay: the same only if its weights are permuted with the fields."""
     x, order = torch.randn(B, NUM_FIELDS, D), torch.tensor([3, 0, 5, 1, 2, 4])
-    tower = ctr.APEM((NUM_FIELDS, D), num_tasks=T, num_groups=3, skip_dim=0)
+    tower = ctr.towers.APEM((NUM_FIELDS, D), num_tasks=T, num_groups=3, skip_dim=0)
     with torch.no_grad():
         for layer in (tower.blocks[0].excite[0], tower.blocks[0].excite[2]):
             torch.nn.init.normal_(layer.weight, std=2.0)
@@ -61,7 +61,7 @@ def test_squeeze_and_excitation_knows_the_fields() -> None:
 
 def test_cost_is_linear_in_the_number_of_fields() -> None:
     def flops(num_fields: int) -> int:
-        attention = ctr.SetAttention(16, num_groups=8)
+        attention = ctr.towers.SetAttention(16, num_groups=8)
         with FlopCounterMode(display=False) as counter:
             attention(torch.randn(2, num_fields, 16))
         return counter.get_total_flops()
@@ -70,7 +70,7 @@ def test_cost_is_linear_in_the_number_of_fields() -> None:
 
 
 def test_excitation_of_zero_weights_is_one_half() -> None:
-    tower = ctr.APEM((NUM_FIELDS, D), num_tasks=T, num_groups=3)
+    tower = ctr.towers.APEM((NUM_FIELDS, D), num_tasks=T, num_groups=3)
     with torch.no_grad():
         tower.blocks[0].excite[2].weight.zero_()
         tower.blocks[0].excite[2].bias.zero_()
@@ -82,7 +82,7 @@ def test_excitation_of_zero_weights_is_one_half() -> None:
 
 
 def test_selection_follows_the_equations() -> None:
-    tower = ctr.APEM((NUM_FIELDS, D), num_tasks=T, num_groups=3, num_blocks=2, temperature=0.5, skip_dim=4)
+    tower = ctr.towers.APEM((NUM_FIELDS, D), num_tasks=T, num_groups=3, num_blocks=2, temperature=0.5, skip_dim=4)
     x = torch.randn(B, NUM_FIELDS, D)
     patterns, fields = tower.patterns(x)
     out = tower(x)
@@ -96,7 +96,7 @@ def test_selection_follows_the_equations() -> None:
 
 
 def test_each_task_selects_for_itself() -> None:
-    tower = ctr.APEM((NUM_FIELDS, D), num_tasks=T, num_groups=3)
+    tower = ctr.towers.APEM((NUM_FIELDS, D), num_tasks=T, num_groups=3)
     weights = tower.gate_weights(torch.randn(B, NUM_FIELDS, D))
     assert weights.shape == (T, B, 4) and (weights >= 0).all()
     torch.testing.assert_close(weights.sum(2), torch.ones(T, B))
@@ -110,7 +110,7 @@ def test_each_task_selects_for_itself() -> None:
 def test_chain_finds_the_rates_of_a_table() -> None:
     """Free logits for each of 3 values: q_k = n_k / n_{k-1} at the optimum, and p_1 >= p_2 >= p_3 in every row."""
     counts = torch.tensor([[500.0, 300.0, 60.0, 20.0], [800.0, 80.0, 60.0, 50.0], [300.0, 290.0, 200.0, 10.0]])
-    head = ctr.ESMM((3,), num_tasks=3, hidden=()).double()
+    head = ctr.heads.ESMM((3,), num_tasks=3, hidden=()).double()
     rows, happened = torch.eye(3, dtype=torch.float64), counts[:, 1:].double()
     optimiser = torch.optim.LBFGS(
         head.parameters(), max_iter=800, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
@@ -133,8 +133,10 @@ def test_planted_patterns_are_found() -> None:
     """Task k's label depends on block k of the fields only: its selection falls on the group that reads that block."""
     torch.manual_seed(1)
     shape, every = (2, 2), torch.arange(4)  # two blocks of two fields
-    tower = ctr.APEM((4, D), num_tasks=2, num_groups=2, num_heads=1, temperature=0.1, skip_dim=0, mean_pattern=False)
-    head = ctr.TaskTowers(tower.out_shape, num_tasks=2)
+    tower = ctr.towers.APEM(
+        (4, D), num_tasks=2, num_groups=2, num_heads=1, temperature=0.1, skip_dim=0, mean_pattern=False
+    )
+    head = ctr.heads.TaskTowers(tower.out_shape, num_tasks=2)
     # A field's vectors lie around a direction of its own.
     directions = torch.linalg.qr(torch.randn(D, D))[0][:4] * D**0.5
     vectors = torch.nn.Parameter(0.5 * torch.randn(4, 10, D) + 0.5 * directions.unsqueeze(1))
@@ -168,4 +170,4 @@ def test_planted_patterns_are_found() -> None:
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ctr.APEM((4, 8), **arguments)
+        ctr.towers.APEM((4, 8), **arguments)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
+from ctrlib.distributed import rank
 from ctrlib.embeddings.compositional import FeatureIds, NumbersPerId, Residues
 from ctrlib.embeddings.hash_embedding import HashEmbeddingTables
 from ctrlib.embeddings.memcom import MemComTables
@@ -29,7 +30,6 @@ from ctrlib.embeddings.unified import UnifiedTables, proportional_rows
 from ctrlib.metrics import auc
 from ctrlib.schema import Categorical, Feature, MultiValued, Numeric, RawId, Schema, Sequence
 from ctrlib.testing import check_embedding, example_batch, example_schema
-from ctrlib.training.distributed import rank
 
 SCHEMA = example_schema()  # vocabularies of 20 users, 30 items, for a history too, and 10 genres
 SINGLE = Schema(
@@ -471,10 +471,10 @@ def fused(variant: str, world_size: int, sharding: Any) -> tuple[list[float], di
 def plain(variant: str) -> tuple[list[float], dict[str, Tensor]]:
     """What `fused` computes, on dense gradients."""
     whole = model(variant)
-    tables, named = ctr.tables_of(whole), dict(whole.named_parameters())
+    tables, named = ctr.sharding.tables_of(whole), dict(whole.named_parameters())
     optimisers: list[torch.optim.Optimizer] = [
-        ctr.RowwiseAdagrad([named[name] for name in tables], lr=0.02),
-        ctr.adam({name: weight for name, weight in named.items() if name not in tables}, 0.01),
+        ctr.training.RowwiseAdagrad([named[name] for name in tables], lr=0.02),
+        ctr.training.make_adam({name: weight for name, weight in named.items() if name not in tables}, 0.01),
     ]
     losses = []
     for batch in batches():

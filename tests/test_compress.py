@@ -14,19 +14,19 @@ import pytest
 import torch
 
 import ctrlib as ctr
-from ctrlib import cli, presets
+from ctrlib import cli, models
 from ctrlib.batch import Batch
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.schema import NUM_RESERVED_IDS
 from ctrlib.search.bytes import bytes_of
-from ctrlib.search.compress import compress
+from ctrlib.search.coding import allocate_bits, transform_coding, usage
+from ctrlib.search.compression import compress
 from ctrlib.search.floors import frequency_cut, rounded_rows
 from ctrlib.search.plan import Plan, materialise
-from ctrlib.search.transform_coding import allocate_bits, transform_coding, usage
 from ctrlib.serving.predictor import Predictor, save_model
 from ctrlib.training.run import run
 
-CONFIG = {"preset": "deepfm", "embedding_dim": 8, "hidden": [16], "stacked": 2}
+CONFIG = {"model": "deepfm", "embedding_dim": 8, "hidden": [16], "stacked": 2}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     run(
         folder / "data",
-        lambda schema: presets.build(CONFIG, schema),
+        lambda schema: models.build(CONFIG, schema),
         batch_size=256,
         max_epochs=3,
         embedding_l2=1e-4,
@@ -66,7 +66,7 @@ def test_usage_is_what_a_loop_over_rows_finds() -> None:
     """Reads, and the mean of p (1 - p) g g^T over look-ups, one row and one id at a time."""
     schema = ctr.testing.example_schema()
     torch.manual_seed(0)
-    model = presets.deepfm(presets.Inputs(schema, embedding_dim=3), hidden=(5,)).double().eval()
+    model = models.deepfm(ctr.Inputs(schema, embedding_dim=3), hidden=(5,)).double().eval()
     batch = ctr.testing.example_batch(schema, 40)
     batch = Batch(batch.sparse, batch.dense.double(), batch.labels.double(), batch.weights.double())
     found = usage(model, [batch])
@@ -198,7 +198,7 @@ def test_plans_are_saved_and_of_one_model(trained: tuple[Path, Path], tmp_path: 
     again = Plan.load(tmp_path / "plan.safetensors")
     batches = list(loader(data, "test"))
     assert torch.equal(logits(materialise(model, plan), batches), logits(materialise(model, again), batches))
-    other = presets.build({"preset": "mlp", "embedding_dim": 8, "hidden": [16]}, ctr.Schema.load(data))
+    other = models.build({"model": "mlp", "embedding_dim": 8, "hidden": [16]}, ctr.Schema.load(data))
     with pytest.raises(ValueError, match=r"which has no \['wide.tables'\]"):
         materialise(other, plan)
     with pytest.raises(ValueError, match="is not a plan"):
@@ -295,13 +295,15 @@ def test_several_models_teach_together(trained: tuple[Path, Path], tmp_path: Pat
     gap = (logits(teacher, loader(data)) - logits(model, loader(data))).mean()
     assert gap > 1.5
     order = itertools.count()
-    ctr.distil(small, teacher, loader(data), loader(data, "valid"), learning_rate=0.02, choose=lambda _: next(order))
+    ctr.search.distil(
+        small, teacher, loader(data), loader(data, "valid"), learning_rate=0.02, choose=lambda _: next(order)
+    )
     left = (logits(teacher, loader(data)) - logits(small, loader(data))).mean()
     assert abs(left) < 0.5
     splits = dict.fromkeys(("train", "valid", "test"), generate(Teacher(num_rows=200, cardinalities=(9, 9)))[0])
     features = [ctr.Categorical("C1"), ctr.Categorical("C2")]
     ctr.prepare(splits, tmp_path / "data", features=features, labels="label", log=None)
-    stranger = presets.build(CONFIG, ctr.Schema.load(tmp_path / "data"))
+    stranger = models.build(CONFIG, ctr.Schema.load(tmp_path / "data"))
     save_model(stranger, CONFIG, tmp_path / "data", tmp_path / "stranger")
     with pytest.raises(ValueError, match="prepared"):
         compress(folder, data, tmp_path / "out", ratio=4, teachers=[tmp_path / "stranger"])

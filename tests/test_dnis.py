@@ -17,11 +17,12 @@ from search_checks import check_a_killed_search_goes_on
 from torch import nn
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
 from ctrlib.embeddings.blocks import BlockedVocabulary, BlockTables
 from ctrlib.embeddings.table import TableEmbedding
+from ctrlib.inputs import Inputs
 from ctrlib.model import Model
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema, Sequence
 from ctrlib.search import dnis
@@ -68,7 +69,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planted_search(folder: Path, **changed: Any) -> torch.Tensor:
     """Alpha after a search in a factorization machine whose numbers are a fixed basis: logit = <x, e_item>."""
     torch.manual_seed(0)
-    model = presets.fm(presets.Inputs(Schema.load(folder), embedding_dim=8))
+    model = models.fm(Inputs(Schema.load(folder), embedding_dim=8))
     with torch.no_grad():
         for basis in model.embedding.numeric.parameters():
             basis.copy_(torch.eye(8).view(basis.shape)).requires_grad_(False)
@@ -164,7 +165,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def model_of(data: Path, **inputs: Any) -> Model:
     torch.manual_seed(0)
-    model = presets.deepfm(presets.Inputs(Schema.load(data), embedding_dim=8, **inputs), hidden=(8,), dropout=0.2)
+    model = models.deepfm(Inputs(Schema.load(data), embedding_dim=8, **inputs), hidden=(8,), dropout=0.2)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "embedding_bags" in name:

@@ -21,7 +21,7 @@ B, NUM_FIELDS, D, T = 9, 5, 4, 3
 @pytest.mark.parametrize("specific", [False, True])
 def test_refinement_follows_the_equation(per_element: bool, specific: bool) -> None:
     shape = (T, NUM_FIELDS, D) if specific else (NUM_FIELDS, D)
-    tower = ctr.TaskRefinement(shape, num_tasks=T, per_element=per_element, shared_stream=True)
+    tower = ctr.towers.TaskRefinement(shape, num_tasks=T, per_element=per_element, shared_stream=True)
     for bias in (tower.squeeze_bias, tower.excite_bias):
         nn.init.normal_(bias)
     x = torch.randn(T, B, NUM_FIELDS, D) if specific else torch.randn(B, NUM_FIELDS, D)
@@ -38,8 +38,8 @@ def test_refinement_follows_the_equation(per_element: bool, specific: bool) -> N
 
 
 def test_refinements_learn_from_their_own_task_only() -> None:
-    tower = ctr.TaskRefinement((NUM_FIELDS, D), num_tasks=T)
-    head = ctr.SharedBottom(tower.out_shape, num_tasks=T, bottom_hidden=(8,), tower_hidden=())
+    tower = ctr.towers.TaskRefinement((NUM_FIELDS, D), num_tasks=T)
+    head = ctr.heads.SharedBottom(tower.out_shape, num_tasks=T, bottom_hidden=(8,), tower_hidden=())
     logits = head(tower(torch.randn(B, NUM_FIELDS, D)))
     for task in range(T):
         others = [other for other in range(T) if other != task]
@@ -53,9 +53,9 @@ def test_refinements_learn_from_their_own_task_only() -> None:
 J, L = 2, 6
 
 
-def interests(num_tasks: int = T, num_behaviours: int = J, **arguments: int) -> ctr.TaskInterests:
+def interests(num_tasks: int = T, num_behaviours: int = J, **arguments: int) -> ctr.embeddings.TaskInterests:
     """With a hypernetwork that does not ignore its input, as it does at the start."""
-    module = ctr.TaskInterests(8, num_tasks=num_tasks, num_behaviours=num_behaviours, **arguments)
+    module = ctr.embeddings.TaskInterests(8, num_tasks=num_tasks, num_behaviours=num_behaviours, **arguments)
     nn.init.normal_(module.hyper[2].weight, std=0.3)
     nn.init.normal_(module.scale)
     return module
@@ -67,7 +67,7 @@ def histories() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(J, B, L, 8), torch.arange(L) < lengths.unsqueeze(2), torch.randn(B, 8)
 
 
-def naive(module: ctr.TaskInterests, x: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+def naive(module: ctr.embeddings.TaskInterests, x: Tensor, mask: Tensor, target: Tensor) -> Tensor:
     """Task by task, behaviour by behaviour, row by row, with the whole block each time."""
     out = torch.zeros(len(module.tasks), B, J, 8)
     width = 8 // module.num_heads
@@ -101,7 +101,7 @@ def test_interests_are_those_of_a_double_loop() -> None:
 
 def test_tasks_read_alike_at_the_start() -> None:
     """The hypernetwork begins as gamma = 1, beta = 0: a plain transformer block, the same bits for every task."""
-    module, (x, mask, target) = ctr.TaskInterests(8, num_tasks=T, num_behaviours=J), histories()
+    module, (x, mask, target) = ctr.embeddings.TaskInterests(8, num_tasks=T, num_behaviours=J), histories()
     out = module(x, mask, target)
     assert all(torch.equal(out[task], out[0]) for task in range(T))
     plain = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.0, batch_first=True)
@@ -155,7 +155,7 @@ def test_what_is_masked_is_not_seen() -> None:
 
 def test_one_more_task_or_behaviour_costs_an_embedding() -> None:
     def size(num_tasks: int, num_behaviours: int) -> int:
-        module = ctr.TaskInterests(64, num_tasks=num_tasks, num_behaviours=num_behaviours, condition_dim=8)
+        module = ctr.embeddings.TaskInterests(64, num_tasks=num_tasks, num_behaviours=num_behaviours, condition_dim=8)
         return sum(weight.numel() for weight in module.parameters())
 
     assert size(8, 6) - size(2, 3) == 9 * 8
@@ -163,7 +163,9 @@ def test_one_more_task_or_behaviour_costs_an_embedding() -> None:
 
 def test_interests_are_fields_in_the_schemas_order() -> None:
     schema = example_schema(2)
-    embedding = ctr.InterestEmbedding(schema.features, target="item", num_tasks=2, embedding_dim=4, init_std=1.0)
+    embedding = ctr.embeddings.InterestEmbedding(
+        schema.features, target="item", num_tasks=2, embedding_dim=4, init_std=1.0
+    )
     nn.init.normal_(embedding.interests.hyper[2].weight, std=0.3)
     batch = example_batch(schema, 7)
     out = embedding(batch)
@@ -188,7 +190,9 @@ def test_interests_are_fields_in_the_schemas_order() -> None:
 def test_interests_start_as_small_as_the_rows_of_the_tables() -> None:
     """A LayerNorm's output does not shrink with its input, and would drown the other fields."""
     schema = example_schema(2)
-    embedding = ctr.InterestEmbedding(schema.features, target="item", num_tasks=2, embedding_dim=8, init_std=1e-3)
+    embedding = ctr.embeddings.InterestEmbedding(
+        schema.features, target="item", num_tasks=2, embedding_dim=8, init_std=1e-3
+    )
     batch = example_batch(schema, 64)
     interests = embedding(batch)[:, batch.sparse["history"].lengths() > 0, schema.position("history")]
     assert 0.1e-3 < interests.std().item() < 3e-3
@@ -197,7 +201,9 @@ def test_interests_start_as_small_as_the_rows_of_the_tables() -> None:
 def test_interests_without_tasks_are_those_of_one_task() -> None:
     schema = example_schema(2)
     alike, one = (
-        ctr.InterestEmbedding(schema.features, target="item", num_tasks=num_tasks, embedding_dim=4, init_std=1.0)
+        ctr.embeddings.InterestEmbedding(
+            schema.features, target="item", num_tasks=num_tasks, embedding_dim=4, init_std=1.0
+        )
         for num_tasks in (None, 1)
     )
     alike.load_state_dict(one.state_dict())
@@ -209,16 +215,16 @@ def test_interests_without_tasks_are_those_of_one_task() -> None:
 def test_interests_and_refinement_train_in_front_of_any_head() -> None:
     schema = example_schema(2)
     heads = {
-        "mmoe": lambda shape: ctr.MMoE(shape, num_tasks=2, num_experts=2, expert_hidden=(8,), tower_hidden=()),
-        "ple": lambda shape: ctr.PLE(shape, num_tasks=2, expert_hidden=(8,), tower_hidden=()),
-        "esmm": lambda shape: ctr.ESMM(shape, hidden=(8,)),
-        "aitm": lambda shape: ctr.AITM(shape, num_tasks=2, tower_hidden=(8,)),
+        "mmoe": lambda shape: ctr.heads.MMoE(shape, num_tasks=2, num_experts=2, expert_hidden=(8,), tower_hidden=()),
+        "ple": lambda shape: ctr.heads.PLE(shape, num_tasks=2, expert_hidden=(8,), tower_hidden=()),
+        "esmm": lambda shape: ctr.heads.ESMM(shape, hidden=(8,)),
+        "aitm": lambda shape: ctr.heads.AITM(shape, num_tasks=2, tower_hidden=(8,)),
     }
     batch = example_batch(schema, 64)
     for name, make in heads.items():
         torch.manual_seed(0)
-        embedding = ctr.InterestEmbedding(schema.features, target="item", num_tasks=2, embedding_dim=4)
-        tower = ctr.TaskRefinement(embedding.out_shape, num_tasks=2, shared_stream=name == "ple")
+        embedding = ctr.embeddings.InterestEmbedding(schema.features, target="item", num_tasks=2, embedding_dim=4)
+        tower = ctr.towers.TaskRefinement(embedding.out_shape, num_tasks=2, shared_stream=name == "ple")
         model = ctr.Model(embedding, tower, make(tower.out_shape))
         engine = ctr.ExactEngine(model, learning_rate=0.005)
         losses = [engine.step(batch).item() for _ in range(60)]
@@ -263,8 +269,8 @@ def test_planted_gates() -> None:
     logits = torch.stack([2 * w[ids[:, 0]] + 2 * v[ids[:, 2]], -2 * w[ids[:, 0]] + 2 * u[ids[:, 1]]], dim=1)
     labels = torch.bernoulli(logits.sigmoid())
     embedding = tables(6, 40, 8)
-    tower = ctr.TaskRefinement(embedding.out_shape, num_tasks=2)
-    head = ctr.SharedBottom(tower.out_shape, num_tasks=2, bottom_hidden=(32,), tower_hidden=())
+    tower = ctr.towers.TaskRefinement(embedding.out_shape, num_tasks=2)
+    head = ctr.heads.SharedBottom(tower.out_shape, num_tasks=2, bottom_hidden=(32,), tower_hidden=())
     train(ctr.Model(embedding, tower, head), ids, labels, epochs=4, size=512, rate=0.01)
     with torch.no_grad():
         gates = tower.gate_weights(embedding(batches(ids, labels, len(ids))[0])).mean(1)
@@ -296,8 +302,8 @@ def test_planted_interests() -> None:
         return Batch(sparse, torch.zeros(len(rows), 0), labels[rows], torch.ones(len(rows)))
 
     def aucs(embedding: nn.Module) -> list[float]:
-        tower = ctr.TaskRefinement(embedding.out_shape, num_tasks=2)
-        head = ctr.SharedBottom(tower.out_shape, num_tasks=2, bottom_hidden=(16,), tower_hidden=())
+        tower = ctr.towers.TaskRefinement(embedding.out_shape, num_tasks=2)
+        head = ctr.heads.SharedBottom(tower.out_shape, num_tasks=2, bottom_hidden=(16,), tower_hidden=())
         model = ctr.Model(embedding, tower, head)
         engine = ctr.ExactEngine(model, learning_rate=0.01)
         for _ in range(10):
@@ -307,9 +313,9 @@ def test_planted_interests() -> None:
         return [task["auc"] for task in tasks]
 
     common = {"embedding_dim": 8, "init_std": 0.5}
-    units = [ctr.Unit(("item",), (name,), ctr.MeanPooling(8)) for name in names[1:]]
-    assert max(aucs(ctr.SequenceEmbedding(features, units=units, **common))) < 0.8
-    assert min(aucs(ctr.InterestEmbedding(features, target="item", num_tasks=2, **common))) > 0.82
+    units = [ctr.embeddings.Unit(("item",), (name,), ctr.embeddings.MeanPooling(8)) for name in names[1:]]
+    assert max(aucs(ctr.embeddings.SequenceEmbedding(features, units=units, **common))) < 0.8
+    assert min(aucs(ctr.embeddings.InterestEmbedding(features, target="item", num_tasks=2, **common))) > 0.82
 
 
 NUM_TASKS, WIDTH, ROWS, HELD_OUT = 3, 6, 16_000, 8_000
@@ -317,20 +323,20 @@ ONE_LAYER = {"expert_hidden": (WIDTH,), "tower_hidden": ()}
 # Each task's path has the same WIDTH hidden units.
 ANSWERS: dict[str, Callable[[tuple[int, int], int], tuple[nn.Module, nn.Module]]] = {
     "shared_bottom": lambda s, t: (
-        f := ctr.Flatten(s),
-        ctr.SharedBottom(f.out_shape, num_tasks=t, bottom_hidden=(WIDTH,), tower_hidden=()),
+        f := ctr.towers.Flatten(s),
+        ctr.heads.SharedBottom(f.out_shape, num_tasks=t, bottom_hidden=(WIDTH,), tower_hidden=()),
     ),
     "dtrn": lambda s, t: (
-        r := ctr.TaskRefinement(s, num_tasks=t),
-        ctr.SharedBottom(r.out_shape, num_tasks=t, bottom_hidden=(WIDTH,), tower_hidden=()),
+        r := ctr.towers.TaskRefinement(s, num_tasks=t),
+        ctr.heads.SharedBottom(r.out_shape, num_tasks=t, bottom_hidden=(WIDTH,), tower_hidden=()),
     ),
     "ple": lambda s, t: (
-        f := ctr.Flatten(s),
-        ctr.PLE(f.out_shape, num_tasks=t, num_own=1, num_shared=1, **ONE_LAYER),
+        f := ctr.towers.Flatten(s),
+        ctr.heads.PLE(f.out_shape, num_tasks=t, num_own=1, num_shared=1, **ONE_LAYER),
     ),
     "stem": lambda s, t: (
-        f := ctr.Streams(s, num_streams=t + 1),
-        ctr.STEM(f.out_shape, num_tasks=t, **ONE_LAYER),
+        f := ctr.towers.Streams(s, num_streams=t + 1),
+        ctr.heads.STEM(f.out_shape, num_tasks=t, **ONE_LAYER),
     ),
 }
 
@@ -364,14 +370,20 @@ def test_planted_conflict_hurts_a_shared_bottom_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ctr.TaskRefinement((3, NUM_FIELDS, D), num_tasks=2), r"expects fields \(F, D\) or \(2, F, D\)"),
-        (lambda: ctr.TaskRefinement((NUM_FIELDS, D), num_tasks=0), "0 tasks"),
-        (lambda: ctr.TaskInterests(6, num_tasks=1, num_behaviours=1, num_heads=4), "a multiple of num_heads"),
+        (lambda: ctr.towers.TaskRefinement((3, NUM_FIELDS, D), num_tasks=2), r"expects fields \(F, D\) or \(2, F, D\)"),
+        (lambda: ctr.towers.TaskRefinement((NUM_FIELDS, D), num_tasks=0), "0 tasks"),
         (
-            lambda: ctr.InterestEmbedding(example_schema().features, target="price", num_tasks=2),
+            lambda: ctr.embeddings.TaskInterests(6, num_tasks=1, num_behaviours=1, num_heads=4),
+            "a multiple of num_heads",
+        ),
+        (
+            lambda: ctr.embeddings.InterestEmbedding(example_schema().features, target="price", num_tasks=2),
             "must be a cat",
         ),
-        (lambda: ctr.InterestEmbedding(example_schema().features, target="user", num_tasks=2), "no history shares"),
+        (
+            lambda: ctr.embeddings.InterestEmbedding(example_schema().features, target="user", num_tasks=2),
+            "no history shares",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Callable[[], nn.Module], message: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training.guard import clip_gradients
 
@@ -23,11 +23,11 @@ def inputs(embedding_dim: int = 8, **layout: Any) -> ctr.Inputs:
     return ctr.Inputs(SCHEMA, embedding_dim=embedding_dim, **layout)
 
 
-PRESETS: dict[str, Callable[..., ctr.Model]] = {
-    "mlp": lambda **k: presets.mlp(inputs(**k), hidden=(8,), batch_norm=True),
-    "deepfm": lambda **k: presets.deepfm(inputs(**k), hidden=(8,)),
-    "dcnv2": lambda **k: presets.dcnv2(inputs(**k), hidden=(8,), num_cross_layers=2),
-    "fm": lambda **k: presets.fm(inputs(**k)),
+MODELS: dict[str, Callable[..., ctr.Model]] = {
+    "mlp": lambda **k: models.mlp(inputs(**k), hidden=(8,), batch_norm=True),
+    "deepfm": lambda **k: models.deepfm(inputs(**k), hidden=(8,)),
+    "dcnv2": lambda **k: models.dcnv2(inputs(**k), hidden=(8,), num_cross_layers=2),
+    "fm": lambda **k: models.fm(inputs(**k)),
 }
 
 # A bias before batch normalisation has gradient 0 but for rounding, and Adam scales rounding up to a full step.
@@ -56,10 +56,10 @@ def test_loss_without_any_label_is_zero_and_has_a_gradient_of_zero() -> None:
     assert logits.grad.abs().sum().item() == 0.0
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MODELS)
 def test_exact_engine_is_adam_on_bce_plus_l2_with_clipping(name: str) -> None:
     torch.manual_seed(0)
-    model = PRESETS[name]()
+    model = MODELS[name]()
     reference = copy.deepcopy(model)
     l2, clip = 0.5, 0.05  # both large enough to matter
     engine = ctr.ExactEngine(model, learning_rate=0.01, embedding_l2=l2, max_grad_norm=clip)
@@ -80,7 +80,7 @@ def test_exact_engine_is_adam_on_bce_plus_l2_with_clipping(name: str) -> None:
 
 
 def test_exact_engine_decays_rows_that_no_batch_touches() -> None:
-    model = PRESETS["mlp"]()
+    model = MODELS["mlp"]()
     table = model.embedding.tables.embedding_bags["table_user"].weight
     row = table[1].detach().abs().sum().item()  # id 1 (missing) never occurs in example batches
     engine = ctr.ExactEngine(model, embedding_l2=0.1, learning_rate=1e-5)
@@ -110,12 +110,12 @@ def reference_fused(model: ctr.Model, batches: list[ctr.Batch], *, lr: float, ta
 
 
 @pytest.mark.parametrize("stacked", [0, 2])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MODELS)
 def test_fused_engine_is_row_wise_adagrad_and_adam(name: str, stacked: int) -> None:
     torch.manual_seed(0)
     wide = {"wide_columns": 4} if name in ("fm", "deepfm") else {}
-    model = PRESETS[name](**wide, stacked=stacked)
-    reference = PRESETS[name](stacked=stacked)  # one wide column: four equal ones must move like it
+    model = MODELS[name](**wide, stacked=stacked)
+    reference = MODELS[name](stacked=stacked)  # one wide column: four equal ones must move like it
     state = {
         key: value[:, :1] if "_wide" in key and value.shape[1] == 4 else value
         for key, value in model.state_dict().items()
@@ -138,7 +138,7 @@ def test_fused_engine_is_row_wise_adagrad_and_adam(name: str, stacked: int) -> N
 
 
 def test_fused_engine_keeps_the_weights_of_the_model_it_is_given() -> None:
-    model = PRESETS["mlp"]()
+    model = MODELS["mlp"]()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     after = ctr.FusedEngine(model).weights()
     assert before.keys() == after.keys()
@@ -147,7 +147,7 @@ def test_fused_engine_keeps_the_weights_of_the_model_it_is_given() -> None:
 
 @pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine])
 def test_cutting_the_learning_rate_to_zero_freezes_everything(engine_class: type) -> None:
-    engine = engine_class(PRESETS["mlp"](), max_grad_norm=None)
+    engine = engine_class(MODELS["mlp"](), max_grad_norm=None)
     engine.step(example_batch(SCHEMA, 16))
     engine.learning_rates = [0.0 for _ in engine.learning_rates]
     before = engine.weights()
@@ -160,7 +160,7 @@ def test_cutting_the_learning_rate_to_zero_freezes_everything(engine_class: type
 
 @pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine])
 def test_a_non_finite_loss_changes_no_weight(engine_class: type) -> None:
-    engine = engine_class(PRESETS["mlp"]())
+    engine = engine_class(MODELS["mlp"]())
     engine.model.train()
     before = engine.weights()
     batch = example_batch(SCHEMA, 16)
@@ -171,13 +171,13 @@ def test_a_non_finite_loss_changes_no_weight(engine_class: type) -> None:
 
 
 def test_frozen_tables_stay_frozen_with_l2_and_after_a_cut() -> None:
-    model = PRESETS["mlp"]()
+    model = MODELS["mlp"]()
     for parameter in model.embedding.parameters():
         parameter.requires_grad_(False)
     engine = ctr.ExactEngine(model, embedding_l2=0.1)
     before = engine.weights()
     engine.step(example_batch(SCHEMA, 16))
-    fused = ctr.FusedEngine(PRESETS["mlp"](), embedding_learning_rate=0.0)
+    fused = ctr.FusedEngine(MODELS["mlp"](), embedding_learning_rate=0.0)
     kept = fused.weights()
     fused.learning_rates = [rate * 0.1 for rate in fused.learning_rates]
     fused.step(example_batch(SCHEMA, 16))
@@ -190,14 +190,14 @@ def test_a_loss_of_ones_own() -> None:
         return ((logits - labels).square() * weights[:, None]).mean()
 
     batch = example_batch(SCHEMA, 16)
-    model = PRESETS["fm"]()
+    model = MODELS["fm"]()
     expected = squared(model(batch), batch.labels, batch.weights)
     torch.testing.assert_close(ctr.ExactEngine(model, loss=squared).step(batch), expected.detach())
 
 
 @pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine])
 def test_weights_round_trip_and_refuse_other_keys(engine_class: type) -> None:
-    engine = engine_class(PRESETS["deepfm"](wide_columns=4))
+    engine = engine_class(MODELS["deepfm"](wide_columns=4))
     kept = engine.weights()
     engine.step(example_batch(SCHEMA, 16))
     engine.load_weights(kept)
@@ -210,14 +210,14 @@ def test_weights_round_trip_and_refuse_other_keys(engine_class: type) -> None:
 
 def test_fused_engine_refuses_widths_its_kernels_cannot_do() -> None:
     with pytest.raises(ValueError, match="use embedding_dim=12"):
-        ctr.FusedEngine(presets.mlp(inputs(embedding_dim=10), hidden=(4,)))
+        ctr.FusedEngine(models.mlp(inputs(embedding_dim=10), hidden=(4,)))
     with pytest.raises(ValueError, match="columns=4"):
-        ctr.FusedEngine(presets.fm(inputs()))
+        ctr.FusedEngine(models.fm(inputs()))
 
 
 def test_bf16_stays_close_to_fp32() -> None:
     torch.manual_seed(0)
-    model = PRESETS["dcnv2"]()
+    model = MODELS["dcnv2"]()
     low = ctr.FusedEngine(copy.deepcopy(model), precision="bf16")
     high = ctr.FusedEngine(model)
     for step in range(20):
@@ -230,7 +230,7 @@ def test_bf16_stays_close_to_fp32() -> None:
 def test_both_engines_learn_the_same_problem() -> None:
     for engine_class in (ctr.ExactEngine, ctr.FusedEngine):
         torch.manual_seed(0)
-        engine = engine_class(PRESETS["mlp"](), learning_rate=0.01)
+        engine = engine_class(MODELS["mlp"](), learning_rate=0.01)
         batch = example_batch(SCHEMA, 64)
         first = engine.step(batch).item()
         for _ in range(40):
@@ -313,7 +313,7 @@ def test_fused_engine_says_when_an_id_is_out_of_range() -> None:
     batch = example_batch(SCHEMA, 8)
     batch.sparse.values()[0] = 10_000
     with pytest.raises(RuntimeError, match="idx < num_rows"):
-        ctr.FusedEngine(PRESETS["mlp"]()).step(batch)
+        ctr.FusedEngine(MODELS["mlp"]()).step(batch)
 
 
 def test_kept_memory_is_not_faulted_in_again() -> None:

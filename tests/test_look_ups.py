@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.serving.predictor import Predictor, save_model
 from ctrlib.testing import example_batch, example_schema
 
@@ -33,16 +33,17 @@ def test_every_tower_learns_on_every_look_up(tables: dict[str, Any]) -> None:
     schema = example_schema(num_tasks=2)
     batch = example_batch(schema, 64)
     with pytest.raises(ValueError, match="are for sequence='pooled', got 'tim'"):
-        presets.build({"preset": "dtrn", "embedding_dim": 8, "tables": tables}, schema)
-    for name in sorted(presets.PRESETS.keys() - {"dtrn"}):  # whose histories need a row for each id
+        models.build({"model": "dtrn", "embedding_dim": 8, "tables": tables}, schema)
+    of_histories = {name for name, model in models.MODELS.items() if model.kind == "sequence"} | {"dtrn"}
+    for name in sorted(models.MODELS.keys() - of_histories):  # whose events need a row for each id
         torch.manual_seed(0)
         config = {
-            "preset": name,
+            "model": name,
             "embedding_dim": 8,
             "tables": json.loads(json.dumps(tables)),
             **ARGUMENTS.get(name, {}),
         }
-        model = presets.build(config, schema)
+        model = models.build(config, schema)
         engine = ctr.ExactEngine(model, learning_rate=0.003)
         model.train()
         losses = [engine.step(batch).item() for _ in range(12)]
@@ -59,8 +60,8 @@ def test_a_saved_model_looks_up_alike(tmp_path: Path) -> None:
     features = [ctr.Categorical("a"), ctr.Categorical("b")]
     ctr.prepare(splits, tmp_path / "data", features=features, labels="label", log=None)
     schema = ctr.Schema.load(tmp_path / "data")
-    config = {"preset": "mlp", "embedding_dim": 4, "hidden": [4], "tables": {"kind": "unified", "num_embeddings": 6}}
-    model = presets.build(config, schema).eval()
+    config = {"model": "mlp", "embedding_dim": 4, "hidden": [4], "tables": {"kind": "unified", "num_embeddings": 6}}
+    model = models.build(config, schema).eval()
     save_model(model, config, tmp_path / "data", tmp_path / "model")
     batch = next(iter(ctr.Loader(tmp_path / "data", "test", batch_size=20)))
     assert torch.equal(Predictor.load(tmp_path / "model").model(batch), model(batch))
@@ -81,4 +82,4 @@ def test_a_saved_model_looks_up_alike(tmp_path: Path) -> None:
 )
 def test_wrong_look_ups(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        presets.build({"preset": "mlp", "embedding_dim": 8, **arguments}, example_schema())
+        models.build({"model": "mlp", "embedding_dim": 8, **arguments}, example_schema())

@@ -12,15 +12,17 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.batch import Batch
+from ctrlib.distributed import rank
 from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
+from ctrlib.inputs import Inputs
 from ctrlib.layers import LowRankLinear
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.schema import Categorical, Numeric, Schema
-from ctrlib.search.fold import fold
-from ctrlib.search.histogram import histogram
-from ctrlib.search.low_rank import (
+from ctrlib.search.counting import count_reads
+from ctrlib.search.folding import fold_decoders
+from ctrlib.search.mimicking import (
     Goal,
     Moments,
     allocate_ranks,
@@ -37,7 +39,6 @@ from ctrlib.search.low_rank import (
     weighted_pca,
 )
 from ctrlib.testing import example_batch, example_schema
-from ctrlib.training.distributed import rank
 
 SCHEMA = example_schema()
 # One id a row, a vocabulary shared by two features, and numbers in between.
@@ -119,8 +120,8 @@ def test_pca_is_optimal_for_the_look_ups() -> None:
 
 def test_histogram_path_is_the_data_pass() -> None:
     batches = batches_of(SINGLE)
-    counts = histogram(SINGLE, batches)
-    embedding = trained_like(presets.mlp(presets.Inputs(SINGLE, embedding_dim=8), hidden=(4,))).embedding
+    counts = count_reads(SINGLE, batches)
+    embedding = trained_like(models.mlp(Inputs(SINGLE, embedding_dim=8), hidden=(4,))).embedding
     moments = Moments(8)
     for batch in batches:
         fields = embedding(batch)
@@ -185,7 +186,7 @@ def test_a_large_table_is_taken_in_chunks() -> None:
 def test_histogram_counts_look_ups() -> None:
     batches = batches_of(SCHEMA)
     batches[1].weights[40:] = 0  # rows that only pad
-    counts = histogram(SCHEMA, batches)
+    counts = count_reads(SCHEMA, batches)
     expected = {
         name: torch.zeros(rows, dtype=torch.int64) for name, rows in (("user", 20), ("item", 30), ("genres", 10))
     }
@@ -199,7 +200,7 @@ def test_histogram_counts_look_ups() -> None:
     assert all(torch.equal(counts[name], expected[name]) for name in expected)
 
     def of_rank() -> Any:
-        return histogram(SCHEMA, batches[2 * rank() : 2 * rank() + 2])
+        return count_reads(SCHEMA, batches[2 * rank() : 2 * rank() + 2])
 
     for of_both in run_ranks(2, of_rank):
         assert all(torch.equal(of_both[name], expected[name]) for name in expected)
@@ -209,18 +210,18 @@ def test_histogram_refuses_what_does_not_fit() -> None:
     small = Schema(tuple(Categorical(name, num_embeddings=20) for name in ("user", "item")), ("click",))
     batch = example_batch(SINGLE, 64)
     with pytest.raises(ValueError, match=r"'user' has id \d+, but its vocabulary has 20"):
-        histogram(small, [batch])
+        count_reads(small, [batch])
     with pytest.raises(ValueError, match="no size yet"):
-        histogram(Schema((Categorical("user"),), ("click",)), [batch])
+        count_reads(Schema((Categorical("user"),), ("click",)), [batch])
 
 
 # Ranks.
 
 
 def test_planted_rank_is_found() -> None:
-    model = presets.mlp(presets.Inputs(SINGLE, embedding_dim=16), hidden=(4,))
+    model = models.mlp(Inputs(SINGLE, embedding_dim=16), hidden=(4,))
     plant(model, rank=3)
-    counts = histogram(SINGLE, batches_of(SINGLE))
+    counts = count_reads(SINGLE, batches_of(SINGLE))
     table = full_table(model.embedding, "user", 60)
     mean, basis, energies = weighted_pca(table[1:], counts["user"][1:])
     assert rank_for_energy(energies, 0.999) == 3
@@ -340,9 +341,7 @@ def test_layers_mimic_outputs_where_weights_are_not_low_rank() -> None:
 
 def test_statistics_are_those_of_all_outputs() -> None:
     model = trained_like(
-        presets.xdeepfm(
-            presets.Inputs(SCHEMA, embedding_dim=4), num_maps=(3,), hidden=(8, 8), batch_norm=True, dropout=0.5
-        )
+        models.xdeepfm(Inputs(SCHEMA, embedding_dim=4), num_maps=(3,), hidden=(8, 8), batch_norm=True, dropout=0.5)
     )
     batches = batches_of(SCHEMA)
     batches[0].weights[10:] = 0
@@ -376,7 +375,7 @@ def test_statistics_are_those_of_all_outputs() -> None:
 
 
 def test_layers_that_would_not_shrink_stay() -> None:
-    model = presets.mlp(presets.Inputs(SINGLE, embedding_dim=16), hidden=(64, 64, 6))
+    model = models.mlp(Inputs(SINGLE, embedding_dim=16), hidden=(64, 64, 6))
     batches = batches_of(SINGLE)
     statistics = output_statistics(model, list(linear_layers(model)), batches)
     for goal in (Goal(energy=0.9), Goal(rank=32), Goal(rank=8), Goal(ratio=2), Goal(energy=1.0)):
@@ -391,7 +390,7 @@ def test_layers_that_would_not_shrink_stay() -> None:
 
 
 def test_layers_meet_a_budget() -> None:
-    model = presets.mlp(presets.Inputs(SINGLE, embedding_dim=16), hidden=(64, 64, 64))
+    model = models.mlp(Inputs(SINGLE, embedding_dim=16), hidden=(64, 64, 64))
     batches = batches_of(SINGLE)
     statistics = output_statistics(model, list(linear_layers(model)), batches)
 
@@ -417,20 +416,20 @@ def test_layers_meet_a_budget() -> None:
 
 # Models.
 
-PRESETS = {
-    "mlp": lambda inputs: presets.mlp(inputs, hidden=(32, 32), batch_norm=True),
-    "deepfm": lambda inputs: presets.deepfm(inputs, hidden=(32, 32)),
-    "dcnv2": lambda inputs: presets.dcnv2(inputs, hidden=(32, 32), num_cross_layers=2),
-    "finalmlp": lambda inputs: presets.finalmlp(inputs, hidden_1=(32,), hidden_2=(32,)),
+MODELS = {
+    "mlp": lambda inputs: models.mlp(inputs, hidden=(32, 32), batch_norm=True),
+    "deepfm": lambda inputs: models.deepfm(inputs, hidden=(32, 32)),
+    "dcnv2": lambda inputs: models.dcnv2(inputs, hidden=(32, 32), num_cross_layers=2),
+    "finalmlp": lambda inputs: models.finalmlp(inputs, hidden_1=(32,), hidden_2=(32,)),
 }
 
 
 @pytest.mark.parametrize("stacked", [0, 1])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MODELS)
 def test_any_model_becomes_smaller_and_keeps_its_function_at_planted_rank(name: str, stacked: int) -> None:
     torch.manual_seed(0)
-    model = trained_like(PRESETS[name](presets.Inputs(SCHEMA, embedding_dim=16)))
-    reference = trained_like(PRESETS[name](presets.Inputs(SCHEMA, embedding_dim=16, stacked=stacked)))
+    model = trained_like(MODELS[name](Inputs(SCHEMA, embedding_dim=16)))
+    reference = trained_like(MODELS[name](Inputs(SCHEMA, embedding_dim=16, stacked=stacked)))
     batches = batches_of(SCHEMA)
     for collection in (module for module in model.modules() if isinstance(module, ctr.TableEmbedding)):
         for number, weight in enumerate(collection.tables.parameters()):
@@ -466,7 +465,7 @@ def _copy_unstacked(model: ctr.Model, stacked: ctr.Model) -> None:
 
 
 def test_every_feature_counts_and_the_padding_row_does_not() -> None:
-    model = presets.mlp(presets.Inputs(SINGLE, embedding_dim=8), hidden=(4,))
+    model = models.mlp(Inputs(SINGLE, embedding_dim=8), hidden=(4,))
     counts = {"user": torch.ones(60), "item": torch.ones(90)}
     for weight in model.embedding.tables.parameters():
         weight.data = torch.randn(90, 8, generator=generator())[: len(weight)]
@@ -479,7 +478,7 @@ def test_every_feature_counts_and_the_padding_row_does_not() -> None:
 
 
 def test_a_model_of_low_rank_is_compressed_no_further_than_its_other_layers() -> None:
-    model = presets.mlp(presets.Inputs(SINGLE, embedding_dim=16), hidden=(32, 32))
+    model = models.mlp(Inputs(SINGLE, embedding_dim=16), hidden=(32, 32))
     batches = batches_of(SINGLE)
     small = apply_low_rank(model, low_rank(model, SINGLE, batches, tables=Goal(rank=4), layers=Goal(rank=12)))
     assert [type(layer) for layer in small.tower.layers] == [LowRankLinear, nn.ReLU] * 2
@@ -488,7 +487,7 @@ def test_a_model_of_low_rank_is_compressed_no_further_than_its_other_layers() ->
 
 def test_several_look_ups_of_one_model_stay_apart() -> None:
     features = SINGLE.features
-    embedding = ctr.ConcatFields(
+    embedding = ctr.embeddings.ConcatFields(
         ctr.TableEmbedding(features, embedding_dim=16),
         ctr.TableEmbedding(features, only=["item", "age"], embedding_dim=16, suffix="_context"),
     )
@@ -498,7 +497,7 @@ def test_several_look_ups_of_one_model_stay_apart() -> None:
     plan = low_rank(model, SINGLE, batches, tables=Goal(rank=4))
     assert list(plan.tables) == ["embedding.embeddings.0.tables", "embedding.embeddings.1.tables"]
     small = apply_low_rank(model, plan)
-    names = [name.split(".")[-2] for name in ctr.tables_of(small)]
+    names = [name.split(".")[-2] for name in ctr.sharding.tables_of(small)]
     assert names == ["table_user", "table_item", "table_item_1"]
     for path, tables in plan.tables.items():
         for table in tables:
@@ -511,7 +510,7 @@ def test_several_look_ups_of_one_model_stay_apart() -> None:
 
 
 def test_bytes_of_the_plan_are_those_of_the_model() -> None:
-    model = presets.deepfm(presets.Inputs(SINGLE, embedding_dim=16), hidden=(32,))
+    model = models.deepfm(Inputs(SINGLE, embedding_dim=16), hidden=(32,))
     batches = batches_of(SINGLE)
     for goal, most in ((Goal(num_bytes=4000), 4000), (Goal(ratio=3), 150 * 64 // 3), (Goal(energy=0.5), 150 * 64)):
         plan = low_rank(model, SINGLE, batches, tables=goal)
@@ -526,7 +525,7 @@ def test_bytes_of_the_plan_are_those_of_the_model() -> None:
 
 def test_tables_and_layers_together_then_fold() -> None:
     torch.manual_seed(0)
-    model = trained_like(presets.mlp(presets.Inputs(SINGLE, embedding_dim=16), hidden=(32, 16), batch_norm=True))
+    model = trained_like(models.mlp(Inputs(SINGLE, embedding_dim=16), hidden=(32, 16), batch_norm=True))
     plant(model, rank=4)
     batches = batches_of(SINGLE, size=256)
     for _ in range(3):  # running statistics other than at birth
@@ -540,7 +539,7 @@ def test_tables_and_layers_together_then_fold() -> None:
     small = apply_low_rank(model, low_rank(model, SINGLE, batches, tables=Goal(rank=4)))
     torch.testing.assert_close(small(batches[1]), model(batches[1]), rtol=0, atol=1e-5)
     for narrow in (small, apply_low_rank(model, plan)):
-        folded = fold(narrow, SINGLE)
+        folded = fold_decoders(narrow, SINGLE)
         assert folded.embedding.out_shape == folded.tower.in_shape == (5, 4)
         torch.testing.assert_close(folded(batches[1]), narrow(batches[1]), rtol=0, atol=1e-5)
         assert not folded.embedding.tables.decoders and not folded.embedding.tables.means
@@ -553,11 +552,11 @@ def test_tables_and_layers_together_then_fold() -> None:
 
 def test_bags_are_folded_without_means() -> None:
     torch.manual_seed(0)
-    model = trained_like(presets.mlp(presets.Inputs(SCHEMA, embedding_dim=16), hidden=(8,))).eval()
+    model = trained_like(models.mlp(Inputs(SCHEMA, embedding_dim=16), hidden=(8,))).eval()
     batches = batches_of(SCHEMA)
     assert (batches[0].sparse.lengths() == 0).any()
     small = apply_low_rank(model, low_rank(model, SCHEMA, batches, tables=Goal(rank=4), centred=False))
-    torch.testing.assert_close(fold(small, SCHEMA)(batches[0]), small(batches[0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fold_decoders(small, SCHEMA)(batches[0]), small(batches[0]), rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_folded_is_refused() -> None:
@@ -566,34 +565,34 @@ def test_what_cannot_be_folded_is_refused() -> None:
     def narrow(model: ctr.Model, **arguments: Any) -> ctr.Model:
         return apply_low_rank(model, low_rank(model, SCHEMA, batches, **{"tables": Goal(rank=4), **arguments}))
 
-    inputs = presets.Inputs(SCHEMA, embedding_dim=16)
-    mlp = presets.mlp(inputs, hidden=(8,))
+    inputs = Inputs(SCHEMA, embedding_dim=16)
+    mlp = models.mlp(inputs, hidden=(8,))
     with pytest.raises(ValueError, match=r"\('item', 'history'\).*centred=False"):
-        fold(narrow(mlp), SCHEMA)
+        fold_decoders(narrow(mlp), SCHEMA)
     with pytest.raises(ValueError, match="got MLP, TableEmbedding and EmbeddingBagCollection"):
-        fold(mlp, SCHEMA)
+        fold_decoders(mlp, SCHEMA)
     with pytest.raises(ValueError, match="got Parallel, TableEmbedding and NarrowTables"):
-        fold(narrow(presets.deepfm(inputs, hidden=(8,))), SCHEMA)
+        fold_decoders(narrow(models.deepfm(inputs, hidden=(8,))), SCHEMA)
     with pytest.raises(ValueError, match=r"got ranks \[4, 16\]"):
-        fold(narrow(mlp, tables=Goal(num_bytes=3200), centred=False), SCHEMA)
-    periodic = presets.mlp(presets.Inputs(SCHEMA, embedding_dim=16, numeric="periodic"), hidden=(8,))
+        fold_decoders(narrow(mlp, tables=Goal(num_bytes=3200), centred=False), SCHEMA)
+    periodic = models.mlp(Inputs(SCHEMA, embedding_dim=16, numeric="periodic"), hidden=(8,))
     with pytest.raises(ValueError, match="got Periodic"):
-        fold(narrow(periodic, centred=False), SCHEMA)
+        fold_decoders(narrow(periodic, centred=False), SCHEMA)
     small = narrow(mlp, centred=False)
     dropping = NarrowTable("user", ("user",), 20, 4, kept="first", num_kept=9, dropped_to=0)
     rest = [table for table in small.embedding.tables.stored.values() if table.name != "user"]
     small.embedding.tables = NarrowTables([dropping, *rest], embedding_dim=16)
     with pytest.raises(ValueError, match=r"\('user',\)"):
-        fold(small, SCHEMA)
+        fold_decoders(small, SCHEMA)
 
 
 def test_what_cannot_be_compressed_is_refused() -> None:
     batches = batches_of(SCHEMA)
-    model = presets.mlp(presets.Inputs(SCHEMA, embedding_dim=8, sequence="din"), hidden=(32,))
+    model = models.mlp(Inputs(SCHEMA, embedding_dim=8, sequence="din"), hidden=(32,))
     with pytest.raises(NotImplementedError, match=r"embedding.tables.*event by event"):
         low_rank(model, SCHEMA, batches, tables=Goal(rank=4))
     assert low_rank(model, SCHEMA, batches, layers=Goal(rank=4)).layers
-    plain = presets.mlp(presets.Inputs(SCHEMA, embedding_dim=8), hidden=(8,))
+    plain = models.mlp(Inputs(SCHEMA, embedding_dim=8), hidden=(8,))
     with pytest.raises(ValueError, match="nothing to do"):
         low_rank(plain, SCHEMA, batches)
     with pytest.raises(ValueError, match="lowest ranks take"):
@@ -628,7 +627,7 @@ def test_fine_tuning_starts_far_ahead_of_a_random_low_rank_model() -> None:
         with torch.no_grad():
             return float(binary_cross_entropy(model(held_out), held_out.labels, held_out.weights))
 
-    model = presets.deepfm(presets.Inputs(schema, embedding_dim=16), hidden=(32,))
+    model = models.deepfm(Inputs(schema, embedding_dim=16), hidden=(32,))
     engine = ctr.ExactEngine(model, learning_rate=0.01)
     for _ in range(4):
         for step in data:

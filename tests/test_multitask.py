@@ -18,7 +18,8 @@ from test_sharding import part
 from torch import Tensor, nn
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models, plots
+from ctrlib.analysis.transfer import _Ranked
 from ctrlib.data.synthetic import conflict
 from ctrlib.heads.aitm import order_violation
 from ctrlib.heads.esmm import logit_of_both
@@ -26,22 +27,21 @@ from ctrlib.heads.stacked import StackedHidden, StackedLinear
 from ctrlib.losses import collect_auxiliary, total_auxiliary
 from ctrlib.testing import check_head, example_batch, example_schema
 from ctrlib.training.evaluate import Scores, score
-from ctrlib.training.recipe import LabelKnobs, run_label_recipe
-from ctrlib.training.transfer import _Ranked
+from harness import LabelKnobs, run_label_recipe
 
 B, H, T = 7, 6, 3
 NARROW: dict[str, Any] = {"expert_hidden": (8, 5), "tower_hidden": (4,)}
 
 # All that take one stream of (B, H).
 HEADS: dict[str, Callable[[tuple[int, ...]], nn.Module]] = {
-    "task_towers": lambda s: ctr.TaskTowers(s, num_tasks=T, hidden=(4,)),
-    "shared_bottom": lambda s: ctr.SharedBottom(s, num_tasks=T, bottom_hidden=(8, 5), tower_hidden=(4,)),
-    "mmoe": lambda s: ctr.MMoE(s, num_tasks=T, num_experts=4, **NARROW),
-    "omoe": lambda s: ctr.MMoE(s, num_tasks=T, num_experts=4, one_gate=True, **NARROW),
-    "cgc": lambda s: ctr.PLE(s, num_tasks=T, num_own=2, num_shared=1, **NARROW),
-    "ple": lambda s: ctr.PLE(s, num_tasks=T, num_levels=2, num_own=1, num_shared=2, **NARROW),
-    "esmm": lambda s: ctr.ESMM(s, num_tasks=T, hidden=(4,)),
-    "aitm": lambda s: ctr.AITM(s, num_tasks=T, tower_hidden=(8, 4)),
+    "task_towers": lambda s: ctr.heads.TaskTowers(s, num_tasks=T, hidden=(4,)),
+    "shared_bottom": lambda s: ctr.heads.SharedBottom(s, num_tasks=T, bottom_hidden=(8, 5), tower_hidden=(4,)),
+    "mmoe": lambda s: ctr.heads.MMoE(s, num_tasks=T, num_experts=4, **NARROW),
+    "omoe": lambda s: ctr.heads.MMoE(s, num_tasks=T, num_experts=4, one_gate=True, **NARROW),
+    "cgc": lambda s: ctr.heads.PLE(s, num_tasks=T, num_own=2, num_shared=1, **NARROW),
+    "ple": lambda s: ctr.heads.PLE(s, num_tasks=T, num_levels=2, num_own=1, num_shared=2, **NARROW),
+    "esmm": lambda s: ctr.heads.ESMM(s, num_tasks=T, hidden=(4,)),
+    "aitm": lambda s: ctr.heads.AITM(s, num_tasks=T, tower_hidden=(8, 4)),
 }
 
 
@@ -56,7 +56,7 @@ def test_streams_do_what_a_pass_for_each_task_does(name: str) -> None:
     """Task t's logit of (S, B, H) is that of the same weights on stream t alone (with the shared one, if there is)."""
     torch.manual_seed(0)
     num_streams = T + (name in ("cgc", "ple", "stem"))
-    make = {**HEADS, "stem": lambda s: ctr.STEM(s, num_tasks=T, num_experts=2, **NARROW)}[name]
+    make = {**HEADS, "stem": lambda s: ctr.heads.STEM(s, num_tasks=T, num_experts=2, **NARROW)}[name]
     head = make((num_streams, H))
     x = torch.randn(num_streams, B, H)
     out = head(x)
@@ -92,7 +92,7 @@ def test_stacked_layers_are_layers_side_by_side() -> None:
 
 
 def test_mmoe_with_one_expert_is_shared_bottom() -> None:
-    mmoe = ctr.MMoE((H,), num_tasks=T, num_experts=1, **NARROW)
+    mmoe = ctr.heads.MMoE((H,), num_tasks=T, num_experts=1, **NARROW)
     plain = HEADS["shared_bottom"]((H,))
     with torch.no_grad():
         for mine, theirs in zip(list(plain.bottom)[::2], list(mmoe.experts)[::2]):
@@ -105,7 +105,7 @@ def test_mmoe_with_one_expert_is_shared_bottom() -> None:
 
 
 def test_gates_do_not_matter_where_experts_are_alike() -> None:
-    mmoe = ctr.MMoE((H,), num_tasks=T, num_experts=4, **NARROW)
+    mmoe = ctr.heads.MMoE((H,), num_tasks=T, num_experts=4, **NARROW)
     with torch.no_grad():
         for layer in list(mmoe.experts)[::2]:
             layer.weight.copy_(layer.weight[:1].expand_as(layer.weight))
@@ -118,7 +118,7 @@ def test_gates_do_not_matter_where_experts_are_alike() -> None:
 
 
 def test_mmoe_with_one_hot_gates_is_a_net_for_each_task() -> None:
-    mmoe = ctr.MMoE((H,), num_tasks=T, num_experts=T, **NARROW)
+    mmoe = ctr.heads.MMoE((H,), num_tasks=T, num_experts=T, **NARROW)
     x = torch.randn(B, H)
     x[:, 0] = 1.0
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_mmoe_with_one_hot_gates_is_a_net_for_each_task() -> None:
             assert torch.count_nonzero(grad[others]) == 0
 
 
-def reference_ple(head: ctr.PLE, x: Tensor, num_own: int, num_shared: int) -> Tensor:
+def reference_ple(head: ctr.heads.PLE, x: Tensor, num_own: int, num_shared: int) -> Tensor:
     """The paper's equations, expert by expert: T task streams, then the shared one."""
 
     def expert(stack: nn.Module, index: int, value: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def reference_ple(head: ctr.PLE, x: Tensor, num_own: int, num_shared: int) -> Te
 
 @pytest.mark.parametrize(("levels", "own", "shared"), [(1, 2, 1), (2, 1, 2), (3, 2, 2)])
 def test_ple_follows_the_paper(levels: int, own: int, shared: int) -> None:
-    head = ctr.PLE((H,), num_tasks=T, num_levels=levels, num_own=own, num_shared=shared, **NARROW)
+    head = ctr.heads.PLE((H,), num_tasks=T, num_levels=levels, num_own=own, num_shared=shared, **NARROW)
     x = torch.randn(B, H)
     torch.testing.assert_close(head(x), reference_ple(head, x, own, shared))
     # Nothing reads a shared stream after the last level: one level, CGC, has no gate of it at all.
@@ -170,21 +170,21 @@ def test_ple_follows_the_paper(levels: int, own: int, shared: int) -> None:
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_ple_without_shared_experts_shares_nothing(levels: int) -> None:
-    head = ctr.PLE((H,), num_tasks=T, num_levels=levels, num_own=2, num_shared=0, **NARROW)
+    head = ctr.heads.PLE((H,), num_tasks=T, num_levels=levels, num_own=2, num_shared=0, **NARROW)
     x = torch.randn(B, H)
     for task in range(T):
         others = [other for other in range(T) if other != task]
         for grad in grads(head(x)[:, task].sum(), head.parameters()):
             by_task = grad.unflatten(0, (T, -1))
             assert torch.count_nonzero(by_task[others]) == 0
-        single = ctr.PLE((H,), num_tasks=1, num_levels=levels, num_own=2, num_shared=0, **NARROW)
+        single = ctr.heads.PLE((H,), num_tasks=1, num_levels=levels, num_own=2, num_shared=0, **NARROW)
         single.load_state_dict({name: weight.unflatten(0, (T, -1))[task] for name, weight in head.state_dict().items()})
         torch.testing.assert_close(single(x)[:, 0], head(x)[:, task])
 
 
 def test_ple_without_own_experts_is_mmoe() -> None:
-    head = ctr.PLE((H,), num_tasks=T, num_own=0, num_shared=4, **NARROW)
-    mmoe = ctr.MMoE((H,), num_tasks=T, num_experts=4, **NARROW)
+    head = ctr.heads.PLE((H,), num_tasks=T, num_own=0, num_shared=4, **NARROW)
+    mmoe = ctr.heads.MMoE((H,), num_tasks=T, num_experts=4, **NARROW)
     level = head.levels[0]
     mmoe.experts.load_state_dict(level.shared.state_dict())
     mmoe.gate.load_state_dict(level.gates.state_dict())
@@ -198,7 +198,7 @@ def test_esmm_finds_the_rates_of_a_table() -> None:
     shown = torch.tensor([400, 900, 250, 600])
     clicked = torch.tensor([120, 90, 200, 30])
     bought = torch.tensor([30, 45, 10, 3])
-    head = ctr.ESMM((4,), hidden=()).double()
+    head = ctr.heads.ESMM((4,), hidden=()).double()
     rows = torch.eye(4, dtype=torch.float64)
     optimiser = torch.optim.LBFGS(
         head.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
@@ -220,7 +220,7 @@ def test_esmm_finds_the_rates_of_a_table() -> None:
 
 
 def test_rows_without_a_click_teach_the_conversion_tower() -> None:
-    head = ctr.ESMM((H,), hidden=(4,))
+    head = ctr.heads.ESMM((H,), hidden=(4,))
     loss = ctr.binary_cross_entropy(head(torch.randn(B, H)), torch.zeros(B, 2), torch.ones(B))
     (grad,) = grads(loss, [head.towers.last.weight])
     assert grad[1].abs().sum() > 0
@@ -243,14 +243,14 @@ def test_chains_of_steps_are_exact_and_finite() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e4, 1e8])
 def test_later_steps_are_never_likelier(scale: float) -> None:
-    head = ctr.ESMM((H,), num_tasks=5, hidden=(4,))
+    head = ctr.heads.ESMM((H,), num_tasks=5, hidden=(4,))
     logits = head(scale * torch.randn(50, H))
     assert torch.isfinite(logits).all()
     assert (logits.diff(dim=1) <= 0).all()
 
 
 def test_aitm_follows_the_paper() -> None:
-    head = ctr.AITM((H,), num_tasks=T, tower_hidden=(8, 4))
+    head = ctr.heads.AITM((H,), num_tasks=T, tower_hidden=(8, 4))
     x = torch.randn(B, H)
     own = head.bottoms(x)
     known = [own[0]]
@@ -266,7 +266,7 @@ def test_aitm_calibrator() -> None:
     p = torch.tensor([[0.9, 0.5, 0.6], [0.9, 0.5, 0.1], [0.2, 0.2, 0.2]], requires_grad=True)
     violation = order_violation(p.logit())
     torch.testing.assert_close(violation, torch.tensor([0.1, 0.0, 0.0]))
-    head = ctr.AITM((H,), num_tasks=T, tower_hidden=(8, 4))
+    head = ctr.heads.AITM((H,), num_tasks=T, tower_hidden=(8, 4))
     x = torch.randn(B, H)
     for training, expected in ((True, 1), (False, 0)):
         head.train(training)
@@ -284,7 +284,7 @@ def test_aitm_calibrator() -> None:
 
 def test_stem_reads_all_embeddings_and_teaches_its_own() -> None:
     torch.manual_seed(0)
-    head = ctr.STEM((T + 1, H), num_tasks=T, num_experts=2, **NARROW)
+    head = ctr.heads.STEM((T + 1, H), num_tasks=T, num_experts=2, **NARROW)
     x = torch.randn(T + 1, B, H, requires_grad=True)
     for task in range(T):
         (grad,) = grads(head(x)[:, task].sum(), [x])
@@ -298,7 +298,7 @@ def test_stem_reads_all_embeddings_and_teaches_its_own() -> None:
 
 def test_stem_streams_are_slices_of_one_table() -> None:
     schema = example_schema(2)
-    model = presets.stem(presets.Inputs(schema, embedding_dim=4), **NARROW)
+    model = models.stem(ctr.Inputs(schema, embedding_dim=4), **NARROW)
     assert model.embedding.out_shape == (6, 12)
     batch = example_batch(schema, 9)
     fields = model.embedding(batch)
@@ -326,17 +326,17 @@ def test_uncertainty_weighting_is_kendalls_at_the_best_scales() -> None:
     def kendall(factor: float) -> Tensor:
         return sum(loss / s**2 + s.log() for loss in losses for s in [factor * (2 * loss).sqrt()])
 
-    torch.testing.assert_close(ctr.uncertainty_weighted(logits, labels, weights), kendall(1.0))
+    torch.testing.assert_close(ctr.losses.uncertainty_weighted(logits, labels, weights), kendall(1.0))
     assert all(kendall(factor) > kendall(1.0) for factor in (0.9, 1.1))
 
 
 def test_clicked_only_labels() -> None:
     labels = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [torch.nan, torch.nan]])
-    known = ~torch.isnan(ctr.given_previous(labels))
+    known = ~torch.isnan(ctr.losses.given_previous(labels))
     assert known.tolist() == [[True, True], [True, True], [True, False], [False, False]]
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "shared_bottom": {"bottom_hidden": (8, 5), "tower_hidden": (4,)},
     "mmoe": {"num_experts": 2, **NARROW, "refine": True},
     "ple": {**NARROW, "refine": True},
@@ -347,13 +347,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_compute_the_loss_of_one(name: str) -> None:
     schema = example_schema(2)
 
     def losses() -> list[float]:
         torch.manual_seed(0)
-        model = presets.build({"preset": name, "embedding_dim": 4, **PRESETS[name]}, schema)
+        model = models.build({"model": name, "embedding_dim": 4, **MODELS[name]}, schema)
         engine = ctr.ExactEngine(model, learning_rate=0.01)
         engine.model.train()
         seen = []
@@ -373,16 +373,16 @@ def test_two_ranks_compute_the_loss_of_one(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ctr.MMoE((H,), num_tasks=0), "needs one or more tasks"),
-        (lambda: ctr.MMoE((4, H), num_tasks=3), r"of \[3\] streams, got \(4, 6\)"),
-        (lambda: ctr.MMoE((H,), num_tasks=2, num_experts=0), "one or more networks"),
-        (lambda: ctr.PLE((2, H), num_tasks=2), r"of \[3\] streams"),
-        (lambda: ctr.PLE((H,), num_tasks=2, num_own=0, num_shared=0), "and experts"),
-        (lambda: ctr.PLE((H,), num_tasks=2, num_levels=0), "one or more levels"),
-        (lambda: ctr.STEM((H,), num_tasks=2), "needs 3 streams of embeddings"),
-        (lambda: ctr.AITM((H,), num_tasks=2, penalty=-1.0), "penalty must be 0 or more"),
-        (lambda: ctr.SharedBottom((H,), num_tasks=2, bottom_hidden=()), "hidden widths"),
-        (lambda: ctr.Streams((3, 8), num_streams=3), "a multiple of 3 as embedding_dim"),
+        (lambda: ctr.heads.MMoE((H,), num_tasks=0), "needs one or more tasks"),
+        (lambda: ctr.heads.MMoE((4, H), num_tasks=3), r"of \[3\] streams, got \(4, 6\)"),
+        (lambda: ctr.heads.MMoE((H,), num_tasks=2, num_experts=0), "one or more networks"),
+        (lambda: ctr.heads.PLE((2, H), num_tasks=2), r"of \[3\] streams"),
+        (lambda: ctr.heads.PLE((H,), num_tasks=2, num_own=0, num_shared=0), "and experts"),
+        (lambda: ctr.heads.PLE((H,), num_tasks=2, num_levels=0), "one or more levels"),
+        (lambda: ctr.heads.STEM((H,), num_tasks=2), "needs 3 streams of embeddings"),
+        (lambda: ctr.heads.AITM((H,), num_tasks=2, penalty=-1.0), "penalty must be 0 or more"),
+        (lambda: ctr.heads.SharedBottom((H,), num_tasks=2, bottom_hidden=()), "hidden widths"),
+        (lambda: ctr.towers.Streams((3, 8), num_streams=3), "a multiple of 3 as embedding_dim"),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Callable[[], nn.Module], message: str) -> None:
@@ -409,7 +409,7 @@ def test_a_planted_loss_is_reported_and_noise_is_not() -> None:
     noisy = true + rng.normal(size=(2, 4000, 2)) * [1.0, 0.3]
     multi = scores(np.stack([noisy[0, :, 0], noisy[0, :, 1]], axis=1), labels)
     singles = [scores(true[:, :1], labels[:, :1]), scores(noisy[1, :, 1:], labels[:, 1:])]
-    loses, same = ctr.compare_tasks(multi, singles, tasks=["a", "b"])
+    loses, same = ctr.analysis.compare_tasks(multi, singles, tasks=["a", "b"])
     assert (loses["verdict"], same["verdict"]) == ("loses", "no difference shown")
     for task, (found, single) in enumerate(zip((loses, same), singles)):
         test = ctr.metrics.auc_paired_test(labels[:, task], multi.logits[:, task], single.logits[:, 0])
@@ -421,7 +421,9 @@ def test_a_planted_loss_is_reported_and_noise_is_not() -> None:
     few = scores(multi.logits[groups], labels[groups], groups)
     alone = [scores(single.logits[groups], single.labels[groups], groups) for single in singles]
     clustered, plain = (
-        ctr.compare_tasks(few if grouped else dataclasses.replace(few, groups=None), alone, tasks=["a", "b"])[0]
+        ctr.analysis.compare_tasks(few if grouped else dataclasses.replace(few, groups=None), alone, tasks=["a", "b"])[
+            0
+        ]
         for grouped in (True, False)
     )
     ratio = np.diff(clustered["interval"]) / np.diff(plain["interval"])
@@ -434,53 +436,53 @@ def test_scores_of_other_rows_are_refused() -> None:
     multi, single = scores(rng.random((50, 2)), labels), scores(rng.random((50, 1)), labels[:, :1])
     for wrong in (single, multi):
         with pytest.raises(ValueError, match=r"[ab]: expected a model of this label alone, scored on the same rows"):
-            ctr.compare_tasks(multi, [wrong, single], tasks=["a", "b"])
+            ctr.analysis.compare_tasks(multi, [wrong, single], tasks=["a", "b"])
     with pytest.raises(ValueError, match="for each of 2 tasks"):
-        ctr.compare_tasks(multi, [single], tasks=["a", "b"])
+        ctr.analysis.compare_tasks(multi, [single], tasks=["a", "b"])
     one_class = scores(rng.random((50, 1)), np.ones((50, 1)))
     with pytest.raises(ValueError, match="one class only"):
-        ctr.compare_tasks(one_class, [one_class], tasks=["a"])
+        ctr.analysis.compare_tasks(one_class, [one_class], tasks=["a"])
 
 
 def test_gradient_cosines_know_conflict_agreement_and_independence(tmp_path: Path) -> None:
     schema = example_schema(3)
     torch.manual_seed(0)
-    model = presets.shared_bottom(presets.Inputs(schema, embedding_dim=4), bottom_hidden=(8,), tower_hidden=())
+    model = models.shared_bottom(ctr.Inputs(schema, embedding_dim=4), bottom_hidden=(8,), tower_hidden=())
     with torch.no_grad():  # logits near 0; the second task weighs the bottom as the first, the third against it
         model.head.towers.last.weight *= 1e-2
         for copy in (1, 2):
             model.head.towers.last.weight[copy] = model.head.towers.last.weight[0] * (-1) ** (copy + 1)
     batch = example_batch(schema, 64)
     batch.labels[:] = batch.labels[:, :1]
-    found = ctr.gradient_cosines(model, [batch, batch])
+    found = ctr.analysis.gradient_cosines(model, [batch, batch])
     for where in ("embedding", "network"):
         cosine, conflicts = (np.array(found[where][name]) for name in ("cosine", "conflicts"))
         np.testing.assert_allclose(np.diag(cosine), 1, atol=1e-5)
         assert cosine[0, 1] == pytest.approx(1, abs=1e-5) and cosine[0, 2] < -0.99
         assert conflicts[0].tolist() == [0, 0, 1]
-    independent = presets.ple(
-        presets.Inputs(schema, embedding_dim=4), num_levels=1, num_shared=0, expert_hidden=(8,), tower_hidden=()
+    independent = models.ple(
+        ctr.Inputs(schema, embedding_dim=4), num_levels=1, num_shared=0, expert_hidden=(8,), tower_hidden=()
     )
-    found = ctr.gradient_cosines(independent, [batch])
+    found = ctr.analysis.gradient_cosines(independent, [batch])
     assert np.isnan(np.array(found["network"]["cosine"])[~np.eye(3, dtype=bool)]).all()
-    usage = ctr.gate_usage(independent, [batch])
+    usage = ctr.analysis.gate_usage(independent, [batch])
     assert np.array(usage["head"]["mean"]).shape == (3, 2)
     both = ctr.predict(independent, [batch])
     alone = [dataclasses.replace(both, logits=both.logits[:, [t]], labels=both.labels[:, [t]]) for t in range(3)]
-    tasks = ctr.compare_tasks(both, alone, tasks=schema.labels)
+    tasks = ctr.analysis.compare_tasks(both, alone, tasks=schema.labels)
     assert [task["difference"] for task in tasks] == [0, 0, 0]
-    ctr.draw_transfer({"tasks": tasks, "gradients": found, "gates": usage}, tmp_path / "transfer.png")
+    plots.transfer({"tasks": tasks, "gradients": found, "gates": usage}, tmp_path / "transfer.png")
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
 
 
 def test_gates_that_are_known() -> None:
     schema = example_schema(2)
-    model = presets.mmoe(presets.Inputs(schema, embedding_dim=4), num_experts=4, refine=True)
+    model = models.mmoe(ctr.Inputs(schema, embedding_dim=4), num_experts=4, refine=True)
     with torch.no_grad():
         model.head.gate.weight.zero_()
         model.tower.excite.zero_()
         model.tower.excite_bias[1] = 200.0
-    usage = ctr.gate_usage(model, [example_batch(schema, 5), example_batch(schema, 3)])
+    usage = ctr.analysis.gate_usage(model, [example_batch(schema, 5), example_batch(schema, 3)])
     np.testing.assert_allclose(usage["head"]["mean"], np.full((2, 4), 0.25), atol=1e-6)
     np.testing.assert_allclose(usage["head"]["entropy"], [1, 1], atol=1e-6)
     np.testing.assert_allclose(usage["tower"]["mean"], [[1.0] * 6, [2.0] * 6], atol=1e-6)
@@ -489,10 +491,10 @@ def test_gates_that_are_known() -> None:
 
 def test_clicked_only_scores_are_esmms_conditional_ones() -> None:
     torch.manual_seed(0)
-    head, x = ctr.ESMM((H,), num_tasks=3, hidden=(4,)), torch.randn(200, H)
+    head, x = ctr.heads.ESMM((H,), num_tasks=3, hidden=(4,)), torch.randn(200, H)
     with torch.no_grad():
         happened = torch.bernoulli(head.conditional_logits(x).sigmoid()).cumprod(1)
-        steps = ctr.step_scores(scores(head(x).numpy(), happened.numpy()))
+        steps = ctr.analysis.step_scores(scores(head(x).numpy(), happened.numpy()))
         np.testing.assert_allclose(steps.logits, head.conditional_logits(x), rtol=1e-4, atol=1e-4)
     for task in (1, 2):
         rows = happened[:, task - 1] == 1
@@ -509,7 +511,7 @@ def test_a_recipe_of_several_labels_records_and_compares_each(tmp_path: Path) ->
         folder = tmp_path / "_".join(["d", *(kept if len(kept) == 1 else ())])
         ctr.prepare(frame.drop(set(labels) - set(kept)), folder, features=features, labels=kept, log=None)
     (tmp_path / "recipes").mkdir()
-    config = {"preset": "shared_bottom", "embedding_dim": 4, "bottom_hidden": (8,), "tower_hidden": ()}
+    config = {"model": "shared_bottom", "embedding_dim": 4, "bottom_hidden": (8,), "tower_hidden": ()}
     arguments: dict[str, Any] = {"recipe": str(tmp_path / "recipes" / "x.py"), "data": "d", "script": ["none.py"]}
     arguments |= {
         "labels": labels,

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
+from ctrlib.distributed import rank, world_size
 from ctrlib.embeddings.narrow import NarrowTable, NarrowTables, count_bits
 from ctrlib.schema import MISSING_ID, OOV_ID, PADDING_ID, Categorical, MultiValued, Numeric, Schema
+from ctrlib.sharding.sharded import shard
 from ctrlib.testing import check_embedding, example_batch, example_schema
-from ctrlib.training.distributed import rank, world_size
-from ctrlib.training.shard import shard
 
 SCHEMA = example_schema()
 DIM = 8
@@ -369,7 +369,7 @@ def test_rows_that_are_ids_are_sent_ahead_by_the_pipeline() -> None:
 
 def test_every_table_is_found_for_sharding() -> None:
     model = build(NarrowTables(example_tables(), embedding_dim=DIM))
-    found = {name: config.embedding_dim for name, (_, _, config) in ctr.tables_of(model).items()}
+    found = {name: config.embedding_dim for name, (_, _, config) in ctr.sharding.tables_of(model).items()}
     inside = "embedding.tables.tables.embedding_bags.table_"
     assert found == {f"{inside}user.weight": 4, f"{inside}item.weight": 4, f"{inside}genres.weight": 8}
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
 from ctrlib.schema import NUM_RESERVED_IDS, PADDING_ID
 from ctrlib.search import optembed
@@ -54,7 +54,7 @@ def loaders(data: Path, batch_size: int = 500) -> tuple[ctr.Loader, ctr.Loader]:
 
 def build(schema: ctr.Schema, *, dim: int, std: float = 0.1, tower: str = "fm", seed: int = 0) -> ctr.Model:
     torch.manual_seed(seed)
-    model = presets.build({"preset": tower, "embedding_dim": dim, "stacked": 1}, schema)
+    model = models.build({"model": tower, "embedding_dim": dim, "stacked": 1}, schema)
     for weight in model.embedding.parameters():
         torch.nn.init.normal_(weight, std=std)
     return model
@@ -254,7 +254,7 @@ def test_materialised_is_masked(tower: str) -> None:
     options: dict[str, Any] = {"hidden": (8,)} if tower == "deepfm" else {"hidden_1": (8,), "hidden_2": (8,)}
     if tower == "finalmlp":
         options |= {"contexts": (("user",), ("item",)), "gate_hidden": (8,)}
-    model = presets.build({"preset": tower, "embedding_dim": 8, "stacked": 2, **options}, schema)
+    model = models.build({"model": tower, "embedding_dim": 8, "stacked": 2, **options}, schema)
     for weight in model.parameters():
         weight.data.normal_(generator=torch.Generator().manual_seed(weight.numel()), std=0.5)
     supernet, masked, gates = make_supernet(model, schema, OptEmbed(multiple_of=2))

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.embeddings.table import table_name
 from ctrlib.losses import collect_auxiliary
 from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID
@@ -58,7 +58,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(schema: ctr.Schema, *, seed: int = 0, tower: str = "fm", **options: Any) -> ctr.Model:
     torch.manual_seed(seed)
-    return presets.build({"preset": tower, "embedding_dim": 4, **options}, schema)
+    return models.build({"model": tower, "embedding_dim": 4, **options}, schema)
 
 
 def loader(data: Path, split: str = "train", *, batch_size: int = 333) -> ctr.Loader:

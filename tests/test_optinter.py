@@ -17,11 +17,12 @@ from search_checks import check_a_killed_search_goes_on
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.data.loader import Loader
 from ctrlib.embeddings.crosses import CrossTables, PairVectors
 from ctrlib.embeddings.narrow import NarrowTable
 from ctrlib.embeddings.table import TableEmbedding
+from ctrlib.inputs import Inputs
 from ctrlib.model import Model
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema
 from ctrlib.search import optinter
@@ -44,7 +45,7 @@ from ctrlib.training.evaluate import evaluate
 QUIET = Console(quiet=True)
 PAIRS = [("user", "item"), ("user", "shop"), ("item", "shop")]
 ROWS = {"user": 12, "item": 20, "shop": 20}
-CONFIG = {"preset": "dcnv2", "embedding_dim": 6, "hidden": [8], "num_cross_layers": 1, "dropout": 0.1}
+CONFIG = {"model": "dcnv2", "embedding_dim": 6, "hidden": [8], "num_cross_layers": 1, "dropout": 0.1}
 
 
 def write(folder: Path, schema: Schema, splits: dict[str, dict[str, Any]]) -> Path:
@@ -86,7 +87,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def model_of(data: Path, **changed: Any) -> Model:
     torch.manual_seed(0)
-    model = presets.build({**CONFIG, **changed}, Schema.load(data))
+    model = models.build({**CONFIG, **changed}, Schema.load(data))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "embedding_bags" in name:
@@ -174,7 +175,7 @@ def test_a_mixed_choice_is_the_mixture_at_its_corner(data: Path, tmp_path: Path)
     for batch in itertools.chain(*loaders(data)):
         torch.testing.assert_close(smaller.eval()(batch), searched.eval()(batch), atol=1e-6, rtol=0)
     # A model folder keeps the preset's config and what is replaced: it gives the same model again.
-    again = presets.build({**CONFIG, "stacked": 2, "replaced": describe(smaller)}, Schema.load(data))
+    again = models.build({**CONFIG, "stacked": 2, "replaced": describe(smaller)}, Schema.load(data))
     again.load_state_dict(smaller.state_dict())
     batch = next(iter(loaders(data)[1]))
     assert torch.equal(again.eval()(batch), smaller.eval()(batch))
@@ -335,7 +336,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_alpha_from_validation_is_closer_to_the_planted_truth_than_from_train(planted: Path) -> None:
     torch.manual_seed(0)
-    model = presets.mlp(presets.Inputs(Schema.load(planted), embedding_dim=4), hidden=(32,))
+    model = models.mlp(Inputs(Schema.load(planted), embedding_dim=4), hidden=(32,))
     memorised, factorised = {}, {}
     for bilevel in (True, False):
         train = Loader(planted, "train", batch_size=1000, shuffle=True)

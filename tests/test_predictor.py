@@ -12,11 +12,11 @@ import polars as pl
 import pytest
 
 import ctrlib as ctr
-from ctrlib import cli, presets
+from ctrlib import cli, models
 from ctrlib.data.scan import DataError
 from ctrlib.schema import Categorical, Numeric, SchemaError, Sequence
 
-CONFIG: dict[str, Any] = {"preset": "fm", "embedding_dim": 4}
+CONFIG: dict[str, Any] = {"model": "fm", "embedding_dim": 4}
 
 
 def rows(number: int = 60) -> pl.DataFrame:
@@ -42,7 +42,7 @@ def model_of(data: Any, folder: Path, **options: Any) -> ctr.Predictor:
     """A model folder with fresh weights; how good it is does not matter here."""
     options = {"features": FEATURES, "log": None, **options}
     schema = ctr.prepare({"train": data}, folder / "p", **options)
-    ctr.save_model(presets.build(CONFIG, schema), CONFIG, folder / "p", folder / "m")
+    ctr.save_model(models.build(CONFIG, schema), CONFIG, folder / "p", folder / "m")
     return ctr.Predictor.load(folder / "m")
 
 
@@ -130,12 +130,12 @@ def test_files_of_two_models_are_refused(predictor, tmp_path):
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", 'does not name a "preset"'),
-        ('{"embedding_dim": 4}', 'does not name a "preset"'),
-        ('{"preset": "dcnv9"}', "describes no model .*dcnv9"),
-        ('{"preset": "fm", "colour": 1}', "describes no model .*colour"),
-        ('{"preset": "fm", "embedding_dim": "4"}', "describes no model"),
-        ('{"preset": ["fm"]}', "describes no model"),
+        ("[]", 'does not name a "model"'),
+        ('{"embedding_dim": 4}', 'does not name a "model"'),
+        ('{"model": "dcnv9"}', "describes no model .*dcnv9"),
+        ('{"model": "fm", "colour": 1}', "describes no model .*colour"),
+        ('{"model": "fm", "embedding_dim": "4"}', "describes no model"),
+        ('{"model": ["fm"]}', "describes no model"),
     ],
 )
 def test_a_damaged_description_is_named(predictor, content, message):

@@ -328,7 +328,7 @@ def test_plain_tables_refuse_it() -> None:
         lambda: ctr.TableEmbedding(features),
         lambda: ctr.TableEmbedding(features, stacked=2),
         lambda: ctr.Wide(features),
-        lambda: ctr.presets.mlp(ctr.Inputs(schema)),
+        lambda: ctr.models.mlp(ctr.Inputs(schema)),
     ]
     for make in makes:
         with pytest.raises(ValueError, match="feature 'user' has"):
@@ -339,8 +339,8 @@ def test_managed_embedding_reads_a_row_for_each_raw_id() -> None:
     base = example_schema()
     schema = Schema((RawId("session"), *base.features, RawId("device")), base.labels)
 
-    def make(schema: Schema) -> ctr.ManagedEmbedding:
-        return ctr.ManagedEmbedding(
+    def make(schema: Schema) -> ctr.embeddings.ManagedEmbedding:
+        return ctr.embeddings.ManagedEmbedding(
             schema.features,
             num_embeddings={"session": 32, "device": 64, "item": 64},
             eviction_policy=DistanceLFU_EvictionPolicy(),
@@ -361,7 +361,7 @@ def test_managed_embedding_reads_a_row_for_each_raw_id() -> None:
 
 def test_predictor_scores_rows_of_the_log_as_prepared_ones(prepared: Path) -> None:
     schema = Schema.load(prepared)
-    embedding = ctr.ManagedEmbedding(
+    embedding = ctr.embeddings.ManagedEmbedding(
         schema.features,
         num_embeddings=dict.fromkeys(WANTED, 32),
         eviction_policy=DistanceLFU_EvictionPolicy(),
@@ -384,7 +384,7 @@ def test_predictor_scores_rows_of_the_log_as_prepared_ones(prepared: Path) -> No
 
 def test_managed_embedding_wants_rows_for_every_raw_id() -> None:
     with pytest.raises(ValueError, match=r"num_embeddings is for \['user'\], but \['device'\] have raw ids too"):
-        ctr.ManagedEmbedding(
+        ctr.embeddings.ManagedEmbedding(
             [RawId("user"), RawId("device")],
             num_embeddings={"user": 8},
             eviction_policy=DistanceLFU_EvictionPolicy(),
@@ -428,7 +428,7 @@ class Killed(Exception):
 
 def train(stream: Path, make_engine: Callable[[ctr.Model], Any], out: Path) -> tuple[float, dict[str, Tensor]]:
     torch.manual_seed(0)
-    embedding = ctr.ManagedEmbedding(
+    embedding = ctr.embeddings.ManagedEmbedding(
         Schema.load(stream).features,
         num_embeddings={"user": ROWS, "device": 12},
         eviction_policy=DistanceLFU_EvictionPolicy(),

@@ -199,7 +199,7 @@ def test_package_wheel_holds_what_the_script_takes(tmp_path: Path) -> None:
 
 def test_a_model_on_movielens_100k_ranks_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare("movielens_100k.py", "movielens_100k", tmp_path / "d")
-    flags = ["--tower", "fm", "--dim", "8", "--l2", "1e-4", "--batch-size", "1024", "--learning-rate", "0.01", "--json"]
+    flags = ["--model", "fm", "--dim", "8", "--l2", "1e-4", "--batch-size", "1024", "--learning-rate", "0.01", "--json"]
     assert cli.main(["train", str(tmp_path / "d"), "--out", str(tmp_path / "m"), "--epochs", "4", *flags]) == 0
     assert json.loads(capsys.readouterr().out)["test_auc"] > 0.765
 

@@ -19,19 +19,19 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ctrlib as ctr
-from ctrlib import cli, presets
+from ctrlib import cli, models
 from ctrlib.data.synthetic import Teacher, generate
+from ctrlib.distributed import rank, world_size
 from ctrlib.layers import Dice
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training import loop, run
 from ctrlib.training.batch_norm import synchronise_batch_norm
-from ctrlib.training.distributed import rank, world_size
 from ctrlib.training.loop import LostProcessError, _name_lost_processes
 
 ROOT = Path(__file__).parents[1]
 QUIET = Console(quiet=True)
 TEACHER = Teacher(num_rows=6000, cardinalities=(50, 40, 30), num_numeric=2, max_history=5, seed=3)
-CONFIG = {"preset": "deepfm", "embedding_dim": 8, "hidden": [16], "wide_columns": 4, "batch_norm": True}
+CONFIG = {"model": "deepfm", "embedding_dim": 8, "hidden": [16], "wide_columns": 4, "batch_norm": True}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_run(data: Path, **arguments: Any) -> tuple[ctr.Model, dict[str, Any]]:
     config = {**CONFIG, **{name: arguments.pop(name) for name in ("dropout", "batch_norm") if name in arguments}}
     defaults: dict[str, Any] = {"batch_size": 256, "learning_rate": 5e-3, "max_epochs": 2, "console": QUIET}
-    return ctr.run(data, lambda schema: presets.build(config, schema), **{**defaults, **arguments})
+    return ctr.run(data, lambda schema: models.build(config, schema), **{**defaults, **arguments})
 
 
 @pytest.mark.parametrize("engine", ["exact", "fused"])
@@ -78,7 +78,7 @@ def test_a_run_of_two_processes_gives_the_result_of_one(data: Path, engine: str,
 def test_evaluation_of_two_processes_is_that_of_one(data: Path) -> None:
     def scores() -> dict[str, Any]:
         torch.manual_seed(0)
-        model = presets.build(CONFIG, ctr.Schema.load(data))
+        model = models.build(CONFIG, ctr.Schema.load(data))
         loader = ctr.Loader(
             data, "test", batch_size=128 // world_size(), rank=rank(), world_size=world_size(), with_group=True
         )
@@ -149,7 +149,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(data: Path, monkeypatch: pytes
 
 def test_checkpoints_need_a_loader_that_resumes(tmp_path: Path) -> None:
     batches = [example_batch(example_schema(), 8)]
-    engine = ctr.ExactEngine(presets.mlp(ctr.Inputs(example_schema(), embedding_dim=4), hidden=(4,)))
+    engine = ctr.ExactEngine(models.mlp(ctr.Inputs(example_schema(), embedding_dim=4), hidden=(4,)))
     with ctr.Checkpoints(tmp_path) as checkpoints, pytest.raises(TypeError, match=r"a ctrlib\.Loader"):
         ctr.fit(engine, batches, batches, checkpoints=checkpoints, console=QUIET)
 
@@ -157,18 +157,18 @@ def test_checkpoints_need_a_loader_that_resumes(tmp_path: Path) -> None:
 def test_random_states_of_each_rank_come_back_and_other_counts_get_their_own() -> None:
     def draw() -> Any:
         torch.manual_seed(rank())
-        states = ctr.random_state()
+        states = ctr.training.random_state()
         first = torch.rand(3)
-        ctr.set_random_state(states, world_size())
+        ctr.training.set_random_state(states, world_size())
         assert torch.equal(first, torch.rand(3))
-        ctr.set_random_state(states[:1], world_size())
+        ctr.training.set_random_state(states[:1], world_size())
         return states, torch.rand(3)
 
     (states, first), (_, second) = run_ranks(2, draw)
     assert states[0] != states[1]
     assert not torch.equal(first, second)
-    ctr.set_random_state(states, world_size=1)
-    (again,) = run_ranks(1, lambda: (ctr.set_random_state(states, 1), torch.rand(3))[1])
+    ctr.training.set_random_state(states, world_size=1)
+    (again,) = run_ranks(1, lambda: (ctr.training.set_random_state(states, 1), torch.rand(3))[1])
     assert not torch.equal(again, first)
 
 
@@ -254,7 +254,7 @@ def test_ctrl_c_ends_two_processes_in_the_same_step(data: Path) -> None:
 def test_the_command_goes_on_after_its_model_was_written(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", str(data), "--tower", "mlp", "--hidden", "8", "--epochs", "1", "--out", str(tmp_path / "run")]
+    command = ["train", str(data), "--model", "mlp", "--hidden", "8", "--epochs", "1", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.delattr(run, "predict")
         with pytest.raises(NameError):

@@ -16,23 +16,25 @@ import torch
 from rich.console import Console
 
 import ctrlib as ctr
-from ctrlib import cli, presets
+from ctrlib import cli, models
+from ctrlib.distributed import world_size
+from ctrlib.plots import search_result
 from ctrlib.schema import NUM_RESERVED_IDS
 from ctrlib.search import optembed, optfs
-from ctrlib.search import run as runner
 from ctrlib.search.bytes import bytes_of
-from ctrlib.search.floors import keep_rows, magnitudes, reads
+from ctrlib.search.counting import count_reads
+from ctrlib.search.floors import keep_rows, row_norms
+from ctrlib.search.methods import SEARCHES
 from ctrlib.search.optembed import OptEmbed
 from ctrlib.search.plan import Plan, materialise
-from ctrlib.search.run import draw, search_and_retrain, settings_of
+from ctrlib.search.run import search_and_retrain, settings_of
 from ctrlib.search.stages import search_epochs
 from ctrlib.serving.predictor import Predictor
-from ctrlib.training.distributed import world_size
 from ctrlib.training.exact import ExactEngine
 
 ROOT = Path(__file__).parent.parent
 QUIET = Console(quiet=True)
-CONFIG = {"preset": "deepfm", "embedding_dim": 4, "hidden": (8,)}
+CONFIG = {"model": "deepfm", "embedding_dim": 4, "hidden": (8,)}
 OPTFS = {"penalty": 3e-3, "epochs": 3, "learning_rate": 1e-2}
 
 
@@ -53,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(data: Path, seed: int = 0) -> ctr.Model:
     torch.manual_seed(seed)
-    return presets.build(CONFIG, ctr.Schema.load(data))
+    return models.build(CONFIG, ctr.Schema.load(data))
 
 
 def loaders(data: Path) -> tuple[ctr.Loader, ctr.Loader]:
@@ -159,7 +161,7 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", runner.METHODS)
+@pytest.mark.parametrize("method", SEARCHES)
 def test_every_method_goes_the_whole_road(method: str, data: Path, tmp_path: Path) -> None:
     """What is written is the model whose scores and bytes are reported; the summary has words and something to draw."""
     result = search_and_retrain(
@@ -187,7 +189,7 @@ def test_floors_keep_the_best_rows_within_the_budget(data: Path) -> None:
     train, _ = loaders(data)
     model = build(data)
     budget = bytes_of(model).embedding // 3
-    scores = {"reads": reads(train, train.schema), "magnitude": magnitudes(model, train.schema)}
+    scores = {"reads": count_reads(train.schema, train), "magnitude": row_norms(model, train.schema)}
     kinds = {}
     for name, score in scores.items():
         plan = keep_rows(model, train.schema, score, num_bytes=budget, method=name)
@@ -228,20 +230,21 @@ def test_a_search_stops_at_a_loss_that_is_not_finite(data: Path) -> None:
     train, _ = loaders(data)
     model = build(data)
     model.head.register_forward_hook(lambda module, inputs, logits: logits * torch.nan)
-    with pytest.raises(ctr.NonFiniteLossError, match="search, epoch 1: the loss is nan"):
+    with pytest.raises(ctr.training.NonFiniteLossError, match="search, epoch 1: the loss is nan"):
         search_epochs(ExactEngine(model), train, 2, console=QUIET)
 
 
 def test_what_has_no_tables_is_refused(data: Path) -> None:
     train, valid = loaders(data)
-    model = presets.build(
-        {**CONFIG, "preset": "mlp", "tables": {"kind": "memcom", "num_embeddings": 10}}, ctr.Schema.load(data)
+    model = models.build(
+        {**CONFIG, "model": "mlp", "tables": {"kind": "memcom", "num_embeddings": 10}}, ctr.Schema.load(data)
     )
     for method in (optfs, optembed):
         with pytest.raises(ValueError, match="has no table of its own for each vocabulary"):
             method.search(model, train, valid, console=QUIET)
     small = materialise(
-        build(data), keep_rows(build(data), train.schema, reads(train, train.schema), num_bytes=2000, method="reads")
+        build(data),
+        keep_rows(build(data), train.schema, count_reads(train.schema, train), num_bytes=2000, method="reads"),
     )
     with pytest.raises(ValueError, match="no table"):
         optfs.search(small, train, valid, console=QUIET)
@@ -252,11 +255,11 @@ def test_settings_and_pictures_say_what_they_lack(tmp_path: Path) -> None:
         settings_of("pep", {})
     summary = {"fields": ["a", "b"], "choice": [[None, "memorise"], ["memorise", None]]}
     result = {"method": "optinter", "test_auc": 0.8, "ratio": 2.0}
-    draw({**result, "summary": {"pairs": summary, "dims": {"a": 3, "b": 1.5}}}, tmp_path / "search.png")
+    search_result({**result, "summary": {"pairs": summary, "dims": {"a": 3, "b": 1.5}}}, tmp_path / "search.png")
     assert (tmp_path / "search.png").stat().st_size > 8000
     with pytest.raises(ValueError, match="has none of kept, dims and pairs to draw"):
-        draw({**result, "summary": {}}, tmp_path / "search.png")
-    assert set(runner.METHODS) == {"optfs", "optembed", "dnis", "optinter"}
+        search_result({**result, "summary": {}}, tmp_path / "search.png")
+    assert set(SEARCHES) == {"optfs", "optembed", "dnis", "optinter"}
 
 
 def test_another_evolution_asks_the_supernet_that_is_there(data: Path, tmp_path: Path) -> None:

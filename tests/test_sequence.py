@@ -33,8 +33,8 @@ from ctrlib.embeddings.table import TableEmbedding
 from ctrlib.layers import Dice
 from ctrlib.losses import collect_auxiliary
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema, Sequence
+from ctrlib.sharding.sharded import shard, whole_weights
 from ctrlib.testing import check_embedding, example_schema
-from ctrlib.training.shard import shard, whole_weights
 
 DIM = 8
 Encoder = Callable[[], nn.Module]

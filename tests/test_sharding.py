@@ -14,11 +14,12 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.batch import Batch
+from ctrlib.distributed import rank, world_size
 from ctrlib.embeddings.din import DIN, MiniBatchAwareL2
+from ctrlib.inputs import Inputs
 from ctrlib.testing import example_batch, example_schema
-from ctrlib.training.distributed import rank, world_size
 from ctrlib.training.guard import refuse_what_needs_one_process
 
 SCHEMA = example_schema()
@@ -27,12 +28,12 @@ SCHEMA = example_schema()
 def build(**arguments: Any) -> ctr.Model:
     torch.manual_seed(0)
     defaults: dict[str, Any] = {"hidden": (8,), "batch_norm": True}
-    return presets.deepfm(presets.Inputs(SCHEMA, embedding_dim=8, wide_columns=4), **{**defaults, **arguments})
+    return models.deepfm(Inputs(SCHEMA, embedding_dim=8, wide_columns=4), **{**defaults, **arguments})
 
 
 def deep() -> ctr.Model:
     torch.manual_seed(0)
-    return presets.mlp(presets.Inputs(SCHEMA, embedding_dim=8), hidden=(8,))
+    return models.mlp(Inputs(SCHEMA, embedding_dim=8), hidden=(8,))
 
 
 def part(batch: Batch) -> Batch:
@@ -97,8 +98,8 @@ def test_stacked_tables_are_sent_ahead_too(sharding: Any) -> None:
 
     def run(sharding: Any = "auto") -> Any:
         torch.manual_seed(0)
-        inputs = presets.Inputs(SCHEMA, embedding_dim=8, wide_columns=4, stacked=2)
-        engine = ctr.FusedEngine(presets.deepfm(inputs, hidden=(8,)), learning_rate=0.01, sharding=sharding)
+        inputs = Inputs(SCHEMA, embedding_dim=8, wide_columns=4, stacked=2)
+        engine = ctr.FusedEngine(models.deepfm(inputs, hidden=(8,)), learning_rate=0.01, sharding=sharding)
         result = trained(lambda: engine)
         assert world_size() == 1 or len(engine._pipelined or ()) == 2
         return result
@@ -131,7 +132,7 @@ def whole(folder: Path) -> dict[str, Tensor]:
     def read() -> Any:
         state = ctr.FusedEngine(build()).state()
         plain = {
-            name: torch.zeros(value.size) if isinstance(value, ctr.Shards) else torch.zeros_like(value)
+            name: torch.zeros(value.size) if isinstance(value, ctr.sharding.Shards) else torch.zeros_like(value)
             for name, value in state.items()
         }
         assert ctr.Checkpoints(folder).load(plain) is not None
@@ -173,12 +174,12 @@ def test_a_walk_over_rank_counts_and_shardings_changes_no_bit(tmp_path: Path) ->
 
 def test_a_plan_is_saved_pinned_and_refused_where_it_does_not_fit(tmp_path: Path) -> None:
     model = build()
-    plan = ctr.make_plan(model, world_size=2, sharding="row_wise")
-    ctr.save_plan(plan, tmp_path / "plan.json")
-    assert ctr.load_plan(tmp_path / "plan.json") == plan
+    plan = ctr.sharding.make_plan(model, world_size=2, sharding="row_wise")
+    ctr.sharding.save_plan(plan, tmp_path / "plan.json")
+    assert ctr.sharding.load_plan(tmp_path / "plan.json") == plan
 
     def pinned() -> Any:
-        return ctr.FusedEngine(build(), plan=ctr.load_plan(tmp_path / "plan.json")).plan
+        return ctr.FusedEngine(build(), plan=ctr.sharding.load_plan(tmp_path / "plan.json")).plan
 
     assert run_ranks(2, pinned) == [plan, plan]
     with pytest.raises(ValueError, match="there are 1 processes"):
@@ -188,10 +189,10 @@ def test_a_plan_is_saved_pinned_and_refused_where_it_does_not_fit(tmp_path: Path
         ctr.FusedEngine(build(), plan=plan)
     (tmp_path / "plan.json").write_text('{"a": {"sharding": "diagonal", "ranks": [0]}}')
     with pytest.raises(ValueError, match="diagonal"):
-        ctr.load_plan(tmp_path / "plan.json")
+        ctr.sharding.load_plan(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("[1]")
     with pytest.raises(ValueError, match="not a sharding plan"):
-        ctr.load_plan(tmp_path / "plan.json")
+        ctr.sharding.load_plan(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize(
@@ -215,9 +216,9 @@ def test_a_plan_that_would_change_the_optimiser_is_refused(arguments: dict[str, 
 def test_planner_gives_each_process_its_share() -> None:
     features = [ctr.Categorical(f"c{n}", num_embeddings=1000) for n in range(8)]
     embedding = ctr.TableEmbedding([*features, ctr.Categorical("large", num_embeddings=100_000)], embedding_dim=8)
-    plan = ctr.make_plan(embedding, world_size=4)
+    plan = ctr.sharding.make_plan(embedding, world_size=4)
     assert plan["tables.embedding_bags.table_large.weight"].sharding == "row_wise"
-    sizes = ctr.plan_bytes(plan, embedding, world_size=4)
+    sizes = ctr.sharding.plan_bytes(plan, embedding, world_size=4)
     per_rank = [sum(size[n] for size in sizes.values()) for n in range(4)]
     assert per_rank == [25_000 * 9 * 4 + 2 * 1000 * 9 * 4] * 4
 
@@ -227,7 +228,7 @@ def test_small_tables_are_copied_on_demand_up_to_a_mebibyte_together() -> None:
     embedding = ctr.TableEmbedding([ctr.Categorical(n, num_embeddings=r) for n, r in rows.items()], embedding_dim=8)
 
     def copied(**arguments: Any) -> list[str]:
-        plan = ctr.make_plan(embedding, world_size=2, **arguments)
+        plan = ctr.sharding.make_plan(embedding, world_size=2, **arguments)
         return [name.split(".")[2] for name, placement in plan.items() if placement.sharding == "data_parallel"]
 
     assert copied(copy_small=True) == ["table_c1", "table_c2", "table_c3"]
@@ -243,7 +244,7 @@ def test_auto_plans_tables_that_no_machine_here_could_hold() -> None:
         large = ctr.Categorical("large", num_embeddings=1_000_000_000)
         embedding = ctr.TableEmbedding([*features, large], embedding_dim=64)
     for device_type in ("cpu", "cuda"):
-        plan = ctr.make_plan(embedding, world_size=4, device_type=device_type)
+        plan = ctr.sharding.make_plan(embedding, world_size=4, device_type=device_type)
         assert plan["tables.embedding_bags.table_large.weight"].sharding == "row_wise"
         assert sorted(p.ranks for p in plan.values() if p.sharding == "table_wise") == [(0,), (1,), (2,), (3,)]
 
@@ -265,9 +266,9 @@ def test_row_losses_of_all_processes_add_up() -> None:
     def losses() -> Any:
         torch.manual_seed(0)
         decay = MiniBatchAwareL2(torch.ones(30), strength=5.0, per_occurrence=True)
-        embedding = ctr.SequenceEmbedding(
+        embedding = ctr.embeddings.SequenceEmbedding(
             SCHEMA.features,
-            units=(ctr.Unit(("item",), ("history",), DIN(8)),),
+            units=(ctr.embeddings.Unit(("item",), ("history",), DIN(8)),),
             embedding_dim=8,
             row_losses={"item": decay},
         )
@@ -290,7 +291,7 @@ def test_bf16_counts_and_averages_in_float32() -> None:
 
     def part_of() -> Tensor:
         layer = nn.BatchNorm1d(3)
-        ctr.synchronise_batch_norm(layer)
+        ctr.training.synchronise_batch_norm(layer)
         layer(x[300 * rank() : 300 * rank() + 300])
         assert layer.running_mean is not None
         return layer.running_mean
@@ -302,7 +303,7 @@ def test_bf16_counts_and_averages_in_float32() -> None:
 def test_reported_bytes_are_the_bytes_held() -> None:
     def held(sharding: Any) -> tuple[int, int]:
         engine = ctr.FusedEngine(build(), sharding=sharding)
-        reported = ctr.plan_bytes(engine.plan, build(), world_size=2)
+        reported = ctr.sharding.plan_bytes(engine.plan, build(), world_size=2)
         tensors = [
             value
             for name, value in engine.state().items()
@@ -320,7 +321,7 @@ def test_reported_bytes_are_the_bytes_held() -> None:
 
 
 def test_tables_that_do_not_fit_are_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctrlib.training.shard.available_memory", lambda device: 1000)
+    monkeypatch.setattr("ctrlib.sharding.sharded.available_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match="start more processes"):
         ctr.FusedEngine(build())
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.embeddings.table import tables_by_name
 from ctrlib.layers import Dropout, Hidden
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema
@@ -21,23 +21,23 @@ TOWERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
     "mlp": lambda s: ctr.MLP(s, hidden=(8, 6)),
     "mlp_bn_dropout": lambda s: ctr.MLP(s, hidden=(8,), batch_norm=True, dropout=0.3),
     "fm": ctr.FM,
-    "crossnet": lambda s: ctr.CrossNet(s, num_layers=2),
+    "crossnet": lambda s: ctr.towers.CrossNet(s, num_layers=2),
     "crossnet_v2": lambda s: ctr.CrossNetV2(s, num_layers=2),
-    "crossnet_mix": lambda s: ctr.CrossNetMix(s, num_layers=2, num_experts=3, rank=4),
-    "gated_crossnet": lambda s: ctr.GatedCrossNet(s, num_layers=2),
-    "dots": ctr.DotInteraction,
-    "cin": lambda s: ctr.CIN(s, num_maps=(4, 3)),
-    "autoint": lambda s: ctr.AutoInt(s, num_layers=2, head_dim=4),
-    "ipnn": ctr.IPNN,
-    "fibinet": lambda s: ctr.FiBiNET(s, bilinear="field_each"),
+    "crossnet_mix": lambda s: ctr.towers.CrossNetMix(s, num_layers=2, num_experts=3, rank=4),
+    "gated_crossnet": lambda s: ctr.towers.GatedCrossNet(s, num_layers=2),
+    "dots": ctr.towers.DotInteraction,
+    "cin": lambda s: ctr.towers.CIN(s, num_maps=(4, 3)),
+    "autoint": lambda s: ctr.towers.AutoInt(s, num_layers=2, head_dim=4),
+    "ipnn": ctr.towers.IPNN,
+    "fibinet": lambda s: ctr.towers.FiBiNET(s, bilinear="field_each"),
     "fgcnn": lambda s: ctr.Stack(
-        fgcnn := ctr.FGCNN(s, num_channels=(3, 4), kernel_height=3), ctr.IPNN(fgcnn.out_shape)
+        fgcnn := ctr.towers.FGCNN(s, num_channels=(3, 4), kernel_height=3), ctr.towers.IPNN(fgcnn.out_shape)
     ),
-    "masknet_parallel": lambda s: ctr.ParallelMaskNet(s, num_blocks=2, block_dim=4),
-    "masknet_serial": lambda s: ctr.SerialMaskNet(s, hidden=(6, 4)),
-    "finalmlp": lambda s: ctr.FinalMLP(s, hidden_1=(6,), hidden_2=(4,), num_heads=2, gate_hidden=(4,)),
-    "eulernet": lambda s: ctr.EulerNet(s, num_orders=(3, 4)),
-    "final_block": lambda s: ctr.FinalBlock(s, hidden=(6, 4), field_gate=True),
+    "masknet_parallel": lambda s: ctr.towers.ParallelMaskNet(s, num_blocks=2, block_dim=4),
+    "masknet_serial": lambda s: ctr.towers.SerialMaskNet(s, hidden=(6, 4)),
+    "finalmlp": lambda s: ctr.towers.FinalMLP(s, hidden_1=(6,), hidden_2=(4,), num_heads=2, gate_hidden=(4,)),
+    "eulernet": lambda s: ctr.towers.EulerNet(s, num_orders=(3, 4)),
+    "final_block": lambda s: ctr.towers.FinalBlock(s, hidden=(6, 4), field_gate=True),
     "parallel": lambda s: ctr.Parallel(ctr.FM(s), ctr.CrossNetV2(s), ctr.MLP(s, hidden=(4,))),
     "stack": lambda s: ctr.Stack(ctr.CrossNetV2(s), ctr.MLP((s[0] * s[1],), hidden=(4,))),
 }
@@ -52,7 +52,7 @@ def test_tower_keeps_the_contract(name: str) -> None:
 def test_heads_and_embeddings_keep_the_contract() -> None:
     check_head(lambda s: ctr.LinearHead(s, num_tasks=3))
     check_head(lambda s: ctr.LinearHead(s, unweighted=2))
-    check_head(lambda s: ctr.EnsembleHead(s, widths=(4, 2), num_tasks=3))
+    check_head(lambda s: ctr.heads.EnsembleHead(s, widths=(4, 2), num_tasks=3))
     check_embedding(lambda schema: ctr.TableEmbedding(schema.features, embedding_dim=8))
 
 
@@ -79,7 +79,7 @@ def test_crossnet_v2_follows_equation_1() -> None:
 
 def test_deepfm_logit_is_wide_plus_fm_plus_mlp() -> None:
     schema = ctr.testing.example_schema()
-    model = presets.deepfm(ctr.Inputs(schema, embedding_dim=4), hidden=(5,)).eval()
+    model = models.deepfm(ctr.Inputs(schema, embedding_dim=4), hidden=(5,)).eval()
     batch = ctr.testing.example_batch(schema, 8)
     fields = model.embedding(batch)
     mlp, fm = model.tower.towers
@@ -97,32 +97,30 @@ def movielens_latest_schema() -> Schema:
 
 
 @pytest.mark.parametrize(
-    ("schema", "preset", "arguments", "published", "embedding_weights"),
+    ("schema", "make", "arguments", "published", "embedding_weights"),
     [
         # Published totals are those of BARS' logs; their embedding rows are FuxiCTR v1's: values + 1 a field.
-        (frappe_schema, presets.mlp, {}, 417_891, 5_389 * 10),
-        (frappe_schema, presets.dcnv2, {"num_cross_layers": 4}, 458_391, 5_389 * 10),
-        (frappe_schema, presets.deepfm, {}, 423_280, 5_389 * 11),
-        (movielens_latest_schema, presets.mlp, {}, 1_238_391, 90_239 * 10),
-        (movielens_latest_schema, presets.dcnv2, {"num_cross_layers": 5}, 1_243_071, 90_239 * 10),
-        (movielens_latest_schema, presets.deepfm, {}, 1_328_630, 90_239 * 11),
+        (frappe_schema, models.mlp, {}, 417_891, 5_389 * 10),
+        (frappe_schema, models.dcnv2, {"num_cross_layers": 4}, 458_391, 5_389 * 10),
+        (frappe_schema, models.deepfm, {}, 423_280, 5_389 * 11),
+        (movielens_latest_schema, models.mlp, {}, 1_238_391, 90_239 * 10),
+        (movielens_latest_schema, models.dcnv2, {"num_cross_layers": 5}, 1_243_071, 90_239 * 10),
+        (movielens_latest_schema, models.deepfm, {}, 1_328_630, 90_239 * 11),
     ],
 )
 def test_published_parameter_counts(
     schema: Callable[[], Schema],
-    preset: Callable[..., ctr.Model],
+    make: Callable[..., ctr.Model],
     arguments: dict[str, int],
     published: int,
     embedding_weights: int,
 ) -> None:
     made = schema()
-    model = preset(
-        ctr.Inputs(made, embedding_dim=10), hidden=(400, 400, 400), batch_norm=True, dropout=0.2, **arguments
-    )
+    model = make(ctr.Inputs(made, embedding_dim=10), hidden=(400, 400, 400), batch_norm=True, dropout=0.2, **arguments)
     counts = model.num_parameters()
     assert counts["network"] == published - embedding_weights
     rows = sum(feature.num_embeddings or 0 for feature in made.sparse)
-    assert counts["embedding"] == rows * (11 if preset is presets.deepfm else 10)
+    assert counts["embedding"] == rows * (11 if make is models.deepfm else 10)
 
 
 def test_frappe_rows_are_values_plus_three_reserved_ids_per_field() -> None:
@@ -203,7 +201,7 @@ def test_stacks_share_rows_and_lookups() -> None:
 
 def test_models_saved_with_one_stack_as_true_keep_their_layout() -> None:
     one, true = (
-        presets.build({"preset": "deepfm", "embedding_dim": 4, "stacked": stacked}, STACKABLE) for stacked in (1, True)
+        models.build({"model": "deepfm", "embedding_dim": 4, "stacked": stacked}, STACKABLE) for stacked in (1, True)
     )
     true.load_state_dict(one.state_dict())
     batch = ctr.testing.example_batch(STACKABLE, 16)
@@ -218,11 +216,11 @@ def test_any_column_name_makes_a_table() -> None:
     batch = ctr.testing.example_batch(schema, 8)
     for engine in (ctr.ExactEngine, ctr.FusedEngine):
         inputs = ctr.Inputs(schema, embedding_dim=4, wide_columns=4)
-        assert torch.isfinite(engine(presets.deepfm(inputs, hidden=(4,))).step(batch))
+        assert torch.isfinite(engine(models.deepfm(inputs, hidden=(4,))).step(batch))
 
 
-def test_fm_preset_is_bias_first_order_and_pairs() -> None:
-    model = presets.fm(ctr.Inputs(movielens_latest_schema(), embedding_dim=10))
+def test_fm_is_bias_first_order_and_pairs() -> None:
+    model = models.fm(ctr.Inputs(movielens_latest_schema(), embedding_dim=10))
     assert model.num_parameters() == {"embedding": 303 * 11, "network": 1}
 
 

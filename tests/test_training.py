@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
-import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +17,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ctrlib as ctr
-from ctrlib import cli, presets
+from ctrlib import cli, models, plots
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training import loop
-from ctrlib.training.recipe import RecipeKnobs
-from ctrlib.training.run import _commit, draw_curve, record
 
 QUIET = Console(quiet=True)
 TEACHER = Teacher(num_rows=24_000, cardinalities=(50, 40, 30), num_numeric=2, max_history=5, seed=3)
-CONFIG = {"preset": "deepfm", "embedding_dim": 8, "hidden": [32], "wide_columns": 4}
+CONFIG = {"model": "deepfm", "embedding_dim": 8, "hidden": [32], "wide_columns": 4}
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, teacher: tuple[pl.DataFrame, 
 
 def quick_run(data: Path, **arguments: Any) -> tuple[ctr.Model, dict[str, Any]]:
     defaults: dict[str, Any] = {"batch_size": 512, "learning_rate": 5e-3, "max_epochs": 3, "console": QUIET}
-    return ctr.run(data, lambda schema: presets.build(CONFIG, schema), **{**defaults, **arguments})
+    return ctr.run(data, lambda schema: models.build(CONFIG, schema), **{**defaults, **arguments})
 
 
 class Scripted:
@@ -62,7 +57,7 @@ class Scripted:
         for batch in batches:
             yield batch, torch.tensor(0.5)
 
-    def state(self) -> dict[str, Tensor | ctr.Shards]:
+    def state(self) -> dict[str, Tensor | ctr.sharding.Shards]:
         return {"model.epoch": self.epoch}
 
     def weights(self) -> dict[str, Tensor]:
@@ -121,7 +116,7 @@ def test_a_nan_loss_stops_before_any_weight_and_saves_the_batch(tmp_path: Path) 
     schema = example_schema()
     bad = example_batch(schema, 8)
     bad.dense[0, 0] = float("nan")
-    engine = ctr.ExactEngine(presets.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,)))
+    engine = ctr.ExactEngine(models.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,)))
     before = engine.weights()
     good = example_batch(schema, 8)
     with pytest.raises(loop.NonFiniteLossError, match="epoch 1, batch 0") as caught:
@@ -137,7 +132,7 @@ def test_validation_of_one_class_is_refused() -> None:
     schema = example_schema()
     batch = example_batch(schema, 8)
     batch.labels[:] = 1
-    engine = ctr.ExactEngine(presets.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,)))
+    engine = ctr.ExactEngine(models.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,)))
     with pytest.raises(ValueError, match="one class only"):
         ctr.fit(engine, [batch], [batch], console=QUIET)
 
@@ -158,7 +153,7 @@ def test_ctrl_c_keeps_the_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_undefined_metrics_are_null_in_json() -> None:
-    assert json.loads(ctr.to_json({"a": float("nan"), "b": [1.5, float("inf")], "c": "NaN"})) == {
+    assert json.loads(ctr.training.to_json({"a": float("nan"), "b": [1.5, float("inf")], "c": "NaN"})) == {
         "a": None,
         "b": [1.5, None],
         "c": "NaN",
@@ -183,7 +178,7 @@ def test_evaluate_masks_missing_labels_and_padding_per_task() -> None:
 
 def test_predict_leaves_the_mode_of_the_model_alone() -> None:
     schema = example_schema()
-    model = presets.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,), dropout=0.5)
+    model = models.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,), dropout=0.5)
     first = ctr.predict(model, [example_batch(schema, 8)]).logits
     assert model.training
     assert np.array_equal(first, ctr.predict(model, [example_batch(schema, 8)]).logits)
@@ -191,7 +186,7 @@ def test_predict_leaves_the_mode_of_the_model_alone() -> None:
 
 def test_model_trains_without_the_trainer() -> None:
     schema = example_schema()
-    model = presets.dcnv2(ctr.Inputs(schema, embedding_dim=4), hidden=(8,))
+    model = models.dcnv2(ctr.Inputs(schema, embedding_dim=4), hidden=(8,))
     optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
     batch = example_batch(schema, 64)
     losses = []
@@ -284,61 +279,7 @@ def test_no_file_of_a_model_folder_is_a_pickle(saved: Path) -> None:
 
 def test_curve_is_a_picture(saved: Path, tmp_path: Path) -> None:
     assert (saved / "curve.png").read_bytes().startswith(b"\x89PNG")
-    draw_curve(loop.History(), tmp_path / "empty.png")  # a run of no epochs draws axes, and does not fail
-
-
-def test_record_appends_and_refuses_other_columns(tmp_path: Path, data: Path) -> None:
-    path = tmp_path / "results.csv"
-    _, result = quick_run(data, max_epochs=1)
-    record(result, path, data="d", model="m")
-    record(result, path, data="d", model="m")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2
-    assert float(rows[1]["test_auc"]) == pytest.approx(result["test_auc"], abs=1e-6)
-    path.write_text("other,columns\n")
-    with pytest.raises(ValueError, match="other"):
-        record(result, path, data="d", model="m")
-
-
-def test_commit_is_marked_only_if_other_files_differ(tmp_path: Path) -> None:
-    def git(*arguments: str) -> None:
-        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
-
-    results, code = tmp_path / "results.csv", tmp_path / "code.py"
-    assert _commit(results) == ""  # no checkout
-    git("init")
-    results.write_text("a\n")
-    code.write_text("a\n")
-    git("add", ".")
-    git("commit", "-m", "first")
-    clean = _commit(results)
-    assert re.fullmatch("[0-9a-f]{7,}", clean)
-    results.write_text("a\nb\n")
-    assert _commit(results) == clean
-    code.write_text("b\n")
-    assert _commit(results) == clean + "+"
-
-
-def test_recipe_trains_records_and_finds_its_own_bins(tmp_path: Path, data: Path) -> None:
-    recipe = str(tmp_path / "recipes" / "x.py")
-    (tmp_path / "recipes").mkdir()
-    arguments: dict[str, Any] = {"recipe": recipe, "data": "clicks", "script": ["none.py"], "model": "mlp_bins"}
-    config = {"preset": "mlp", "embedding_dim": 6, "hidden": (8,), "numeric": "bucketised", "bins": 4}
-    knobs = RecipeKnobs(data=data, seed=3, engine="fused", record=True, device="cpu")
-    with pytest.raises(SystemExit, match="whole runs only"):
-        ctr.run_recipe(replace(knobs, epochs=1), config=config, **arguments)
-    result = ctr.run_recipe(knobs, config=config, **arguments, batch_size=512, patience=1, embedding_l2=0.1)
-    with (tmp_path / "recipes" / "results.csv").open(newline="") as file:
-        (row,) = list(csv.DictReader(file))
-    assert (row["data"], row["model"], row["engine"], row["seed"]) == ("clicks", "mlp_bins", "fused", "3")
-    assert float(row["test_auc"]) == pytest.approx(result["test_auc"], abs=1e-6)
-    assert float(row["inference_samples_per_second"]) > 0
-    # Width 6 is made 8 for the kernels, and each number has 4 bins and a row for its largest value.
-    schema = ctr.Schema.load(data)
-    rows = sum(features[0].num_embeddings or 0 for features in schema.vocabularies.values())
-    assert int(row["embedding_bytes"]) == 4 * 8 * (rows + 5 * len(schema.dense))
+    plots.learning_curve(loop.History(), tmp_path / "empty.png")  # a run of no epochs draws axes, and does not fail
 
 
 def test_engines_refuse_arguments_they_would_ignore(data: Path) -> None:
@@ -403,7 +344,7 @@ def test_command_line_from_csv_to_scores(csv_file: Path, tmp_path: Path, capsys:
     assert ctr.Schema.load(prepared)["I1"].transform == "log"
     assert ctr.Schema.load(prepared)["history"].vocabulary == "C1"
 
-    training = ["--tower", "dcnv2", "--dim", "8", "--hidden", "16", "--batch-size", "256", "--epochs", "8"]
+    training = ["--model", "dcnv2", "--dim", "8", "--hidden", "16", "--batch-size", "256", "--epochs", "8"]
     assert command("train", prepared, "--out", model, *training, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["test_auc"] > 0.6
@@ -425,7 +366,7 @@ def test_command_line_from_csv_to_scores(csv_file: Path, tmp_path: Path, capsys:
 
 def test_command_line_on_the_fused_engine(csv_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("prepare", csv_file, "--out", tmp_path / "p") == 0
-    flags = ["--tower", "deepfm", "--engine", "fused", "--precision", "bf16", "--dim", "8", "--epochs", "2", "--json"]
+    flags = ["--model", "deepfm", "--engine", "fused", "--precision", "bf16", "--dim", "8", "--epochs", "2", "--json"]
     assert command("train", tmp_path / "p", "--out", tmp_path / "m", "--batch-size", "256", *flags) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["engine"] == "fused"
@@ -442,7 +383,7 @@ def test_command_line_on_the_fused_engine(csv_file: Path, tmp_path: Path, capsys
         (("train", "nowhere"), 1, "not a prepared folder"),
         (("evaluate", "nowhere", "nowhere"), 1, "not a model folder"),
         (("predict", "m", "d", "--out", "scores.txt"), 1, "must end in .csv or .parquet"),
-        (("train", "nowhere", "--tower", "fm", "--dropout", "0.5"), 1, "fm has no such argument"),
+        (("train", "nowhere", "--model", "fm", "--dropout", "0.5"), 1, "fm has no such argument"),
         (("prepare", "x.csv", "--out", "x", "--numeric", "price:cube"), 1, "unknown transform 'cube'"),
         (("prepare", "x.csv", "--out", "x", "--valid", "v.csv"), 1, "go together"),
     ],

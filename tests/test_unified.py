@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 import ctrlib as ctr
+from ctrlib.distributed import rank
 from ctrlib.embeddings import unified
 from ctrlib.embeddings.hashing import MAX_ROWS, Lookup, hash_bags, repeat_bags, rows_of, seed_of, splitmix64
 from ctrlib.embeddings.unified import UnifiedTables, proportional_rows
 from ctrlib.metrics import auc
 from ctrlib.schema import Categorical, MultiValued, Numeric, RawId, Schema, Sequence
 from ctrlib.testing import check_embedding, example_batch, example_schema
-from ctrlib.training.distributed import rank
 
 EXTREMES = [0, 1, -1, -7, 2**31, 2**40, 2**40 + 1, 2**63 - 1, -(2**63)]
 
@@ -580,11 +580,11 @@ def test_fused_and_sharded_tables_are_the_plain_ones(variant: str) -> None:
     with torch.no_grad():
         logits = plain(batches()[0])
     # What the fused kernels compute: row-wise Adagrad, here on dense gradients.
-    tables = set(ctr.tables_of(plain))
+    tables = set(ctr.sharding.tables_of(plain))
     named = dict(plain.named_parameters())
     optimisers: list[torch.optim.Optimizer] = [
-        ctr.RowwiseAdagrad([named[name] for name in tables], lr=0.02),
-        ctr.adam({name: weight for name, weight in named.items() if name not in tables}, 0.01),
+        ctr.training.RowwiseAdagrad([named[name] for name in tables], lr=0.02),
+        ctr.training.make_adam({name: weight for name, weight in named.items() if name not in tables}, 0.01),
     ]
     losses = []
     for batch in batches():

@@ -11,7 +11,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.serving.predictor import save_model
 from ctrlib.serving.warm_start import Carried
 from ctrlib.testing import example_batch
@@ -43,7 +43,7 @@ def prepared(frame: pl.DataFrame, folder: Path) -> Path:
 
 
 def config(**arguments: Any) -> dict[str, Any]:
-    return {"preset": "deepfm", "embedding_dim": 4, "hidden": [6], "batch_norm": True, "wide_columns": 4, **arguments}
+    return {"model": "deepfm", "embedding_dim": 4, "hidden": [6], "batch_norm": True, "wide_columns": 4, **arguments}
 
 
 def ids(folder: Path, vocabulary: str) -> dict[str, int]:
@@ -54,7 +54,7 @@ def ids(folder: Path, vocabulary: str) -> dict[str, int]:
 def trained(tmp_path: Path, **arguments: Any) -> tuple[Path, ctr.Model]:
     data = prepared(MONDAY, tmp_path / "monday")
     torch.manual_seed(1)
-    model = presets.build(config(**arguments), ctr.Schema.load(data))
+    model = models.build(config(**arguments), ctr.Schema.load(data))
     model.train()(example_batch(ctr.Schema.load(data), 8))  # moves the running statistics
     save_model(model, config(**arguments), data, tmp_path / "model")
     return tmp_path / "model", model
@@ -66,7 +66,7 @@ def test_rows_follow_their_values(tmp_path: Path, stacked: int) -> None:
     data = prepared(TUESDAY, tmp_path / "tuesday")
     schema = ctr.Schema.load(data)
     torch.manual_seed(2)
-    new = presets.build(config(stacked=stacked), schema)
+    new = models.build(config(stacked=stacked), schema)
     fresh = {name: tensor.clone() for name, tensor in new.state_dict().items()}
     report = ctr.warm_start(new, data, folder)
     assert (report["item"].carried, report["item"].new, report["item"].gone) == (2, 1, 1)
@@ -103,9 +103,9 @@ def test_rows_follow_their_values_into_another_stack(tmp_path: Path, before: int
         ctr.prepare(dict.fromkeys(("train", "valid", "test"), frame), folders[-1], labels="click", log=None,
                     features=[ctr.Categorical(c) for c in columns])  # fmt: skip
     old_schema, schema = map(ctr.Schema.load, folders)
-    old = presets.build(config(stacked=before), old_schema)
+    old = models.build(config(stacked=before), old_schema)
     save_model(old, config(stacked=before), folders[0], tmp_path / "model")
-    new = presets.build(config(stacked=after), schema)
+    new = models.build(config(stacked=after), schema)
     if before == after == 2:
         members = [
             [table.feature_names for table in model.embedding.tables.embedding_bag_configs()] for model in (old, new)
@@ -135,4 +135,4 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     data = prepared(TUESDAY, tmp_path / "tuesday")
     for other in ({"hidden": [7]}, {"embedding_dim": 8}, {"batch_norm": False}):
         with pytest.raises(ctr.SchemaError, match="does not fit"):
-            ctr.warm_start(presets.build(config(**other), ctr.Schema.load(data)), data, folder)
+            ctr.warm_start(models.build(config(**other), ctr.Schema.load(data)), data, folder)

@@ -1,1 +1,5 @@
-"""How ids and numbers become fields: Batch -> (B, F, D). One file per idea."""
+"""How ids, numbers and histories become vectors: Batch -> (B, F, D). One file per idea."""
+
+from ctrlib import _lazy
+
+__getattr__, __dir__ = _lazy.parts(__name__)

@@ -19,6 +19,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from ctrlib.embeddings.compositional import FeatureIds, first_rows, keep_layout, make_config
 from ctrlib.schema import Feature, Numeric, vocabulary_of
 
+__all__ = ["MixedDimensionTables", "mixed_dimensions"]
+
 
 class MixedDimensionTables(nn.Module):
     """e_f = E_f[x_f] P_f with E_f d_f wide and P_f (d_f, D) learned; without P_f where d_f = D.

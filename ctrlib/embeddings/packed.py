@@ -3,7 +3,7 @@
 A row is stored as a handful of small integers: coordinates in the principal axes of its table, each in as many bits as
 its share of the energy deserves (reverse water-filling; T. Cover and J. Thomas, "Elements of Information Theory",
 section 10.3.3). There are no scales per row, which in common int4 and int8 rows take four bytes: the scale of a
-coordinate is part of its axis. `ctrlib.search.transform_coding` finds codes and axes.
+coordinate is part of its axis. `ctrlib.search.coding` finds codes and axes.
 """
 
 from __future__ import annotations

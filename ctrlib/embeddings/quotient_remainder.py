@@ -27,6 +27,8 @@ from ctrlib.schema import Feature
 
 Combine = Literal["product", "sum", "concat"]
 
+__all__ = ["QuotientRemainderTables", "quotient_remainder_rows"]
+
 
 class QuotientRemainderTables(nn.Module):
     """e(x) = R[x mod m] * Q[x div m]: ids that share one row differ in the other.

@@ -34,10 +34,11 @@ class TableEmbedding(nn.Module):
 
     `features` are all of the schema's, since they tell what the batch holds; `only` names those to embed, where not all
     are wanted, and `suffix` keeps these tables' names apart from those of another embedding in the same model.
-    `numeric`: a module (B, N) -> (B, N, D) that makes fields of the numbers in another way (`ctrlib.PiecewiseLinear`
-    and its like), N the numeric features embedded here. `tables`: a module KeyedJaggedTensor -> KeyedTensor that looks
-    ids up in another way than one row for each (`ctrlib.UnifiedTables` and its like), with the features as keys, each
-    `embedding_dim` wide, which it publishes as `names` and `embedding_dim`.
+    `numeric`: a module (B, N) -> (B, N, D) that makes fields of the numbers in another way
+    (`ctrlib.embeddings.PiecewiseLinear` and its like), N the numeric features embedded here. `tables`: a module
+    KeyedJaggedTensor -> KeyedTensor that looks ids up in another way than one row for each
+    (`ctrlib.embeddings.UnifiedTables` and its like), with the features as keys, each `embedding_dim` wide, which it
+    publishes as `names` and `embedding_dim`.
 
     Raises:
         ValueError: a feature has not been fitted, features of one vocabulary want different pooling, `only` names none

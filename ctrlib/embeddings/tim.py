@@ -110,7 +110,7 @@ class InterestEmbedding(nn.Module):
     """As `TableEmbedding`, but each history becomes a field of every task's own, by `TaskInterests`.
 
     Histories share the vocabulary, and the table, of `target`: the thing that is to be clicked, liked or bought. All
-    other fields are the same for all tasks. `ctrlib.TaskRefinement` reads this, alone or in front of any head.
+    other fields are the same for all tasks. `ctrlib.towers.TaskRefinement` reads this, alone or in front of any head.
 
     With None for `num_tasks` histories are read alike for all tasks: one transformer, told the behaviour only, whose
     fields any tower reads. `stacked` and `numeric` are for the other features, as in `TableEmbedding`.

@@ -30,6 +30,8 @@ from ctrlib.schema import Categorical, Feature, Numeric, vocabulary_of
 
 SPACE = "ctrlib/ue/v1"  # another way to hash would be another version
 
+__all__ = ["UnifiedTables", "proportional_rows"]
+
 
 class UnifiedTables(nn.Module):
     """e_f = [E[h_f1(x_f)], ..., E[h_fc(x_f)]]: c rows of one table E for every id, each by a hash function of its own.

@@ -19,7 +19,7 @@ class STEM(nn.Module):
     in its mixture. So t's prediction depends on the embedding of another task, and its gradient there is exactly 0.
 
     The streams are slices of one wide table, which TorchRec shards as one: an embedding of width (T + 1) D and
-    `ctrlib.Streams` make them. `num_experts` counts experts per stream.
+    `ctrlib.towers.Streams` make them. `num_experts` counts experts per stream.
 
     Shape: (T + 1, B, H), the shared stream last -> (B, T) logits.
 

@@ -1,1 +1,25 @@
-"""Smaller models: what to keep of a trained one, and how small a new one may be."""
+"""From a model to a smaller one: what a search or a compression decides is a `Plan`, and `materialise` makes it so."""
+
+from ctrlib import _lazy
+
+__getattr__, __dir__ = _lazy.named(
+    __name__,
+    {
+        "plan": ("Plan", "materialise"),
+        "methods": ("SEARCHES",),
+        "run": ("search_and_retrain", "settings_of"),
+        "optfs": ("OptFS",),
+        "optembed": ("OptEmbed",),
+        "dnis": ("DNIS",),
+        "optinter": ("OptInter",),
+        "evolution": ("Evolution", "evolve"),
+        "bytes": ("Bytes", "bytes_of"),
+        "compression": ("compress",),
+        "coding": ("transform_coding",),
+        "mimicking": ("Goal", "apply_low_rank", "low_rank"),
+        "folding": ("fold_decoders",),
+        "distillation": ("distil",),
+        "floors": ("frequency_cut", "keep_rows", "rounded_rows", "row_norms"),
+        "counting": ("count_reads",),
+    },
+)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ctrlib.embeddings.packed import PackedTables
 from ctrlib.model import Model
-from ctrlib.training.plan import TABLES
+from ctrlib.sharding.plan import TABLES
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ class Bytes:
 def bytes_of(model: Model) -> Bytes:
     """What a model's parameters and buffers take.
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_schema
-    >>> model = presets.deepfm(presets.Inputs(example_schema(), embedding_dim=4), hidden=(8,))
+    >>> model = models.deepfm(Inputs(example_schema(), embedding_dim=4), hidden=(8,))
     >>> bytes_of(model)
     Bytes(weights=960, decoder=0, remap=0, numeric=32, wide=248, network=840)
     """

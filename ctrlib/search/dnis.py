@@ -45,7 +45,7 @@ from ctrlib.embeddings.blocks import BlockedVocabulary, BlockTables
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, vocabulary_of
 from ctrlib.search.bytes import bytes_of
-from ctrlib.search.histogram import histogram
+from ctrlib.search.counting import count_reads
 from ctrlib.search.plan import Plan
 from ctrlib.search.stages import identity_of, refuse_several_processes, search_epochs, without_end
 from ctrlib.structure import put, unstack
@@ -314,7 +314,7 @@ def soft_model(model: Model, train: Loader, settings: DNIS) -> tuple[Model, Soft
         )
     vocabulary = {feature.name: vocabulary_of(feature) for feature in train.schema.sparse}
     train.set_epoch(0)
-    found = histogram(train.schema, train)
+    found = count_reads(train.schema, train)
     configs = tables.embedding_bag_configs()
     counts = {config.name: found[vocabulary[config.feature_names[0]]] for config in configs}
     lookup = SoftBlocks(tables, frequency_blocks(counts, settings.shares))

@@ -20,9 +20,9 @@ from ctrlib.embeddings.packed import PackedTable, PackedTables
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID, Schema
 from ctrlib.search.bytes import bytes_of
+from ctrlib.search.coding import usage, weight_name
 from ctrlib.search.gates import prune, vocabularies_of, with_own_tables
 from ctrlib.search.plan import Plan, materialise
-from ctrlib.search.transform_coding import usage, weight_name
 from ctrlib.structure import unstack
 
 
@@ -109,8 +109,8 @@ def keep_rows(
 ) -> Plan:
     """The rows of highest score, over all tables, in as many bytes.
 
-    In float32 and trainable, to be retrained as what a search finds is: by reads a frequency cut, by `magnitudes`
-    magnitude pruning, by random numbers the floor below both. The reserved rows stay.
+    In float32 and trainable, to be retrained as what a search finds is: by `count_reads` a frequency cut, by
+    `row_norms` magnitude pruning, by random numbers the floor below both. The reserved rows stay.
 
     Args:
         model: gives the rows.
@@ -147,17 +147,7 @@ def keep_rows(
     return cut(low)
 
 
-def reads(batches: Iterable[Batch], schema: Schema) -> dict[str, Tensor]:
-    """How often the batches read each value: vocabulary -> (rows,)."""
-    counts = {name: torch.zeros(features[0].num_embeddings or 0) for name, features in schema.vocabularies.items()}
-    for batch in batches:
-        for name, features in schema.vocabularies.items():
-            for feature in features:
-                counts[name] += torch.bincount(batch.sparse[feature.name].values(), minlength=len(counts[name]))
-    return counts
-
-
-def magnitudes(model: Model, schema: Schema) -> dict[str, Tensor]:
+def row_norms(model: Model, schema: Schema) -> dict[str, Tensor]:
     """The L2 norm of each value's row in the embedding's first tables: vocabulary -> (rows,)."""
     _, collections, vocabularies = with_own_tables(model, schema)
     tables = next(iter(collections.values()))

@@ -44,10 +44,11 @@ from ctrlib.model import Model
 from ctrlib.schema import Categorical
 from ctrlib.search.plan import Plan
 from ctrlib.search.stages import identity_of, search_epochs, without_end
+from ctrlib.sharding.shards import State
 from ctrlib.structure import put, unstack
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.loop import NonFiniteLossError
-from ctrlib.training.state import State, adam, optimiser_state
+from ctrlib.training.state import make_adam, optimiser_state
 
 PATH = "embedding.tables"
 CHOICES = ("memorise", "factorise", "naive")
@@ -162,7 +163,7 @@ class JointEngine(ExactEngine):
         )
         self._lookup, self._bilevel = lookup, settings.bilevel
         self._held_out = functools.partial(without_end, valid)
-        self._alpha_optimiser = adam({"alpha": lookup.alpha}, settings.alpha_learning_rate)
+        self._alpha_optimiser = make_adam({"alpha": lookup.alpha}, settings.alpha_learning_rate)
 
     def state(self) -> State:
         """The exact engine's, and alpha's moments; alpha is in the model."""

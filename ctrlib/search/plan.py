@@ -32,7 +32,7 @@ class Plan:
 
     @classmethod
     def of(cls, method: str, smaller: Model, summary: dict[str, Any] | None = None) -> Plan:
-        """What made a model smaller, from the model itself: all of its parts that are not the preset's."""
+        """What made a model smaller, from the model itself: all of its parts that are not the published model's."""
         replaced = describe(smaller)
         weights = {
             name: tensor

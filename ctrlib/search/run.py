@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import json
 import shutil
-import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ctrlib import presets
+from ctrlib import models, plots
 from ctrlib.data.loader import Loader
 from ctrlib.model import Model
 from ctrlib.schema import Schema
 from ctrlib.search.bytes import bytes_of
+from ctrlib.search.methods import SEARCHES
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.stages import identity_of
 from ctrlib.serving.predictor import save_model
@@ -28,9 +28,6 @@ from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.loop import fit, to_json
-
-# Method -> its settings; these and its `search` are in ctrlib.search.METHOD.
-METHODS = {"optfs": "OptFS", "optembed": "OptEmbed", "dnis": "DNIS", "optinter": "OptInter"}
 
 
 def settings_of(method: str, values: dict[str, Any]) -> Any:
@@ -42,9 +39,9 @@ def settings_of(method: str, values: dict[str, Any]) -> Any:
     >>> settings_of("optfs", {"penalty": 1e-5}).penalty
     1e-05
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}, expected one of {list(METHODS)}")
-    settings = getattr(importlib.import_module(f"ctrlib.search.{method}"), METHODS[method])
+    if method not in SEARCHES:
+        raise ValueError(f"unknown method {method!r}, expected one of {list(SEARCHES)}")
+    settings = getattr(importlib.import_module(f"ctrlib.search.{method}"), SEARCHES[method].settings)
     names = [field.name for field in dataclasses.fields(settings)]
     if unknown := sorted(set(values) - set(names)):
         raise ValueError(f"{method} has no setting {unknown}, expected some of {names}")
@@ -73,9 +70,9 @@ def search_and_retrain(
     again, it goes on from the last epoch of search or retraining.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `SEARCHES`.
         data: a prepared folder.
-        config: of the model, as `presets.build` takes it.
+        config: of the model, as `models.build` takes it.
         out: where all goes.
         settings: the method's; otherwise its defaults with this learning rate and L2.
         batch_size: rows per step.
@@ -94,7 +91,7 @@ def search_and_retrain(
     data, out, console = Path(data), Path(out), console or Console(stderr=True)
     settings = settings or settings_of(method, {"learning_rate": learning_rate, "embedding_l2": embedding_l2})
     torch.manual_seed(seed)
-    model = presets.build(config, Schema.load(data))
+    model = models.build(config, Schema.load(data))
     before = bytes_of(model)
     train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
     valid, test = (Loader(data, split, batch_size=2 * batch_size) for split in ("valid", "test"))
@@ -146,7 +143,7 @@ def search_and_retrain(
         "summary": {name: value for name, value in plan.summary.items() if name != "identity"},
     }
     (out / "search.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-    draw(result, out / "search.png")
+    plots.search_result(result, out / "search.png")
     for folder in ("search", "checkpoints"):
         shutil.rmtree(out / folder, ignore_errors=True)  # it is over: started again, it begins anew
     return result
@@ -174,51 +171,3 @@ def _plan(
     plan = dataclasses.replace(plan, summary={**plan.summary, "identity": identity})
     plan.save(path)
     return plan
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """What was found as a picture: of each field what is kept and how wide it is, of each pair what was chosen."""
-    from matplotlib.figure import Figure  # here, since it takes longer to import than a small model to score
-
-    summary = result["summary"]
-    panels = [name for name in ("kept", "dims", "pairs") if name in summary]
-    if not panels:
-        raise ValueError(f"the plan's summary has none of kept, dims and pairs to draw, only {sorted(summary)}")
-    most = max(len(summary[name]["fields"] if name == "pairs" else summary[name]) for name in panels)
-    figure = Figure(figsize=(1 + 4.5 * len(panels), 1.6 + 0.28 * max(most, 8)), layout="constrained")
-    for name, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
-        if name == "pairs":
-            _draw_pairs(axes, **summary["pairs"])
-            continue
-        fields = list(summary[name])
-        if name == "kept":
-            values = [some / max(1, every) for some, every in summary["kept"].values()]
-            texts = [f"{some:,} of {every:,}" for some, every in summary["kept"].values()]
-            axes.set(xlabel="share of the values", title="Values kept", xlim=(0, 1.35), xticks=(0, 0.5, 1))
-        else:
-            values = [float(dim) for dim in summary["dims"].values()]
-            texts = [f"{dim:.3g}" for dim in values]
-            axes.set(xlabel="numbers per value", title="Width", xlim=(0, 1.2 * max(values)))
-        bars = axes.barh(fields, values)
-        axes.bar_label(bars, texts, padding=3, fontsize="small")
-        axes.invert_yaxis()
-    title = f"{result['method']}: test AUC {result['test_auc']:.5f}, {result['ratio']:.1f} times fewer embedding bytes"
-    figure.suptitle("\n".join(textwrap.wrap(title, 30 * len(panels) + 10)))
-    figure.savefig(path, dpi=120)
-
-
-def _draw_pairs(axes: Any, fields: list[str], choice: list[list[str | None]]) -> None:
-    """A square for each pair, coloured by what was chosen; none for None."""
-    from matplotlib.patches import Patch
-
-    kinds = sorted({kind for row in choice for kind in row if kind is not None})
-    places = [[float("nan") if kind is None else float(kinds.index(kind)) for kind in row] for row in choice]
-    image = axes.imshow(places, cmap="viridis", vmin=0, vmax=max(1, len(kinds) - 1))
-    axes.set_xticks(range(len(fields)), fields, rotation=90)
-    axes.set_yticks(range(len(fields)), fields)
-    axes.set_title("Pairs of fields")
-    axes.legend(
-        handles=[Patch(color=image.cmap(image.norm(place)), label=kind) for place, kind in enumerate(kinds)],
-        fontsize="small",
-        loc="upper right",
-    )

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
+from ctrlib.distributed import world_size
 from ctrlib.model import Model
 from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.distributed import world_size
 from ctrlib.training.loop import Engine, NonFiniteLossError
 from ctrlib.training.progress import random_state, set_random_state
 

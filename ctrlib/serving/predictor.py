@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.encode import check_unknown, count_ids, encode
 from ctrlib.data.loader import Loader
@@ -36,7 +36,7 @@ def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: 
 
     Args:
         model: a trained, plain (not sharded) model.
-        config: what `presets.build` needs to make it again, `{"preset": name, **arguments}`.
+        config: what `models.build` needs to make it again, `{"model": name, **arguments}`.
         data: the prepared folder it was trained on; schema and vocabularies are copied from it.
         out: the folder; made if missing, other files in it are left alone.
     """
@@ -223,9 +223,9 @@ def _build(path: Path, schema: Schema) -> nn.Module:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SchemaError(f"{path} is not JSON ({error}): copy it or train the model again") from error
-    if not isinstance(config, dict) or "preset" not in config:
-        raise SchemaError(f'{path} does not name a "preset": copy it or train the model again')
+    if not isinstance(config, dict) or "model" not in config:
+        raise SchemaError(f'{path} does not name a "model": copy it or train the model again')
     try:
-        return presets.build(config, schema)
+        return models.build(config, schema)
     except (TypeError, ValueError) as error:
         raise SchemaError(f"{path} describes no model that can be built ({error}): copy it again") from error

@@ -13,7 +13,7 @@ from ctrlib.data.vocabulary import vocabulary_path
 from ctrlib.embeddings.table import by_vocabulary, num_rows
 from ctrlib.schema import NUM_RESERVED_IDS, Numeric, Schema, SchemaError, vocabulary_of
 from ctrlib.serving.predictor import Predictor
-from ctrlib.training.plan import tables_of
+from ctrlib.sharding.plan import tables_of
 
 
 @dataclass(frozen=True)

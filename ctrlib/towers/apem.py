@@ -22,7 +22,7 @@ class APEM(nn.Module):
     field. Task t's indicator u_t(x) = u_t + M_t mean_f X selects with
     alpha_t = softmax_p(<W_q u_t(x), W_k P_p> / (temperature sqrt(D))).
 
-    In front of `ctrlib.ESMM`, whose chain of steps is the paper's setting, or of any other head.
+    In front of `ctrlib.heads.ESMM`, whose chain of steps is the paper's setting, or of any other head.
 
     "Style", since the paper gives the idea and there is no public code. Ours are: groups as inducing points (not heads
     or hard assignments), the residual around squeeze and excitation (ratio 4), the mean field as one more pattern

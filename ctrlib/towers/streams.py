@@ -26,7 +26,7 @@ class Flatten(nn.Module):
 
 
 class Streams(nn.Module):
-    """Wide fields cut into S streams of fields: tables of several tasks that are one table (see `ctrlib.STEM`).
+    """Wide fields cut into S streams of fields: tables of several tasks that are one table (see `ctrlib.heads.STEM`).
 
     Stream s holds columns s D to (s + 1) D of every field.
 

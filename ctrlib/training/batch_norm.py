@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctrlib.distributed import all_rows
 from ctrlib.layers import Dice
-from ctrlib.training.distributed import all_rows
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:

@@ -48,7 +48,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ctrlib.training import distributed
+from ctrlib import distributed
+from ctrlib.sharding.shards import Shards
 
 T = TypeVar("T")
 LOGGER = logging.getLogger(__name__)
@@ -65,50 +66,6 @@ class CheckpointError(RuntimeError):
 
 class _Damage(Exception):
     """A file is not what was written: which, and how it differs."""
-
-
-@dataclass(frozen=True, eq=False)
-class Shards:
-    """The parts of one global tensor that this rank holds: maybe all of it, maybe none.
-
-    Args:
-        size: shape of the global tensor.
-        parts: (offsets, tensor) each, with an offset per dimension of `size`; views are fine, on any device. Parts
-            with no elements are fine too.
-
-    Raises:
-        CheckpointError: a part lies outside of `size`, or dtypes differ.
-
-    >>> table = torch.arange(12.0).reshape(3, 4)
-    >>> Shards((3, 4), (((0, 0), table[:, :2]), ((0, 2), table[:, 2:]))).dtype
-    torch.float32
-    >>> Shards((3, 4), (((2, 0), table[:2]),))
-    Traceback (most recent call last):
-    ctrlib.training.checkpoint.CheckpointError: a part of shape (2, 4) at (2, 0) lies outside of a tensor of (3, 4)
-    """
-
-    size: tuple[int, ...]
-    parts: tuple[tuple[tuple[int, ...], Tensor], ...]
-
-    def __post_init__(self) -> None:
-        for offsets, part in self.parts:
-            inside = len(offsets) == part.dim() == len(self.size) and all(
-                0 <= offset <= offset + length <= limit for offset, length, limit in zip(offsets, part.shape, self.size)
-            )
-            if not inside:
-                raise CheckpointError(
-                    f"a part of shape {tuple(part.shape)} at {tuple(offsets)} lies outside of a tensor of "
-                    f"{tuple(self.size)}"
-                )
-            if part.layout != torch.strided or part.is_meta or part.is_quantized:
-                raise CheckpointError(f"expected a dense tensor that holds data, got {part.layout} on {part.device}")
-        if len(dtypes := {part.dtype for _, part in self.parts}) > 1:
-            raise CheckpointError(f"the parts of one tensor have several dtypes: {sorted(map(str, dtypes))}")
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of the parts; None where this rank has none."""
-        return self.parts[0][1].dtype if self.parts else None
 
 
 @dataclass(frozen=True)
@@ -530,7 +487,7 @@ def _as_shards(key: str, value: Tensor | Shards) -> Shards:
         )
     try:
         return Shards(tuple(value.shape), (((0,) * value.dim(), value),))
-    except CheckpointError as error:
+    except ValueError as error:
         raise CheckpointError(f"{key}: {error}") from error
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ctrlib import metrics
 from ctrlib.batch import Batch
-from ctrlib.training.distributed import broadcast, gather_to_first
+from ctrlib.distributed import broadcast, gather_to_first
 
 
 @dataclass(frozen=True)

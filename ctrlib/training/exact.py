@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ctrlib.batch import Batch
+from ctrlib.distributed import init_process_group, rank, world_size
 from ctrlib.embeddings.managed import ManagedEmbedding
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
+from ctrlib.sharding.shards import State
 from ctrlib.training.batch_norm import synchronise_batch_norm
-from ctrlib.training.distributed import init_process_group, rank, world_size
 from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_what_needs_one_process
-from ctrlib.training.state import State, adam, optimiser_state
+from ctrlib.training.state import make_adam, optimiser_state
 
 
 class ExactEngine:
@@ -35,8 +36,9 @@ class ExactEngine:
     what one process computes on the whole batch.
 
     >>> from ctrlib.testing import example_batch, example_schema
-    >>> from ctrlib import presets
-    >>> model = presets.mlp(presets.Inputs(example_schema(), embedding_dim=4), hidden=(8,))
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
+    >>> model = models.mlp(Inputs(example_schema(), embedding_dim=4), hidden=(8,))
     >>> engine = ExactEngine(model, learning_rate=0.01)
     >>> batch = example_batch(example_schema(), 32)
     >>> first = engine.step(batch)
@@ -69,7 +71,7 @@ class ExactEngine:
         published = [getattr(part, "gates", None) for part in model.modules()]
         gates = {id(p) for part in published if isinstance(part, nn.Module) for p in part.parameters()}
         self._regularised = [p for p in self._parameters if id(p) not in network | gates]
-        self._optimiser = adam(self._named, learning_rate)
+        self._optimiser = make_adam(self._named, learning_rate)
         for module in model.modules():
             if isinstance(module, ManagedEmbedding):
                 module.forget_evicted(self._optimiser)

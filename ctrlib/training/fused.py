@@ -15,16 +15,17 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from ctrlib.batch import Batch
+from ctrlib.distributed import gather, init_process_group, world_size
 from ctrlib.embeddings.table import TableEmbedding, Wide, shift_ids
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
+from ctrlib.sharding.plan import Sharding, ShardingPlan, TableOptimiser, check_plan, make_plan, show_plan, tables_of
+from ctrlib.sharding.sharded import load_weights, shard, sharded_state, whole_weights
+from ctrlib.sharding.shards import State
 from ctrlib.training.batch_norm import synchronise_batch_norm
-from ctrlib.training.distributed import gather, init_process_group, world_size
 from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_what_needs_one_process
-from ctrlib.training.plan import Plan, Sharding, TableOptimiser, check_plan, make_plan, show_plan, tables_of
 from ctrlib.training.rowwise_adagrad import RowwiseAdagrad
-from ctrlib.training.shard import load_weights, shard, sharded_state, whole_weights
-from ctrlib.training.state import State, adam, optimiser_state
+from ctrlib.training.state import make_adam, optimiser_state
 
 Precision = Literal["fp32", "bf16"]
 _Tables = dict[nn.Module, dict[str, int] | None]  # sharded tables -> by how much their ids are shifted
@@ -59,7 +60,7 @@ class FusedEngine:
         embedding_learning_rate: float = 0.02,
         table_optimiser: TableOptimiser = "rowwise_adagrad",
         sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
-        plan: Plan | None = None,
+        plan: ShardingPlan | None = None,
         max_grad_norm: float | None = 10.0,
         precision: Precision = "fp32",
         check_ids: bool = True,
@@ -110,7 +111,7 @@ class FusedEngine:
         self._copied = {name: named[name] for name in sorted(copied)}
         self._rates = [learning_rate, embedding_learning_rate]
         self._pipelined: _Tables | None = None  # found in the first step, where there is somewhere to send ids
-        self._optimisers: list[torch.optim.Optimizer] = [adam(self._dense, learning_rate)]
+        self._optimisers: list[torch.optim.Optimizer] = [make_adam(self._dense, learning_rate)]
         if self._copied:
             self._optimisers.append(RowwiseAdagrad(self._copied.values(), lr=embedding_learning_rate))
 

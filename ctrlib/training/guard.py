@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.distributed import all_rows, any_rank, rank, world_size
 from ctrlib.embeddings.din import MiniBatchAwareL2
 from ctrlib.embeddings.managed import ManagedEmbedding
 from ctrlib.losses import collect_auxiliary, total_auxiliary
-from ctrlib.training.distributed import all_rows, any_rank, rank, world_size
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits (B, T), labels (B, T), weights (B,)) -> scalar
 

@@ -20,11 +20,12 @@ from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.distributed import any_rank, rank, world_size
+from ctrlib.sharding.shards import State
 from ctrlib.training.checkpoint import CheckpointError, Checkpoints
-from ctrlib.training.distributed import any_rank, rank, world_size
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.progress import Epoch, Progress, random_state, set_random_state
-from ctrlib.training.state import State, copy_state, restore_state
+from ctrlib.training.state import copy_state, restore_state
 
 
 class Batches(Sized, Protocol):

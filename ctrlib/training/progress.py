@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ctrlib.training.distributed import gather, rank
+from ctrlib.distributed import gather, rank
 
 
 @dataclass(frozen=True)

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Console
 
+from ctrlib import plots
 from ctrlib.data.loader import Loader
+from ctrlib.distributed import init_process_group, rank, world_size
 from ctrlib.model import Model
 from ctrlib.schema import Schema
+from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
 from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.distributed import init_process_group, rank, world_size
 from ctrlib.training.evaluate import evaluate, predict, score
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.fused import FusedEngine, Precision
-from ctrlib.training.loop import Engine, History, fit, to_json
-from ctrlib.training.plan import Plan, Sharding, load_plan, save_plan
+from ctrlib.training.loop import Engine, fit, to_json
 
 EngineName = Literal["exact", "fused"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -65,7 +62,7 @@ def make_engine(
     embedding_learning_rate: float = 0.02,
     precision: Precision = "fp32",
     sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
-    plan: Plan | None = None,
+    plan: ShardingPlan | None = None,
     check_ids: bool = True,
     device: str | torch.device = "cpu",
 ) -> Engine:
@@ -264,119 +261,13 @@ def run(
     }
     if out is not None and is_first:
         (out / "metrics.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-        draw_curve(history, out / "curve.png")
+        plots.learning_curve(history, out / "curve.png")
         if checkpoint_seconds is not None:
             shutil.rmtree(out / "checkpoints")  # the run is over: started again, it begins anew
     return plain, result
-
-
-def draw_curve(history: History, path: Path) -> None:
-    """The learning curve as a picture: validation AUC, both losses, and where the learning rate was cut."""
-    from matplotlib.figure import Figure  # here, since it takes longer to import than a small model to score
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [line.epoch for line in history.epochs]
-    left.plot(epochs, [line.valid_auc for line in history.epochs], marker="o", label="validation")
-    best = next((line for line in history.epochs if line.epoch == history.best_epoch), None)
-    if best is not None:
-        left.plot(best.epoch, best.valid_auc, marker="*", markersize=16, label=f"kept: {best.valid_auc:.5f}")
-    left.set(xlabel="epoch", ylabel="AUC", title="Validation AUC")
-    right.plot(epochs, [line.train_loss for line in history.epochs], marker="o", label="train")
-    right.plot(epochs, [line.valid_log_loss for line in history.epochs], marker="o", label="validation")
-    right.set(xlabel="epoch", ylabel="nats", title="Log-loss")
-    for axes in (left, right):
-        for before, after in zip(history.epochs, history.epochs[1:]):
-            if after.learning_rate < before.learning_rate:
-                axes.axvline(after.epoch - 0.5, color="grey", linestyle=":", linewidth=1)
-        axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="learning rate cut")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-RECORD_COLUMNS = [
-    "date",
-    "data",
-    "model",
-    "engine",
-    "precision",
-    "seed",
-    "valid_auc",
-    "test_auc",
-    "test_logloss",
-    "test_gauc",
-    "parameters",
-    "network_parameters",
-    "embedding_bytes",
-    "samples_per_second",
-    "inference_samples_per_second",
-    "seconds",
-    "epochs",
-    "hardware",
-    "versions",
-    "commit",
-    "data_hash",
-    "note",
-]
 
 
 def _note(data: Path) -> str:
     """What whoever prepared the data wants said with every number."""
     report = data / "report.json"
     return str(json.loads(report.read_text(encoding="utf-8")).get("note", "")) if report.is_file() else ""
-
-
-def record(result: dict[str, Any], path: Path, *, data: str, model: str) -> None:
-    """Append one run to results.csv: what was run, on what, by which code.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    versions = []
-    for package in ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu"):
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    row = {
-        **result,
-        "date": time.strftime("%Y-%m-%d"),
-        "data": data,
-        "model": model,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"
-        + (f" in each of {result['processes']} processes" if result.get("processes", 1) > 1 else "")
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-        "versions": "; ".join(versions),
-        "commit": _commit(path),
-    }
-    is_new = not path.exists()
-    if not is_new:
-        with path.open(encoding="utf-8", newline="") as file:
-            header = next(csv.reader(file), [])
-        if header != RECORD_COLUMNS:
-            raise ValueError(
-                f"{path} has columns {header}, expected {RECORD_COLUMNS}: move it away, or name another file"
-            )
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, RECORD_COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
-
-
-def _commit(path: Path) -> str:
-    """The checkout's commit, with "+" if files other than `path`, the record, differ from it; empty outside one."""
-
-    def git(*arguments: str) -> str:
-        try:
-            command = ["git", "-C", str(path.parent), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
-    return commit + ("+" if commit and any(not line.endswith(path.name) for line in changed) else "")

@@ -7,18 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ctrlib.training.checkpoint import Shards
-
-State = dict[str, Tensor | Shards]
+from ctrlib.sharding.shards import Shards, State
 
 
-def adam(parameters: Mapping[str, Tensor], learning_rate: float) -> torch.optim.Adam:
+def make_adam(parameters: Mapping[str, Tensor], learning_rate: float) -> torch.optim.Adam:
     """Adam whose moments exist before the first step, at zero as the first step would make them.
 
     A fresh optimiser's state is empty, and a checkpoint read into it would lose the moments without a word.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> sorted(adam({"w": weight}, 0.1).state[weight])
+    >>> sorted(make_adam({"w": weight}, 0.1).state[weight])
     ['exp_avg', 'exp_avg_sq', 'step']
     """
     # fused=True: one pass over the tables instead of seven, 5 to 9 times faster on a CPU and the same arithmetic.

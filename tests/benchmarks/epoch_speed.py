@@ -22,8 +22,8 @@ from tyro.conf import FlagCreatePairsOff, Positional
 
 import ctrlib as ctr
 from ctrlib.cli import Tower
+from ctrlib.distributed import rank, world_size
 from ctrlib.training.allocator import keep_freed_memory
-from ctrlib.training.distributed import rank, world_size
 from ctrlib.training.run import make_engine
 
 
@@ -34,7 +34,7 @@ class Arguments:
     data: Positional[Path]
     """Prepared folder."""
     model: Tower = "deepfm"
-    """Which preset."""
+    """Which published model."""
     engine: Literal["exact", "fused"] = "exact"
     """Which engine."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -68,13 +68,13 @@ def main(arguments: Arguments) -> None:
     keep_freed_memory()  # as the command line and the recipes do
     schema = ctr.Schema.load(arguments.data)
     torch.manual_seed(0)
-    config: dict[str, Any] = {"preset": arguments.model, "embedding_dim": arguments.embedding_dim}
-    takes = ctr.presets.arguments_of(arguments.model)
+    config: dict[str, Any] = {"model": arguments.model, "embedding_dim": arguments.embedding_dim}
+    takes = ctr.models.arguments_of(arguments.model)
     config |= {name: getattr(arguments, name) for name in ("hidden", "batch_norm", "dropout") if name in takes}
-    config = ctr.presets.for_engine(config, arguments.engine)
+    config = ctr.models.for_engine(config, arguments.engine)
     config |= {} if arguments.stacked is None else {"stacked": arguments.stacked}
     engine = make_engine(
-        ctr.presets.build(config, schema),
+        ctr.models.build(config, schema),
         arguments.engine,
         embedding_l2=arguments.l2,
         precision=arguments.precision,

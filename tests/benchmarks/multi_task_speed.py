@@ -23,7 +23,7 @@ import tyro
 from tyro.conf import Positional
 
 import ctrlib as ctr
-from ctrlib import presets
+from ctrlib import models
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.run import make_engine
 
@@ -53,7 +53,7 @@ class Timed:
     def __init__(self, config: dict[str, Any], schema: ctr.Schema, num_labels: int) -> None:
         torch.manual_seed(0)
         self.num_labels = num_labels
-        model = presets.build({**COMMON, **config}, replace(schema, labels=schema.labels[:num_labels]))
+        model = models.build({**COMMON, **config}, replace(schema, labels=schema.labels[:num_labels]))
         self.engine = make_engine(model, "exact", learning_rate=1e-3, embedding_l2=1e-5)
         self.seconds: list[float] = []
 

@@ -46,7 +46,7 @@ def train(folder: Path) -> None:
     started = time.perf_counter()
     ctr.run(
         folder,
-        lambda schema: ctr.presets.mlp(ctr.Inputs(schema, embedding_dim=8, stacked=4), hidden=(32,)),
+        lambda schema: ctr.models.mlp(ctr.Inputs(schema, embedding_dim=8, stacked=4), hidden=(32,)),
         engine="fused",
         batch_size=16_384,
         max_epochs=1,

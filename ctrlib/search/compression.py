@@ -12,14 +12,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ctrlib import plots
 from ctrlib.data.loader import Loader
 from ctrlib.model import Ensemble, Model
 from ctrlib.search.bytes import bytes_of
-from ctrlib.search.distil import distil
+from ctrlib.search.coding import transform_coding
+from ctrlib.search.distillation import distil
 from ctrlib.search.floors import frequency_cut, rounded_rows
-from ctrlib.search.low_rank import Goal, apply_low_rank, low_rank
+from ctrlib.search.mimicking import Goal, apply_low_rank, low_rank
 from ctrlib.search.plan import Plan, materialise
-from ctrlib.search.transform_coding import transform_coding
 from ctrlib.serving.predictor import Predictor, save_model
 from ctrlib.structure import describe
 from ctrlib.training.evaluate import evaluate
@@ -187,7 +188,7 @@ def compress(
     }
     out = Path(out)
     (out / "compression.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-    draw(tried, budget, out / "compression.png")
+    plots.compression(tried, budget, out / "compression.png")
     return result
 
 
@@ -218,31 +219,3 @@ def table_of(result: dict[str, Any]) -> Table:
             style="bold" if one is result["tried"][-1] else None,
         )
     return table
-
-
-def draw(tried: list[Candidate], budget: int, path: Path) -> None:
-    """Bytes against validation AUC as a picture."""
-    from matplotlib.figure import Figure  # here, since it takes longer to import than a small model to score
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(one.method for one in tried[1:]):
-        points = sorted((one.embedding_bytes, one.valid_auc) for one in tried[1:] if one.method == method)
-        gone = " (below)" if all(auc < tried[0].valid_auc - 0.02 for _, auc in points) else ""
-        marker = "*" if "tuned" in method else "o"
-        axes.plot(*zip(*points), marker=marker, label=method.replace("_", " ") + gone)
-    axes.axhline(tried[0].valid_auc, color="grey", linestyle=":", label=f"uncompressed, {tried[0].embedding_bytes:,} B")
-    axes.axvline(budget, color="grey", linewidth=1, label=f"budget, {budget:,} B")
-    # Methods that ruin the model would press all others together: they are named, not shown.
-    best = max(one.valid_auc for one in tried)
-    shown = [one.valid_auc for one in tried if one.valid_auc > best - 0.02]
-    margin = max(5e-4, 0.08 * (best - min(shown)))
-    axes.set_ylim(min(shown) - margin, best + margin)
-    axes.set(xscale="log", xlabel="bytes of embeddings", ylabel="validation AUC")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=120)

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ctrlib.batch import Batch
+from ctrlib.distributed import world_size
 from ctrlib.schema import Schema
-from ctrlib.training.distributed import world_size
 
 
-def histogram(schema: Schema, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def count_reads(schema: Schema, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Vocabulary -> how often each of its ids occurs in `batches`, in all features that share it: (rows,) int64.
 
     Rows of weight 0, which only pad a batch, do not count; raw ids have no vocabulary and are left out. Of several
@@ -24,7 +24,7 @@ def histogram(schema: Schema, batches: Iterable[Batch]) -> dict[str, Tensor]:
 
     >>> from ctrlib.testing import example_batch, example_schema
     >>> schema = example_schema()
-    >>> counts = histogram(schema, [example_batch(schema, 50), example_batch(schema, 50, seed=1)])
+    >>> counts = count_reads(schema, [example_batch(schema, 50), example_batch(schema, 50, seed=1)])
     >>> counts["user"].shape, int(counts["user"].sum())
     (torch.Size([20]), 100)
     """

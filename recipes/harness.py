@@ -1,4 +1,7 @@
-"""What the recipes share: their flags, and the road from a data-set script to a row of results.csv."""
+"""What the recipes share: their flags, and the road from a data-set script to a row of results.csv.
+
+It stands beside them, so that `python recipes/frappe.py` finds it.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ctrlib import presets
+from ctrlib import models, plots
+from ctrlib.analysis.transfer import compare_tasks, gate_usage, gradient_cosines
 from ctrlib.data.loader import Loader
 from ctrlib.data.quantiles import quantile_edges
+from ctrlib.distributed import rank, world_size
 from ctrlib.model import Ensemble, Model
 from ctrlib.schema import Schema
 from ctrlib.training.allocator import keep_freed_memory
-from ctrlib.training.distributed import rank, world_size
 from ctrlib.training.evaluate import evaluate, predict, score
 from ctrlib.training.loop import to_json
-from ctrlib.training.run import Device, EngineName, choose_device, record, run
-from ctrlib.training.transfer import compare_tasks, draw_transfer, gate_usage, gradient_cosines
+from ctrlib.training.run import Device, EngineName, choose_device, run
+from records import record
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def run_recipe(
         data: name of the data in results.csv, and of the prepared folder.
         script: file name of the data-set script and its arguments.
         model: name of the variant in results.csv.
-        config: what `presets.build` needs; `bins` in place of `edges` means that many quantiles of the training rows.
+        config: what `models.build` needs; `bins` in place of `edges` means that many quantiles of the training rows.
         training: arguments of `ctrlib.run`.
 
     Raises:
@@ -112,7 +116,7 @@ def run_label_recipe(
         script: file name of the data-set script and its arguments; gets `--label NAME` for a model of one label.
         labels: all that the script makes, in its order.
         model: name of the variant in results.csv; `single_task`, and no other, is of one label.
-        config: what `presets.build` needs, as in `run_recipe`.
+        config: what `models.build` needs, as in `run_recipe`.
         single: the same for the models of one label that a report compares with.
         training: arguments of `ctrlib.run`.
 
@@ -173,7 +177,7 @@ def _report_transfer(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "transfer.json").write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
-    draw_transfer(report, out / "transfer.png")
+    plots.transfer(report, out / "transfer.png")
     print(to_json(report["tasks"]))
 
 
@@ -259,13 +263,13 @@ def _train(
     if knobs.engine == "fused":
         config = {**config, "embedding_dim": -(-config["embedding_dim"] // 4) * 4}
         training = {**training, "embedding_l2": 0.0}
-    config = presets.for_engine(config, knobs.engine)
+    config = models.for_engine(config, knobs.engine)
     if "bins" in config:
         config = {**config, "edges": quantile_edges(folder, config["bins"])}
         del config["bins"]
     return run(
         folder,
-        lambda schema: presets.build(config, schema),
+        lambda schema: models.build(config, schema),
         engine=knobs.engine,
         max_epochs=knobs.epochs,
         seed=knobs.seed,

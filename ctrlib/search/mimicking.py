@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from ctrlib.batch import Batch
+from ctrlib.distributed import gather
 from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
 from ctrlib.embeddings.table import TableEmbedding, by_vocabulary, num_rows, pooling_of
 from ctrlib.layers import LowRankLinear
 from ctrlib.model import Model
 from ctrlib.schema import Schema, vocabulary_of
-from ctrlib.search.histogram import histogram
-from ctrlib.training.distributed import gather
+from ctrlib.search.counting import count_reads
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -118,10 +118,11 @@ def low_rank(
         ValueError: there is no goal, or as those functions do.
         NotImplementedError: as `low_rank_tables`.
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_batch, example_schema
     >>> schema = example_schema()
-    >>> model = presets.mlp(presets.Inputs(schema, embedding_dim=8), hidden=(32, 32))
+    >>> model = models.mlp(Inputs(schema, embedding_dim=8), hidden=(32, 32))
     >>> plan = low_rank(model, schema, [example_batch(schema, 64)], tables=Goal(rank=4), layers=Goal(rank=8))
     >>> {path: len(layer.basis) for path, layer in plan.layers.items()}
     {'tower.layers.0': 8, 'tower.layers.2': 8}
@@ -135,7 +136,7 @@ def low_rank(
     found_layers: dict[str, LowRankLayer] = {}
     if tables is not None:
         table_embeddings(model)  # what cannot be done is said before the data are read
-        counts = histogram(schema, batches)
+        counts = count_reads(schema, batches)
         found_tables = low_rank_tables(
             model, schema, counts, goal=tables, multiple_of=multiple_of, smooth=smooth, centred=centred
         )
@@ -158,7 +159,7 @@ def low_rank_tables(
     smooth: float = 1.0,
     centred: bool = True,
 ) -> dict[str, list[LowRankTable]]:
-    """Path of the tables of each `TableEmbedding` -> a low-rank table for each vocabulary, by `counts` of `histogram`.
+    """Path of the tables of each `TableEmbedding` -> a low-rank table for each vocabulary, by what `count_reads` found.
 
     Every feature counts the same, so a vocabulary's energy is that of a look-up times its number of features. Ranks are
     multiples of `multiple_of`, 4 being what the fused engine wants, or the whole width: that of tables which a decoder
@@ -184,7 +185,7 @@ def low_rank_tables(
         rows, seen = num_rows(members), counts.get(vocabulary, torch.empty(0))
         if len(seen) != rows:
             raise ValueError(
-                f"vocabulary {vocabulary!r} has {rows} ids, but {len(seen)} counts: take `histogram` of the schema "
+                f"vocabulary {vocabulary!r} has {rows} ids, but {len(seen)} counts: take `count_reads` of the schema "
                 "that the model was trained with"
             )
         full = full_table(embeddings[path], members[0].name, rows)
@@ -393,9 +394,10 @@ def low_rank_layers(
 def linear_layers(model: Model) -> dict[str, nn.Linear]:
     """Path -> each `nn.Linear` of tower, head and encoders, but for the thin ones inside a `LowRankLinear`.
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_schema
-    >>> list(linear_layers(presets.mlp(presets.Inputs(example_schema()), hidden=(32,))))
+    >>> list(linear_layers(models.mlp(Inputs(example_schema()), hidden=(32,))))
     ['tower.layers.0', 'head.linear']
     """
     network = {id(module) for part in model.network() for module in part.modules()}
@@ -544,16 +546,17 @@ def table_embeddings(model: nn.Module) -> dict[str, TableEmbedding]:
         ValueError: there is none.
         NotImplementedError: the model looks up sequences event by event.
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_schema
-    >>> list(table_embeddings(presets.mlp(presets.Inputs(example_schema()))))
+    >>> list(table_embeddings(models.mlp(Inputs(example_schema()))))
     ['embedding.tables']
     """
     events = [path for path, module in model.named_modules() if isinstance(module, EmbeddingCollection)]
     if events:
         raise NotImplementedError(
             f"{events} look up sequences event by event, which low-rank tables do not: pool histories "
-            "(sequence='pooled' in presets), or compress the layers only"
+            "(sequence='pooled'), or compress the layers only"
         )
     found = {
         f"{path}.tables" if path else "tables": module

@@ -5,7 +5,7 @@
         "gradients": gradient_cosines(model, valid),
         "gates": gate_usage(model, valid),
     }
-    draw_transfer(report, "transfer.png")
+    plots.transfer(report, "transfer.png")
 
 A difference counts only if an interval of it, over resampled rows of the same test set, leaves 0 out. Training again
 with another seed moves both models, which no interval over rows shows: compare several seeds.
@@ -17,7 +17,6 @@ import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,10 +144,11 @@ def gradient_cosines(model: Model, batches: Iterable[Batch]) -> Report:
     Raises:
         ValueError: there is no batch.
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_batch, example_schema
     >>> schema = example_schema(2)
-    >>> model = presets.shared_bottom(presets.Inputs(schema, embedding_dim=4))
+    >>> model = models.shared_bottom(Inputs(schema, embedding_dim=4))
     >>> np.array(gradient_cosines(model, [example_batch(schema, 8)])["network"]["cosine"]).shape
     (2, 2)
     """
@@ -202,10 +202,11 @@ def gate_usage(model: Model, batches: Iterable[Batch]) -> Report:
     For each: the mean weight (T, E), E experts, fields or patterns, and for weights that sum to 1 the mean `entropy`
     (T,) as a share of log E: 0 where one expert is chosen, 1 where all count alike.
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_batch, example_schema
     >>> schema = example_schema(2)
-    >>> model = presets.mmoe(presets.Inputs(schema, embedding_dim=4), num_experts=3)
+    >>> model = models.mmoe(Inputs(schema, embedding_dim=4), num_experts=3)
     >>> usage = gate_usage(model, [example_batch(schema, 8)])
     >>> [round(sum(task), 4) for task in usage["head"]["mean"]]
     [1.0, 1.0]
@@ -260,39 +261,3 @@ def step_scores(scores: Scores) -> Scores:
     labels = scores.labels.copy()
     labels[:, 1:] = np.where(scores.labels[:, :-1] == 1, labels[:, 1:], np.nan)
     return replace(scores, logits=steps, labels=labels)
-
-
-def draw_transfer(report: Report, path: str | Path) -> None:
-    """The report as a picture: gain or loss of each task, agreement of gradients, use of gates.
-
-    `report`: "tasks" of `compare_tasks`, and if they are there "gradients" and "gates".
-    """
-    from matplotlib.figure import Figure  # here, since it takes longer to import than a small model to score
-
-    tasks = [task["task"] for task in report["tasks"]]
-    matrices = [
-        (f"gradient cosine, {part}", np.array(found["cosine"]), tasks, (-1.0, 1.0))
-        for part, found in report.get("gradients", {}).items()
-    ]
-    for part, found in report.get("gates", {}).items():
-        mean = np.array(found["mean"])
-        matrices.append((f"mean gate, {part}", mean, [str(n) for n in range(mean.shape[1])], (0.0, mean.max())))
-    figure = Figure(figsize=(4 * (1 + len(matrices)), 1.5 + 0.6 * len(tasks)), layout="constrained")
-    first, *others = figure.subplots(1, 1 + len(matrices), squeeze=False)[0]
-    colours = {"gains": "tab:green", "loses": "tab:red"}
-    for row, task in enumerate(report["tasks"]):
-        low, high = task["interval"]
-        colour = colours.get(task["verdict"], "grey")
-        first.plot([low, high], [row, row], color=colour, linewidth=2)
-        first.plot(task["difference"], row, marker="o", color=colour)
-    first.axvline(0, color="grey", linestyle=":")
-    first.set(yticks=range(len(tasks)), yticklabels=tasks, xlabel="AUC, together minus alone", title="Transfer")
-    first.invert_yaxis()
-    first.locator_params(axis="x", nbins=4)
-    for axes, (title, matrix, columns, (low, high)) in zip(others, matrices):
-        image = axes.imshow(matrix, vmin=low, vmax=high, cmap="RdYlGn" if low < 0 else "Blues", aspect="auto")
-        axes.set(title=title, yticks=range(len(tasks)), yticklabels=tasks)
-        if len(columns) <= 12:
-            axes.set(xticks=range(len(columns)), xticklabels=columns)
-        figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=120)

@@ -17,7 +17,7 @@ from ctrlib.schema import Categorical, Schema
 from ctrlib.towers.mlp import MLP
 
 
-def fold(model: Model, schema: Schema) -> Model:
+def fold_decoders(model: Model, schema: Schema) -> Model:
     """The same function with the decoders inside the first layer: fields are R wide, not D, and decode to nothing.
 
     W_1 y + b_1 with y_f = s_f U_f + mu_f is sum_f (W_1f U_f^T) s_f + (b_1 + sum_f W_1f mu_f), and a number's term
@@ -27,14 +27,15 @@ def fold(model: Model, schema: Schema) -> Model:
     Raises:
         ValueError: one of this does not hold; the message says which, and what would help.
 
-    >>> from ctrlib import presets
-    >>> from ctrlib.search.low_rank import Goal, apply_low_rank, low_rank
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
+    >>> from ctrlib.search.mimicking import Goal, apply_low_rank, low_rank
     >>> from ctrlib.testing import example_batch
     >>> schema = Schema((Categorical("user", num_embeddings=50), Categorical("item", num_embeddings=90)), ("click",))
-    >>> model = presets.mlp(presets.Inputs(schema, embedding_dim=16), hidden=(8,))
+    >>> model = models.mlp(Inputs(schema, embedding_dim=16), hidden=(8,))
     >>> batch = example_batch(schema, 20)
     >>> small = apply_low_rank(model, low_rank(model, schema, [batch], tables=Goal(rank=4)))
-    >>> folded = fold(small, schema)
+    >>> folded = fold_decoders(small, schema)
     >>> folded.tower.in_shape, bool(torch.allclose(folded(batch), small(batch), atol=1e-5))
     ((2, 4), True)
     """
@@ -42,14 +43,15 @@ def fold(model: Model, schema: Schema) -> Model:
     lookup = embedding.tables if isinstance(embedding, TableEmbedding) else None
     if not isinstance(embedding, TableEmbedding) or not isinstance(lookup, NarrowTables) or not isinstance(tower, MLP):
         raise ValueError(
-            "fold needs an MLP that alone reads the fields of a TableEmbedding of NarrowTables, got "
+            "fold_decoders needs an MLP that alone reads the fields of a TableEmbedding of NarrowTables, got "
             f"{type(tower).__name__}, {type(embedding).__name__} and {type(lookup).__name__}: others need the decoded "
             "fields"
         )
     ranks = sorted({table.rank for table in lookup.stored.values()})
     if len(ranks) > 1 or ranks[0] == lookup.embedding_dim:
         raise ValueError(
-            f"fold needs tables of one rank below {lookup.embedding_dim}, got ranks {ranks}: plan with Goal(rank=...)"
+            f"fold_decoders needs tables of one rank below {lookup.embedding_dim}, got ranks {ranks}: plan with "
+            "Goal(rank=...)"
         )
     numeric = embedding.numeric
     if numeric is not None and not isinstance(numeric, ValueTimesVector):

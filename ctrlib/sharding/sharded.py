@@ -15,11 +15,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import PoolingType
 
-from ctrlib.training.checkpoint import Shards
-from ctrlib.training.distributed import init_process_group, world_size
-from ctrlib.training.plan import (
-    Plan,
+from ctrlib.distributed import init_process_group, world_size
+from ctrlib.sharding.plan import (
     Sharding,
+    ShardingPlan,
     TableOptimiser,
     available_memory,
     check_memory,
@@ -30,14 +29,14 @@ from ctrlib.training.plan import (
     tables_of,
     to_torchrec,
 )
-from ctrlib.training.state import State
+from ctrlib.sharding.shards import Shards, State
 
 
 def shard(
     model: nn.Module,
     *,
     sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
-    plan: Plan | None = None,
+    plan: ShardingPlan | None = None,
     learning_rate: float = 0.02,
     eps: float = 1e-8,
     table_optimiser: TableOptimiser = "rowwise_adagrad",
@@ -71,7 +70,7 @@ def shard(
             raise ValueError(
                 f"the fused engine needs table widths that are multiples of 4, table {config.name!r} has "
                 f"{config.embedding_dim}: use embedding_dim={-(-config.embedding_dim // 4) * 4}, for a wide part "
-                "columns=4 (wide_columns=4 in presets), or the exact engine"
+                "columns=4 (wide_columns=4 of `Inputs`), or the exact engine"
             )
     if plan is None:
         plan = make_plan(model, world_size=world_size(), sharding=sharding, device_type=device.type)

@@ -14,7 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import ctrlib as ctr
 from ctrlib import cli, inputs
 from ctrlib.embeddings import table
-from ctrlib.presets import PRESETS, build, for_engine
+from ctrlib.models import MODELS, build, for_engine
 from ctrlib.testing import example_batch, example_schema
 
 SCHEMA = example_schema(num_tasks=2)
@@ -31,33 +31,32 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def make(name: str, engine: str = "exact", **layout: Any) -> ctr.Model:
-    config = {"preset": name, "embedding_dim": 8, **layout, **SMALL.get(name, {})}
-    if "hidden" in ctr.presets.arguments_of(name):
+    config = {"model": name, "embedding_dim": 8, **layout, **SMALL.get(name, {})}
+    if "hidden" in MODELS[name].arguments:
         config["hidden"] = (8, 6)
     return build(for_engine(config, engine), SCHEMA)
 
 
-def test_command_line_knows_every_preset() -> None:
-    assert list(get_args(cli.Tower)) == list(PRESETS)
+def test_command_line_knows_all_ways_to_make_fields() -> None:
     choices = get_type_hints(cli.Train)
     assert get_args(choices["numeric"]) == get_args(inputs.NumericFields)
     assert get_args(choices["sequence"]) == get_args(inputs.SequenceFields)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_command_line_leaves_the_defaults_to_the_preset(name: str) -> None:
-    config = cli.Train(Path("data"), tower=name).config()  # type: ignore[arg-type]
-    assert config == {"preset": name, "numeric": "vector", "sequence": "pooled"}
+@pytest.mark.parametrize("name", MODELS)
+def test_command_line_leaves_the_defaults_to_the_model(name: str) -> None:
+    config = cli.Train(Path("data"), model=name).config()  # type: ignore[arg-type]
+    assert config == {"model": name, "numeric": "vector", "sequence": "pooled"}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"tower": "finalmlp", "hidden": (8,)}, "say --option with hidden_1 or hidden_2"),
-        ({"tower": "fm", "dropout": 0.1}, "choose another --tower"),
+        ({"model": "finalmlp", "hidden": (8,)}, "say --option with hidden_1 or hidden_2"),
+        ({"model": "fm", "dropout": 0.1}, "choose another --model"),
         ({"bins": 7}, "no bins in --numeric vector"),
         ({"dim": 8, "option": ("embedding_dim=4",)}, "said already"),
-        ({"option": ('preset="mlp"',)}, "said already"),
+        ({"option": ('model="mlp"',)}, "said already"),
         ({"engine": "fused", "option": ("stacked=0",)}, "said already"),
         ({"option": ("hidden=400,400",)}, "expected NAME=VALUE with a JSON value"),
     ],
@@ -67,13 +66,13 @@ def test_command_line_refuses_flags_that_would_be_idle_or_overridden(flags: dict
         cli.Train(Path("data"), **flags).config()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("engine", ["exact", "fused"])
-def test_preset_learns_in_both_engines(name: str, engine: str) -> None:
+def test_model_learns_in_both_engines(name: str, engine: str) -> None:
     torch.manual_seed(0)
     model = make(name, engine)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    trainer = ctr.make_engine(model, engine, learning_rate=0.01, embedding_learning_rate=0.05)  # type: ignore[arg-type]
+    trainer = ctr.training.make_engine(model, engine, learning_rate=0.01, embedding_learning_rate=0.05)  # type: ignore[arg-type]
     batch = example_batch(SCHEMA, 64)
     losses = [trainer.step(batch).item() for _ in range(40)]
     assert losses[-1] < losses[0] - 0.1, losses
@@ -84,19 +83,19 @@ def test_preset_learns_in_both_engines(name: str, engine: str) -> None:
     assert still == []
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_preset_gives_the_same_logits_sharded(name: str) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_model_gives_the_same_logits_sharded(name: str) -> None:
     torch.manual_seed(0)
     model = make(name, "fused")
     plain = copy.deepcopy(model).eval()
-    sharded = ctr.shard(model).eval()
+    sharded = ctr.sharding.shard(model).eval()
     batch = example_batch(SCHEMA, 16)
     with torch.no_grad():
         torch.testing.assert_close(sharded(batch), plain(batch), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_preset_traces_and_exports(name: str) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_model_traces_and_exports(name: str) -> None:
     torch.manual_seed(0)
     model = make(name)
     network = nn.Sequential(model.tower, model.head).eval()
@@ -114,7 +113,7 @@ def test_numbers_become_fields_in_every_way(numeric: str) -> None:
     torch.manual_seed(0)
     edges = [[-1.0, 0.0, 1.0], [-0.5, 0.5]] if numeric in ("bucketised", "piecewise_linear") else None
     config = {"numeric": numeric, "edges": edges, "contexts": (("age",), ("user",))}
-    model = build({"preset": "finalmlp", "embedding_dim": 4, "num_heads": 1, "gate_hidden": (4,), **config}, SCHEMA)
+    model = build({"model": "finalmlp", "embedding_dim": 4, "num_heads": 1, "gate_hidden": (4,), **config}, SCHEMA)
     batch = example_batch(SCHEMA, 8)
     fields = model.embedding(batch)
     tables = model.embedding.embeddings[0]
@@ -130,21 +129,21 @@ def test_numbers_become_fields_in_every_way(numeric: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"preset": "transformer"}, "unknown model 'transformer'"),
-        ({"preset": "mlp", "num_heads": 2}, r"takes no \['num_heads'\]"),
-        ({"preset": "mlp", "numeric": "splines"}, "unknown numeric 'splines'"),
-        ({"preset": "mlp", "numeric": "piecewise_linear"}, "needs edges for 2 numeric features, got 0"),
-        ({"preset": "finalmlp", "contexts": [["nobody"], []]}, r"no features \['nobody'\]"),
-        ({"preset": "finalmlp", "contexts": ["user", "item"]}, "two lists of distinct feature names"),
-        ({"preset": "finalmlp", "contexts": [["user", "user"], []]}, "two lists of distinct feature names"),
-        ({"preset": "finalmlp", "contexts": [["user"]]}, "two lists of distinct feature names"),
-        ({"preset": "eulernet", "num_orders": 3}, "eulernet does not take these arguments"),
-        ({"preset": "mlp", "embedding_dim": 8.5}, "mlp does not take these arguments"),
-        ({"preset": "mlp", "sigma": 3.0}, "is for numeric='periodic'"),
-        ({"preset": "mlp", "sequence": "tim"}, "makes fields of each label's own, which dtrn takes"),
-        ({"preset": "mmoe", "sequence": "tim"}, "mmoe and ple with refine=True"),
-        ({"preset": "dtrn", "sequence": "din"}, "dtrn reads histories in its own way, 'tim', got sequence='din'"),
-        ({"preset": "mlp", "edges": [[1.0, 2.0]]}, "edges are for bucketised and piecewise_linear"),
+        ({"model": "transformer"}, "unknown model 'transformer'"),
+        ({"model": "mlp", "num_heads": 2}, r"takes no \['num_heads'\]"),
+        ({"model": "mlp", "numeric": "splines"}, "unknown numeric 'splines'"),
+        ({"model": "mlp", "numeric": "piecewise_linear"}, "needs edges for 2 numeric features, got 0"),
+        ({"model": "finalmlp", "contexts": [["nobody"], []]}, r"no features \['nobody'\]"),
+        ({"model": "finalmlp", "contexts": ["user", "item"]}, "two lists of distinct feature names"),
+        ({"model": "finalmlp", "contexts": [["user", "user"], []]}, "two lists of distinct feature names"),
+        ({"model": "finalmlp", "contexts": [["user"]]}, "two lists of distinct feature names"),
+        ({"model": "eulernet", "num_orders": 3}, "eulernet does not take these arguments"),
+        ({"model": "mlp", "embedding_dim": 8.5}, "mlp does not take these arguments"),
+        ({"model": "mlp", "sigma": 3.0}, "is for numeric='periodic'"),
+        ({"model": "mlp", "sequence": "tim"}, "makes fields of each label's own, which dtrn takes"),
+        ({"model": "mmoe", "sequence": "tim"}, "mmoe and ple with refine=True"),
+        ({"model": "dtrn", "sequence": "din"}, "this model reads histories in its own way, 'tim', got sequence='din'"),
+        ({"model": "mlp", "edges": [[1.0, 2.0]]}, "edges are for bucketised and piecewise_linear"),
     ],
 )
 def test_wrong_config_says_what_is_right(config: dict[str, Any], message: str) -> None:
@@ -165,7 +164,7 @@ def test_histories_become_fields_in_every_way_under_any_tower(sequence: str, eng
     )
     contexts = (20 + 30) * 8 + 1 * 8  # FinalMLP's own tables of user and history, its own vector of price
     assert counts["embedding"] == tables + 2 * 8 + contexts  # what the encoders weigh counts as network
-    trainer = ctr.make_engine(model, engine, learning_rate=0.01, embedding_learning_rate=0.05)  # type: ignore[arg-type]
+    trainer = ctr.training.make_engine(model, engine, learning_rate=0.01, embedding_learning_rate=0.05)  # type: ignore[arg-type]
     batch = example_batch(SCHEMA, 64)
     losses = [trainer.step(batch).item() for _ in range(40)]
     assert losses[-1] < losses[0] - 0.1, losses
@@ -182,9 +181,9 @@ def test_dtrn_reads_each_behaviour_for_each_label() -> None:
     torch.manual_seed(0)
     arguments = {"embedding_dim": 4, "expert_hidden": (8,), "tower_hidden": ()}
     models = {
-        "dtrn": build({"preset": "dtrn", **arguments}, schema),
-        "mmoe": build({"preset": "mmoe", "refine": True, "sequence": "tim", **arguments}, schema),
-        "ple": build({"preset": "ple", "refine": True, "sequence": "tim", **arguments}, schema),
+        "dtrn": build({"model": "dtrn", **arguments}, schema),
+        "mmoe": build({"model": "mmoe", "refine": True, "sequence": "tim", **arguments}, schema),
+        "ple": build({"model": "ple", "refine": True, "sequence": "tim", **arguments}, schema),
     }
     models["dtrn"].load_state_dict(models["mmoe"].state_dict())
     batch = example_batch(schema, 64)
@@ -205,7 +204,7 @@ def test_tim_reads_histories_of_one_thing_and_pools_others() -> None:
     shop = ctr.Categorical("shop", num_embeddings=5)
     shops = ctr.Sequence("shops", vocabulary="shop", num_embeddings=5)
     schema = ctr.Schema((shop, *schema.features, shops), ("y",))
-    model = build({"preset": "mlp", "embedding_dim": 4, "hidden": (4,), "sequence": "tim_shared"}, schema)
+    model = build({"model": "mlp", "embedding_dim": 4, "hidden": (4,), "sequence": "tim_shared"}, schema)
     batch = example_batch(schema, 16)
     plain = ctr.TableEmbedding(schema.features, only=["shop", "shops"], embedding_dim=4)
     plain.load_state_dict(model.embedding.rest.state_dict())
@@ -215,7 +214,7 @@ def test_tim_reads_histories_of_one_thing_and_pools_others() -> None:
 
 def test_a_second_history_of_one_thing_is_a_second_unit() -> None:
     schema = two_behaviours("y")
-    model = build({"preset": "mlp", "embedding_dim": 4, "hidden": (4,), "sequence": "din"}, schema)
+    model = build({"model": "mlp", "embedding_dim": 4, "hidden": (4,), "sequence": "din"}, schema)
     assert [unit[:2] for unit in model.embedding.units] == [(("item",), ("clicks",)), (("item",), ("purchases",))]
     trainer = ctr.ExactEngine(model, learning_rate=0.01)
     batch = example_batch(schema, 64)  # the two histories of a row differ in length
@@ -227,9 +226,9 @@ def test_one_encoder_in_two_units_counts_once() -> None:
     item = ctr.Categorical("item", num_embeddings=9)
     names = ("clicks", "purchases")
     features = [item, *(ctr.Sequence(name, vocabulary="item", num_embeddings=9) for name in names)]
-    din = ctr.DIN(4, hidden=(8,))
-    units = [ctr.Unit(("item",), (name,), din) for name in names]
-    embedding = ctr.SequenceEmbedding(features, units=units, embedding_dim=4)
+    din = ctr.embeddings.DIN(4, hidden=(8,))
+    units = [ctr.embeddings.Unit(("item",), (name,), din) for name in names]
+    embedding = ctr.embeddings.SequenceEmbedding(features, units=units, embedding_dim=4)
     tower = ctr.MLP(embedding.out_shape, hidden=(4,))
     model = ctr.Model(embedding, tower, ctr.LinearHead(tower.out_shape))
     assert model.num_parameters()["embedding"] == 9 * 4
@@ -238,7 +237,7 @@ def test_one_encoder_in_two_units_counts_once() -> None:
 
 def test_numbers_keep_their_digits_under_bf16() -> None:
     torch.manual_seed(0)
-    config = {"preset": "mlp", "embedding_dim": 4, "numeric": "periodic", "sigma": 5.0, "hidden": (8,)}
+    config = {"model": "mlp", "embedding_dim": 4, "numeric": "periodic", "sigma": 5.0, "hidden": (8,)}
     model = build(config, SCHEMA).eval()
     batch = example_batch(SCHEMA, 64)
     expected = model.embedding(batch)
@@ -252,7 +251,7 @@ def test_numbers_keep_their_digits_under_bf16() -> None:
 
 def test_export_of_stacked_tables_leaves_nothing_behind() -> None:
     schema = ctr.Schema(tuple(ctr.Categorical(name, num_embeddings=9) for name in "ab"), ("y",))
-    model = build({"preset": "mlp", "embedding_dim": 4, "hidden": (4,), "stacked": 1}, schema).eval()
+    model = build({"model": "mlp", "embedding_dim": 4, "hidden": (4,), "stacked": 1}, schema).eval()
     batch = example_batch(schema, 5)
     expected = model(batch)
     table._shift.cache_clear()
@@ -280,6 +279,6 @@ class FromIds(nn.Module):
 def test_a_history_needs_a_target() -> None:
     features = (ctr.Categorical("item", num_embeddings=5), ctr.Sequence("clicks", num_embeddings=7))
     with pytest.raises(ValueError, match="'clicks' shares its vocabulary with no categorical feature"):
-        build({"preset": "mlp", "sequence": "din"}, ctr.Schema(features, ("y",)))
+        build({"model": "mlp", "sequence": "din"}, ctr.Schema(features, ("y",)))
     with pytest.raises(ValueError, match="the schema has none"):
-        build({"preset": "mlp", "sequence": "din"}, ctr.Schema(features[:1], ("y",)))
+        build({"model": "mlp", "sequence": "din"}, ctr.Schema(features[:1], ("y",)))

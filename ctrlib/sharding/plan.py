@@ -27,7 +27,8 @@ from torchrec.distributed.sharding_plan import (
     row_wise,
     table_wise,
 )
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.types import ModuleSharder
+from torchrec.distributed.types import ShardingPlan as TorchRecPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 # It tells users of its planner to describe their machines; the plans here need no more than numbers of processes.
@@ -52,15 +53,16 @@ class TablePlacement:
 
 
 # By the name of the table's weight in the model.
-Plan = dict[str, TablePlacement]
+ShardingPlan = dict[str, TablePlacement]
 
 
 def tables_of(model: nn.Module) -> dict[str, tuple[str, nn.Module, Any]]:
     """Every table of a model: name of its weight -> (path of its collection, the collection, the table's config).
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_schema
-    >>> model = presets.mlp(presets.Inputs(example_schema(), embedding_dim=4), hidden=(8,))
+    >>> model = models.mlp(Inputs(example_schema(), embedding_dim=4), hidden=(8,))
     >>> list(tables_of(model))[0]
     'embedding.tables.embedding_bags.table_user.weight'
     """
@@ -82,7 +84,7 @@ def make_plan(
     sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
     copy_small: bool = False,
     device_type: str = "cpu",
-) -> Plan:
+) -> ShardingPlan:
     """A plan for every table of the model.
 
     "auto" cuts a table of more than 1 / world_size of all bytes by rows, since no single process could hold it without
@@ -95,9 +97,10 @@ def make_plan(
     Raises:
         ValueError: no such way of sharding, or no such table.
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_schema
-    >>> model = presets.mlp(presets.Inputs(example_schema(), embedding_dim=8), hidden=(8,))
+    >>> model = models.mlp(Inputs(example_schema(), embedding_dim=8), hidden=(8,))
     >>> [placement.sharding for placement in make_plan(model, world_size=4).values()]
     ['row_wise', 'row_wise', 'table_wise']
     """
@@ -107,7 +110,7 @@ def make_plan(
     if unknown:
         raise ValueError(f"no tables {unknown} to place, expected some of {sorted(tables)}")
     total = sum(config.num_embeddings * config.embedding_dim for _, _, config in tables.values())
-    plan: Plan = {}
+    plan: ShardingPlan = {}
     free = [name for name in tables if wanted.get(name, "auto") == "auto"]
     copied = _small(model, free) if copy_small and world_size > 1 else set()
     for name, (_, _, config) in tables.items():
@@ -139,7 +142,7 @@ def _small(model: nn.Module, names: list[str]) -> set[str]:
     return {name for name, total in zip(small, totals) if total <= COPIED_BYTES}
 
 
-def _plan_whole_tables(model: nn.Module, names: list[str], world_size: int, device_type: str) -> Plan:
+def _plan_whole_tables(model: nn.Module, names: list[str], world_size: int, device_type: str) -> ShardingPlan:
     """One rank for each of `names`, by the planner's estimate of work and memory."""
     if world_size == 1:
         return {name: TablePlacement("table_wise", (0,)) for name in names}
@@ -168,7 +171,9 @@ def _plan_whole_tables(model: nn.Module, names: list[str], world_size: int, devi
     return plan
 
 
-def check_plan(plan: Plan, model: nn.Module, *, world_size: int, optimiser: TableOptimiser = "rowwise_adagrad") -> None:
+def check_plan(
+    plan: ShardingPlan, model: nn.Module, *, world_size: int, optimiser: TableOptimiser = "rowwise_adagrad"
+) -> None:
     """Refuse a plan that does not fit the model, or under which a table would be trained by another rule.
 
     Raises:
@@ -215,7 +220,7 @@ def check_plan(plan: Plan, model: nn.Module, *, world_size: int, optimiser: Tabl
                 raise ValueError(f"{name}: data_parallel tables are trained by row-wise Adagrad only, use row_wise")
 
 
-def to_torchrec(plan: Plan, model: nn.Module, *, world_size: int, device_type: str) -> ShardingPlan:
+def to_torchrec(plan: ShardingPlan, model: nn.Module, *, world_size: int, device_type: str) -> TorchRecPlan:
     """The same plan in TorchRec's form."""
     local_size = _local(world_size)
     collections: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
@@ -230,7 +235,7 @@ def to_torchrec(plan: Plan, model: nn.Module, *, world_size: int, device_type: s
         else:
             way = data_parallel()
         collections.setdefault(path, (module, {}))[1][config.name] = way
-    return ShardingPlan(
+    return TorchRecPlan(
         {
             path: construct_module_sharding_plan(
                 module, ways, local_size=local_size, world_size=world_size, device_type=device_type
@@ -251,13 +256,14 @@ def sharders(fused_params: dict[str, Any] | None = None) -> list[ModuleSharder[A
 
 
 def plan_bytes(
-    plan: Plan, model: nn.Module, *, world_size: int, optimiser: TableOptimiser = "rowwise_adagrad"
+    plan: ShardingPlan, model: nn.Module, *, world_size: int, optimiser: TableOptimiser = "rowwise_adagrad"
 ) -> dict[str, list[int]]:
     """Table -> bytes on each rank: float32 weights and the optimiser's state, and a copied table's gradient.
 
-    >>> from ctrlib import presets
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
     >>> from ctrlib.testing import example_schema
-    >>> model = presets.mlp(presets.Inputs(example_schema(), embedding_dim=4), hidden=(8,))
+    >>> model = models.mlp(Inputs(example_schema(), embedding_dim=4), hidden=(8,))
     >>> plan = make_plan(model, world_size=2, sharding="row_wise")
     >>> plan_bytes(plan, model, world_size=2)["embedding.tables.embedding_bags.table_user.weight"]
     [200, 200]
@@ -280,7 +286,9 @@ def plan_bytes(
     return found
 
 
-def show_plan(plan: Plan, model: nn.Module, *, world_size: int, optimiser: TableOptimiser = "rowwise_adagrad") -> Table:
+def show_plan(
+    plan: ShardingPlan, model: nn.Module, *, world_size: int, optimiser: TableOptimiser = "rowwise_adagrad"
+) -> Table:
     """The plan as a table to print: rows, width, way of sharding, and bytes on every rank."""
     found = plan_bytes(plan, model, world_size=world_size, optimiser=optimiser)
     ranks = [f"rank {rank}" for rank in range(world_size)]
@@ -327,13 +335,13 @@ def available_memory(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def save_plan(plan: Plan, path: str | Path) -> None:
+def save_plan(plan: ShardingPlan, path: str | Path) -> None:
     """Write a plan as JSON, to pin it with `load_plan`."""
     content = {name: {"sharding": p.sharding, "ranks": list(p.ranks)} for name, p in plan.items()}
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def load_plan(path: str | Path) -> Plan:
+def load_plan(path: str | Path) -> ShardingPlan:
     """Read what `save_plan` wrote.
 
     Raises:

@@ -1,0 +1,7 @@
+"""What a trained model and its tasks do, and why."""
+
+from ctrlib import _lazy
+
+__getattr__, __dir__ = _lazy.named(
+    __name__, {"transfer": ("compare_tasks", "gate_usage", "gradient_cosines", "step_scores")}
+)

@@ -1,0 +1,104 @@
+"""What the recipes share: records of every task, and the road from a data-set script to a row of results.csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ctrlib as ctr
+from ctrlib.data.synthetic import Teacher, generate
+from harness import RecipeKnobs, run_recipe
+from records import COLUMNS, commit_of, record
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    frame, _ = generate(Teacher(num_rows=6_000, cardinalities=(50, 40, 30), num_numeric=2, seed=3))
+    folder = tmp_path_factory.mktemp("clicks") / "data"
+    ctr.prepare(frame, folder, labels="label", log=None)
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_record_appends_and_refuses_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    result = {"valid_auc": 0.71234567, "test_auc": 0.7, "seed": 1, "unknown": "left out"}
+    record(result, path, data="d", model="m")
+    record({**result, "seed": 2}, path, data="d", model="m")
+    rows = rows_of(path)
+    assert [list(row) for row in rows] == [COLUMNS] * 2
+    assert [(row["seed"], row["valid_auc"], row["task"], row["scores"]) for row in rows] == [
+        ("1", "0.712346", "ctr", ""),
+        ("2", "0.712346", "ctr", ""),
+    ]
+    path.write_text("other,columns\n")
+    with pytest.raises(ValueError, match="other"):
+        record(result, path, data="d", model="m")
+
+
+@pytest.mark.parametrize(
+    ("task", "scores"),
+    [
+        ("retrieval", {"test_recall@20": 0.1862, "test_ndcg@20": 0.158}),
+        ("ranking", {"test_kendall_tau": 0.9}),
+        ("speed", {"rows_per_second": 75_000}),
+    ],
+)
+def test_a_record_fits_every_task(tmp_path: Path, task: Any, scores: dict[str, float]) -> None:
+    record({"seed": 1}, tmp_path / "results.csv", data="d", model="m", task=task, scores=scores)
+    (row,) = rows_of(tmp_path / "results.csv")
+    assert (row["task"], row["test_auc"]) == (task, "")
+    assert json.loads(row["scores"]) == scores
+    with pytest.raises(ValueError, match="are not numbers"):
+        record({}, tmp_path / "results.csv", data="d", model="m", task=task, scores={"good": True})
+
+
+def test_commit_is_marked_only_if_other_files_differ(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    results, code = tmp_path / "results.csv", tmp_path / "code.py"
+    assert commit_of(results) == ""  # no checkout
+    git("init")
+    results.write_text("a\n")
+    code.write_text("a\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = commit_of(results)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    results.write_text("a\nb\n")
+    assert commit_of(results) == clean
+    code.write_text("b\n")
+    assert commit_of(results) == clean + "+"
+
+
+def test_recipe_trains_records_and_finds_its_own_bins(tmp_path: Path, data: Path) -> None:
+    recipe = str(tmp_path / "recipes" / "x.py")
+    (tmp_path / "recipes").mkdir()
+    arguments: dict[str, Any] = {"recipe": recipe, "data": "clicks", "script": ["none.py"], "model": "mlp_bins"}
+    config = {"model": "mlp", "embedding_dim": 6, "hidden": (8,), "numeric": "bucketised", "bins": 4}
+    knobs = RecipeKnobs(data=data, seed=3, engine="fused", record=True, device="cpu")
+    with pytest.raises(SystemExit, match="whole runs only"):
+        run_recipe(replace(knobs, epochs=1), config=config, **arguments)
+    result = run_recipe(knobs, config=config, **arguments, batch_size=512, patience=1, embedding_l2=0.1)
+    with (tmp_path / "recipes" / "results.csv").open(newline="") as file:
+        (row,) = list(csv.DictReader(file))
+    assert (row["data"], row["model"], row["engine"], row["seed"]) == ("clicks", "mlp_bins", "fused", "3")
+    assert float(row["test_auc"]) == pytest.approx(result["test_auc"], abs=1e-6)
+    assert float(row["inference_samples_per_second"]) > 0
+    # Width 6 is made 8 for the kernels, and each number has 4 bins and a row for its largest value.
+    schema = ctr.Schema.load(data)
+    rows = sum(features[0].num_embeddings or 0 for features in schema.vocabularies.values())
+    assert int(row["embedding_bytes"]) == 4 * 8 * (rows + 5 * len(schema.dense))

@@ -1,0 +1,117 @@
+"""recipes/results.py: the tables of results are those of results.csv, and say what they should."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import results
+from records import COLUMNS, record
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def write_results(path: Path, *changes: dict[str, Any]) -> Path:
+    run = dict.fromkeys(COLUMNS, "") | {
+        **{"data": "frappe_x1", "model": "deepfm", "engine": "exact", "precision": "fp32", "seed": 1},
+        **{
+            "valid_auc": 0.98,
+            "test_auc": 0.984,
+            "test_logloss": 0.2,
+            "network_parameters": 417000,
+            "embedding_bytes": 216360,
+        },
+        **{"samples_per_second": 30000.0, "hardware": "x86_64, 1 threads", "data_hash": "abc"},
+        **{"inference_samples_per_second": 90000.0},
+    }
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({**run, **change} for change in changes)
+    return path
+
+
+def rows_of(table: str) -> list[list[str]]:
+    rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in table.splitlines() if line[:1] == "|"]
+    assert len({len(row) for row in rows}) == 1, "rows differ in their number of cells"
+    return rows[2:]
+
+
+def test_tables_are_those_of_results_csv(tmp_path: Path) -> None:
+    readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
+    readme.write_text(TEXT, encoding="utf-8")
+    results.main(results.Arguments(ROOT / "recipes" / "results.csv", readme, page))
+    assert readme.read_text(encoding="utf-8") == TEXT, "run: python recipes/results.py"
+    all_results = (ROOT / "recipes" / "RESULTS.md").read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == all_results, "run: python recipes/results.py"
+    assert len(rows_of(TEXT.partition(results.BEGIN)[2].partition(results.END)[0])) < len(rows_of(all_results)) / 3
+
+
+def test_repeats_are_grouped_and_published_numbers_stand_beside_them(tmp_path: Path) -> None:
+    path = write_results(
+        tmp_path / "results.csv",
+        {"test_auc": 0.5},  # seed 1 again below: the later row counts
+        {"seed": 2, "test_auc": 0.985, "samples_per_second": 40000.0},
+        {"data": "movielens_1m_autoint", "model": "dcnv2", "note": "another split", "data_hash": "def"},
+        {"test_auc": 0.983},
+        {"engine": "fused", "precision": "bf16", "hardware": "a, 1"},
+        {"engine": "fused", "precision": "bf16", "hardware": "b, 2", "seed": 2},
+        {"data_hash": "abd", "model": "own", "valid_auc": 0.97, "test_auc": 0.5, "inference_samples_per_second": ""},
+    )
+    table = results.make_table(results.read(path), results.PUBLISHED)
+    exact, fused, other, split = rows_of(table)
+    best = rows_of(results.make_table(results.best_of_each(results.read(path)), results.PUBLISHED))
+    assert best == [exact, split]
+    assert exact[:4] == ["frappe_x1", "deepfm", "exact", "2"]
+    assert exact[4:6] == ["0.98400 ± 0.00141", "0.20000 ± 0.00000"]
+    assert exact[6:] == ["417,000", "216,360", "35,000", "90,000", "0.98395 (BARS, mean of 5 seeds)"]
+    assert fused[2:4] + fused[8:10] == ["fused, bf16", "2", "several machines", "several machines"]
+    assert other == ["frappe_x1", "own", "exact", "1", "0.50000", "0.20000", "417,000", "216,360", "30,000", "", ""]
+    assert (split[0], split[-1]) == (
+        "movielens_1m_autoint [1]",
+        "DCN: 0.8446 (AutoInt, CIKM 2019, mean of 10 runs); see note",
+    )
+    assert "[1] another split" in table
+    assert "frappe_x1 abc, abd, movielens_1m_autoint def" in table
+
+
+def test_script_rewrites_only_what_is_between_the_markers(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    path, page = tmp_path / "results.csv", tmp_path / "RESULTS.md"
+    results.main(results.Arguments(path, readme, page))
+    assert "No run is recorded" in readme.read_text()
+    write_results(path, {})
+    for _ in range(2):  # the second time changes nothing
+        results.main(results.Arguments(path, readme, page))
+        text = readme.read_text()
+        assert text.startswith(f"before\n{results.BEGIN}\n\n| data |")
+        assert text.endswith(f"\n\n{results.END}\nafter\n")
+        assert "old" not in text
+        assert "No run" not in text
+
+
+def test_script_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text("data,model\nfrappe_x1,mlp\n")
+    with pytest.raises(ValueError, match=r"has no columns .*test_auc"):
+        results.read(path)
+    write_results(path, {})
+    path.write_text(path.read_text() + "frappe_x1,mlp\n")
+    with pytest.raises(ValueError, match="line 3: expected 24 cells"):
+        results.read(path)
+    with pytest.raises(ValueError, match="found it 0 times"):
+        results.rewritten("no markers", "table")
+
+
+def test_recipes_record_what_the_table_needs(tmp_path: Path) -> None:
+    assert set(results.NEEDED) <= set(COLUMNS)
+    names = (*results.VALUES, "engine", "precision", "seed", "data_hash")
+    result = dict(zip(names, (0.8, 0.9, 0.3, 8, 64, 1000.5, "exact", "fp32", 3, "abc"), strict=True))
+    record(result, tmp_path / "results.csv", data="frappe_x1", model="mlp")
+    (row,) = rows_of(results.make_table(results.read(tmp_path / "results.csv"), results.PUBLISHED))
+    assert row[3:8] == ["1", "0.90000", "0.30000", "8", "64"]
