@@ -23,9 +23,7 @@ from ctrlib.schema import Categorical, Numeric, Schema
 from ctrlib.search.counting import count_reads
 from ctrlib.search.folding import fold_decoders
 from ctrlib.search.mimicking import (
-    Goal,
     Moments,
-    allocate_ranks,
     apply_low_rank,
     factorise,
     full_table,
@@ -34,10 +32,10 @@ from ctrlib.search.mimicking import (
     low_rank_layers,
     low_rank_tables,
     output_statistics,
-    rank_for_energy,
     spectrum,
     weighted_pca,
 )
+from ctrlib.search.ranks import Goal, allocate_ranks, rank_for_energy
 from ctrlib.testing import example_batch, example_schema
 
 SCHEMA = example_schema()

@@ -19,8 +19,9 @@ from ctrlib.search.bytes import bytes_of
 from ctrlib.search.coding import transform_coding
 from ctrlib.search.distillation import distil
 from ctrlib.search.floors import frequency_cut, rounded_rows
-from ctrlib.search.mimicking import Goal, apply_low_rank, low_rank
+from ctrlib.search.mimicking import apply_low_rank, low_rank
 from ctrlib.search.plan import Plan, materialise
+from ctrlib.search.ranks import Goal
 from ctrlib.serving.predictor import Predictor, save_model
 from ctrlib.structure import describe
 from ctrlib.training.evaluate import evaluate

@@ -29,7 +29,8 @@ def fold_decoders(model: Model, schema: Schema) -> Model:
 
     >>> from ctrlib import models
     >>> from ctrlib.inputs import Inputs
-    >>> from ctrlib.search.mimicking import Goal, apply_low_rank, low_rank
+    >>> from ctrlib.search.mimicking import apply_low_rank, low_rank
+    >>> from ctrlib.search.ranks import Goal
     >>> from ctrlib.testing import example_batch
     >>> schema = Schema((Categorical("user", num_embeddings=50), Categorical("item", num_embeddings=90)), ("click",))
     >>> model = models.mlp(Inputs(schema, embedding_dim=16), hidden=(8,))

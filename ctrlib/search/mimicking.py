@@ -18,9 +18,9 @@ published, does not run, and is not followed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,38 +35,7 @@ from ctrlib.layers import LowRankLinear
 from ctrlib.model import Model
 from ctrlib.schema import Schema, vocabulary_of
 from ctrlib.search.counting import count_reads
-
-Key = TypeVar("Key", bound=Hashable)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """How small tables, or layers, are to become: one of these.
-
-    `num_bytes`: at most so many, decoders, means and biases included, with as much energy kept as there can be.
-    `ratio`: as many times fewer bytes. `energy`: each keeps this fraction of its own, at the smallest such rank.
-    `rank`: the same for all.
-
-    Raises:
-        ValueError: none or several are given, or one is out of its range.
-
-    >>> Goal(ratio=8, rank=4)
-    Traceback (most recent call last):
-    ValueError: expected one of num_bytes, ratio, energy and rank, got {'ratio': 8, 'rank': 4}
-    """
-
-    num_bytes: int | None = None
-    ratio: float | None = None
-    energy: float | None = None
-    rank: int | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"expected one of num_bytes, ratio, energy and rank, got {given}")
-        ((name, value),) = given.items()
-        if value <= 0 or (name == "ratio" and value < 1) or (name == "energy" and value > 1):
-            raise ValueError(f"{name}={value}: expected a positive number, a ratio from 1 on, an energy of 1 at most")
+from ctrlib.search.ranks import Goal, Level, choose_ranks, smaller_levels, table_levels
 
 
 @dataclass(frozen=True)
@@ -164,7 +133,7 @@ def low_rank_tables(
     Every feature counts the same, so a vocabulary's energy is that of a look-up times its number of features. Ranks are
     multiples of `multiple_of`, 4 being what the fused engine wants, or the whole width: that of tables which a decoder
     would make larger, unless the goal is one rank for all. `smooth` is as in `weighted_pca`. `centred=False` leaves out
-    the means, which costs up to one rank; `fold` then takes bags and histories too.
+    the means, which costs up to one rank; `fold_decoders` then takes bags and histories too.
 
     First-order weights (`Wide`) are as narrow as can be, so they are left alone, and not counted.
 
@@ -195,7 +164,7 @@ def low_rank_tables(
     if goal.rank is not None:
         ranks = {key: min(goal.rank, len(energies)) for key, (_, energies) in sizes.items()}
     else:
-        ranks = _choose(*_table_levels(sizes, multiple_of, centred), goal)
+        ranks = choose_ranks(*table_levels(sizes, multiple_of, centred), goal)
     tables: dict[str, list[LowRankTable]] = {}
     for (path, vocabulary), (mean, basis, energies) in found.items():
         members, rank = vocabularies[path, vocabulary], ranks[path, vocabulary]
@@ -267,97 +236,6 @@ def spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.T.flip(0), energies.flip(0).clamp(min=0)
 
 
-def rank_for_energy(energies: Tensor, fraction: float) -> int:
-    """The smallest rank, 1 at least, that keeps `fraction` of the sum of `energies`, the largest of which come first.
-
-    >>> rank_for_energy(torch.tensor([6.0, 3.0, 1.0]), 0.9)
-    2
-    """
-    kept = energies.cumsum(0)
-    return min(int((kept < fraction * kept[-1]).sum()) + 1, len(energies))
-
-
-def allocate_ranks(
-    tables: Mapping[Key, tuple[int, Tensor]], num_bytes: int, *, multiple_of: int = 4, centred: bool = True
-) -> dict[Key, int]:
-    """Ranks that keep much energy in `num_bytes`, decoders and means counted, of tables given as (rows, energies (D,)).
-
-    From the lowest rank on, the next bytes go where each keeps the most energy. Ranks are multiples of `multiple_of`;
-    a table of rows <= D r / (D - r), for which rank r would take more bytes than whole rows, is kept whole instead.
-
-    Raises:
-        ValueError: the lowest ranks take more than `num_bytes`; the message says how much.
-
-    >>> energies = torch.tensor([4.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
-    >>> tables = {"large": (1000, energies), "often": (100, 10 * energies), "few": (6, energies)}
-    >>> allocate_ranks(tables, 20_000)
-    {'large': 4, 'often': 8, 'few': 8}
-    """
-    levels, energies = _table_levels(tables, multiple_of, centred)
-    return _allocate(levels, energies, num_bytes)
-
-
-class _Level(NamedTuple):
-    """A rank that a table or layer may be given, and the bytes it then takes."""
-
-    rank: int
-    num_bytes: int
-
-
-def _table_levels(
-    tables: Mapping[Key, tuple[int, Tensor]], multiple_of: int, centred: bool
-) -> tuple[dict[Key, list[_Level]], dict[Key, Tensor]]:
-    """The ranks that make each table smaller, and whole rows; and its energies."""
-    levels = {}
-    for key, (rows, energies) in tables.items():
-        dim = len(energies)
-        ranks = range(multiple_of, dim, multiple_of)
-        found = [_Level(rank, 4 * (rows * rank + (rank + centred) * dim)) for rank in ranks]
-        levels[key] = _smaller(found, _Level(dim, 4 * rows * dim))
-    return levels, {key: energies for key, (_, energies) in tables.items()}
-
-
-def _smaller(levels: Sequence[_Level], whole: _Level) -> list[_Level]:
-    return [*(level for level in levels if level.num_bytes < whole.num_bytes), whole]
-
-
-def _choose(levels: Mapping[Key, list[_Level]], energies: Mapping[Key, Tensor], goal: Goal) -> dict[Key, int]:
-    """Ranks by energy or for a budget."""
-    if goal.energy is not None:
-        needed = {key: rank_for_energy(energies[key], goal.energy) for key in levels}
-        return {key: next(level.rank for level in levels[key] if level.rank >= needed[key]) for key in levels}
-    num_bytes = goal.num_bytes
-    if num_bytes is None:
-        num_bytes = int(sum(ranks[-1].num_bytes for ranks in levels.values()) / (goal.ratio or 1))
-    return _allocate(levels, energies, num_bytes)
-
-
-def _allocate(levels: Mapping[Key, list[_Level]], energies: Mapping[Key, Tensor], num_bytes: int) -> dict[Key, int]:
-    least = sum(ranks[0].num_bytes for ranks in levels.values())
-    if least > num_bytes:
-        whole = sum(ranks[-1].num_bytes for ranks in levels.values())
-        raise ValueError(
-            f"the lowest ranks take {least:,} bytes of now {whole:,}, which is more than {num_bytes:,}: allow as many, "
-            "or drop rows first"
-        )
-    kept = {key: [0.0, *energies[key].cumsum(0).tolist()] for key in levels}
-    chosen, left = dict.fromkeys(levels, 0), num_bytes - least
-    while True:
-        best: tuple[float, Key, int, int] | None = None
-        for key, ranks in levels.items():
-            now = ranks[chosen[key]]
-            # Any higher level, since the last one needs no decoder and can be a bargain.
-            for position in range(chosen[key] + 1, len(ranks)):
-                cost = ranks[position].num_bytes - now.num_bytes
-                gain = (kept[key][ranks[position].rank] - kept[key][now.rank]) / cost
-                if cost <= left and gain > (best[0] if best else 0):
-                    best = gain, key, position, cost
-        if best is None:
-            return {key: levels[key][position].rank for key, position in chosen.items()}
-        _, key, position, cost = best
-        chosen[key], left = position, left - cost
-
-
 # Layers.
 
 
@@ -377,13 +255,13 @@ def low_rank_layers(
         linear: Any = model.get_submodule(name)
         widths, width = linear.in_features + linear.out_features, linear.out_features
         ranks = range(multiple_of, width, multiple_of) if goal.rank is None else [goal.rank]
-        found = [_Level(rank, 4 * (rank * widths + rank + width)) for rank in ranks]
-        levels[name] = _smaller(found, _Level(width, 4 * sum(weight.numel() for weight in linear.parameters())))
+        found = [Level(rank, 4 * (rank * widths + rank + width)) for rank in ranks]
+        levels[name] = smaller_levels(found, Level(width, 4 * sum(weight.numel() for weight in linear.parameters())))
     if goal.rank is not None:
         chosen = {name: ranks_of[0].rank for name, ranks_of in levels.items()}
     else:
         shares = {name: energies / energies.sum().clamp(min=1e-300) for name, (_, energies) in spectra.items()}
-        chosen = _choose(levels, shares, goal)
+        chosen = choose_ranks(levels, shares, goal)
     return {
         name: LowRankLayer(statistics[name][0].float(), spectra[name][0][:rank].float())
         for name, rank in chosen.items()
