@@ -1,4 +1,4 @@
-"""RESULTS.md and the README's table, made from results.csv: mean and sd over seeds, beside what was published.
+"""docs/results.md and the README's table, made from results.csv: mean and sd over seeds, beside what was published.
 
     python recipes/results.py
 
@@ -10,6 +10,7 @@ has a row of its own.
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,25 @@ import tyro
 HERE = Path(__file__).parent
 BEGIN = "<!-- results: made by recipes/results.py from recipes/results.csv, do not edit -->"
 END = "<!-- end of results -->"
-PAGE = "# Results\n\nMade by `results.py` from `results.csv`, do not edit.\n\n{}\n"
+PAGE = """# Results
+
+Every recorded run, by data set. This page is made by `python recipes/results.py` from `recipes/results.csv`: do not
+edit it. How a run is trained is in the recipe of its data set, `recipes/NAME.py`.
+
+## How the numbers are made
+
+* The epoch is chosen by validation AUC. That model's test AUC is computed once and reported. Settings are tuned on
+  validation only.
+* Comparisons are means and standard deviations over seeds, with engine and data named. If one seed was run twice, the
+  later run counts.
+* AUC is exact, ties count one half. GAUC weights users by their rows. Log-loss is in nats.
+* On a CPU the same seed gives the same bits, whatever the number of loader threads.
+* What others published stands in a column of its own, with its source.
+* A row of `recipes/results.csv` names commit, versions, hardware and the hash of the prepared data's schema. Rows are
+  added and never edited. `python recipes/frappe.py --model deepfm --seed 1 --record` adds one.
+
+{}
+"""
 
 BARS = "BARS, mean of 5 seeds"
 CHOSEN = "BARS, the run chosen by validation"
@@ -84,10 +103,21 @@ PUBLISHED: dict[tuple[str, str], str] = {
     ("movielens_1m_ids", "dcnv2"): f"0.8872 ({UNIFIED}); 0.8985 (rerun by others)",
 }
 
-KEY = ("data", "data_hash", "model", "engine", "precision", "note")
+KEY = ("task", "data", "data_hash", "model", "engine", "precision", "note")
 VALUES = ("valid_auc", "test_auc", "test_logloss", "network_parameters", "embedding_bytes", "samples_per_second")
 INFERENCE = "inference_samples_per_second"  # not known of the first runs
-NEEDED = (*KEY, "seed", *VALUES, INFERENCE, "hardware")
+NEEDED = (*KEY, "seed", *VALUES, INFERENCE, "hardware", "scores")
+# Data sets in the README's table, and what they are.
+SHORT = {
+    "frappe_x1": "Frappe (its train split rebuilt)",
+    "movielens_1m_autoint": "MovieLens-1M, AutoInt's split, no ids",
+    "movielens_1m_ids": "MovieLens-1M with ids",
+    "movielens_1m_histories": "MovieLens-1M, histories by time",
+    "amazon_grocery": "Amazon Grocery, histories by time",
+    "movielens_1m_labels, liked": "MovieLens-1M, two labels: liked",
+    "census_income, income": "Census-Income, two labels: income",
+    "criteo_synthetic": "Criteo-shaped synthetic, 1.1 M ids",
+}
 HEADINGS = (
     *("data", "model", "engine", "seeds", "test AUC", "log-loss (nats)"),
     *("network parameters", "embedding bytes", "training samples/s", "inference samples/s", "published test AUC"),
@@ -106,7 +136,7 @@ class Arguments:
     """What `--record` of the recipes has appended to."""
     readme: Path = HERE.parent / "README.md"
     """File with the two markers between which the best of each data set stand."""
-    page: Path = HERE / "RESULTS.md"
+    page: Path = HERE.parent / "docs" / "results.md"
     """File for all results."""
 
 
@@ -127,6 +157,7 @@ def read(path: Path) -> list[list[dict[str, str]]]:
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells")
+            row["task"] = row["task"] or "ctr"  # of rows before the column was added
             groups.setdefault(tuple(row[name] for name in KEY), {})[row["seed"]] = row
     return [list(by_seed.values()) for by_seed in groups.values()]
 
@@ -193,9 +224,14 @@ def _mean(runs: list[dict[str, str]], column: str) -> float:
 
 
 def _mean_and_sd(runs: list[dict[str, str]], column: str) -> str:
-    values = [float(run[column]) for run in runs]
-    mean = f"{_mean(runs, column):.5f}"
-    return f"{mean} ± {statistics.stdev(values):.5f}" if len(values) > 1 else mean
+    return _in_words([float(run[column]) for run in runs])
+
+
+def _in_words(values: list[float]) -> str:
+    """Mean and standard deviation; thousands as whole numbers."""
+    mean = statistics.fmean(values)
+    form = ".5f" if abs(mean) < 1000 else ",.0f"
+    return f"{mean:{form}} ± {statistics.stdev(values):{form}}" if len(values) > 1 else f"{mean:{form}}"
 
 
 def _whole(runs: list[dict[str, str]], column: str) -> str:
@@ -223,12 +259,43 @@ def rewritten(text: str, table: str) -> str:
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
 
 
+def make_short_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, str], str]) -> str:
+    """For the README: of each data set named in `SHORT` its best model, in few columns."""
+    best = {runs[0]["data"]: runs for runs in best_of_each(groups)}
+    lines = ["| data | best model | seeds | test AUC | published |", "| --- | --- | --: | --: | --- |"]
+    for data, title in SHORT.items():
+        if (runs := best.get(data)) is not None:
+            source = published.get((data, runs[0]["model"]), "")
+            cells = (title, runs[0]["model"], str(len(runs)), _mean_and_sd(runs, "test_auc"), source)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else EMPTY
+
+
+def make_scores_table(groups: list[list[dict[str, str]]]) -> str:
+    """The table of a task whose numbers have no columns of their own, as markdown: a column for each score."""
+    scores = [[json.loads(run["scores"] or "{}") for run in runs] for runs in groups]
+    names = list(dict.fromkeys(name for of_runs in scores for run in of_runs for name in run))
+    lines = [["data", "model", "seeds", *names], ["---", "---", "--:", *["--:"] * len(names)]]
+    for runs, of_runs in zip(groups, scores):
+        cells = [runs[0]["data"], runs[0]["model"], str(len(runs))]
+        for name in names:
+            values = [run[name] for run in of_runs if name in run]
+            cells.append(_in_words(values) if values else "")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def main(arguments: Arguments) -> None:
     """Write all results, and the best of them into the README."""
     groups = read(arguments.results)
+    by_task: dict[str, list[list[dict[str, str]]]] = {"ctr": []}
+    for runs in groups:
+        by_task.setdefault(runs[0]["task"], []).append(runs)
     text = arguments.readme.read_text(encoding="utf-8")
-    arguments.readme.write_text(rewritten(text, make_table(best_of_each(groups), PUBLISHED)), encoding="utf-8")
-    arguments.page.write_text(PAGE.format(make_table(groups, PUBLISHED)), encoding="utf-8")
+    arguments.readme.write_text(rewritten(text, make_short_table(by_task["ctr"], PUBLISHED)), encoding="utf-8")
+    sections = [f"## Click-through rate\n\n{make_table(by_task.pop('ctr'), PUBLISHED)}"]
+    sections += [f"## {task.capitalize()}\n\n{make_scores_table(some)}" for task, some in by_task.items()]
+    arguments.page.write_text(PAGE.format("\n\n".join(sections)), encoding="utf-8")
     print(f"{arguments.page}: {len(groups)} rows from {sum(map(len, groups))} runs")
 
 
