@@ -24,6 +24,17 @@ def closest(wrong: str, known: Iterable[str], *, number: int = 3) -> list[str]:
     return [by_lower[name] for name in difflib.get_close_matches(wrong.lower(), by_lower, number, cutoff=0.0)]
 
 
+def instead(wrong: Iterable[str], known: Iterable[str]) -> str:
+    """How an error about wrong names ends: with the closest, and with all that are allowed there.
+
+    >>> instead(["depth"], ["width", "dropout"])
+    "the closest are width, dropout; expected some of ['width', 'dropout']"
+    """
+    known = list(known)
+    near = dict.fromkeys(name for one in wrong for name in closest(one, known))
+    return f"the closest are {', '.join(near)}; expected some of {known}"
+
+
 def named(package: str, names: Mapping[str, Sequence[str]], modules: Sequence[str] = ()) -> tuple[Getter, Lister]:
     """`__getattr__` and `__dir__` of a package: its public names by the module that defines them, and its modules.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from ctrlib._lazy import instead
 from ctrlib.embeddings.bst import BST
 from ctrlib.embeddings.din import DIN
 from ctrlib.embeddings.hash_embedding import HashEmbeddingTables
@@ -30,6 +31,7 @@ SequenceFields = Literal["pooled", "mean", "din", "din_softmax", "bst", "sim", "
 NumericFields = Literal["vector", "bucketised", "piecewise_linear", "periodic", "autodis"]
 
 
+# The one table of ways to look ids up: what `tables` may name.
 LOOK_UPS: dict[str, Callable[..., nn.Module]] = {
     "unified": UnifiedTables,
     "quotient_remainder": QuotientRemainderTables,
@@ -77,13 +79,16 @@ class Inputs:
 
     def __post_init__(self) -> None:
         if self.tables is not None and self.tables.get("kind") not in LOOK_UPS:
-            raise ValueError(f'tables={dict(self.tables)}: expected a "kind" of {sorted(LOOK_UPS)}')
+            kind = str(self.tables.get("kind"))
+            raise ValueError(f'tables={dict(self.tables)}: unknown "kind" {kind!r}; {instead([kind], LOOK_UPS)}')
         if self.tables is not None and self.sequence != "pooled":
             raise ValueError(f"tables of kind {self.tables['kind']!r} are for sequence='pooled', got {self.sequence!r}")
         if self.numeric not in get_args(NumericFields):
-            raise ValueError(f"unknown numeric {self.numeric!r}, expected one of {get_args(NumericFields)}")
+            raise ValueError(f"unknown numeric {self.numeric!r}; {instead([self.numeric], get_args(NumericFields))}")
         if self.sequence not in get_args(SequenceFields):
-            raise ValueError(f"unknown sequence {self.sequence!r}, expected one of {get_args(SequenceFields)}")
+            raise ValueError(
+                f"unknown sequence {self.sequence!r}; {instead([self.sequence], get_args(SequenceFields))}"
+            )
         if not self.schema.dense and self.numeric != "vector":
             raise ValueError(f"numeric={self.numeric!r} needs a numeric feature, and the schema has none")
         if self.sigma != 0.01 and self.numeric != "periodic":
@@ -159,7 +164,8 @@ class Inputs:
         kind = LOOK_UPS[arguments.pop("kind")]
         unknown = sorted(set(arguments) - set(inspect.signature(kind).parameters))
         if unknown:
-            raise ValueError(f"{kind.__name__} takes no {unknown}: expected {list(inspect.signature(kind).parameters)}")
+            takes = [name for name in inspect.signature(kind).parameters if name not in ("features", "embedding_dim")]
+            raise ValueError(f"{kind.__name__} takes no {unknown}; {instead(unknown, takes)}")
         return kind(chosen, embedding_dim=self.embedding_dim, suffix=suffix, **arguments)
 
     def _numeric_fields(self, names: Sequence[str] | None) -> nn.Module | None:

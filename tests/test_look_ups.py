@@ -75,8 +75,8 @@ def test_a_saved_model_looks_up_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        ({"tables": {"kind": "magic"}}, 'expected a "kind" of'),
-        ({"tables": {"kind": "unified", "rows": 9}}, "takes no \\['rows'\\]"),
+        ({"tables": {"kind": "magic"}}, 'unknown "kind" .magic.; the closest are memcom'),
+        ({"tables": {"kind": "unified", "rows": 9}}, "takes no \\['rows'\\]; the closest are "),
         ({"tables": {"kind": "memcom", "num_embeddings": 9}, "sequence": "din"}, "sequence='pooled'"),
     ],
 )

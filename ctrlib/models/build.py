@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ctrlib._lazy import closest
+from ctrlib._lazy import instead
 from ctrlib.models.table import MODELS
 
 if TYPE_CHECKING:
@@ -64,16 +64,12 @@ def _build(config: dict[str, Any], schema: Schema) -> Model:
     arguments = dict(config)
     name = arguments.pop("model")
     if name not in MODELS:
-        raise ValueError(
-            f"unknown model {name!r}; the closest are {', '.join(closest(str(name), MODELS))}, and `ctrlib models` "
-            "lists all"
-        )
+        raise ValueError(f"unknown model {name!r}; {instead([str(name)], MODELS)} (`ctrlib models` says what each is)")
     of_inputs = [field.name for field in fields(Inputs) if field.name != "schema"]
     inputs = Inputs(schema, **{key: arguments.pop(key) for key in of_inputs if key in arguments})
     allowed = [*MODELS[name].arguments, *of_inputs]
     if unknown := sorted(set(arguments) - set(allowed)):
-        near = ", ".join(dict.fromkeys(one for wrong in unknown for one in closest(wrong, allowed)))
-        raise ValueError(f"{name} takes no {unknown}; the closest are {near}, and it takes {allowed}")
+        raise ValueError(f"{name} takes no {unknown}; {instead(unknown, allowed)}")
     try:
         return MODELS[name].make(inputs, **arguments)
     except (TypeError, IndexError) as error:

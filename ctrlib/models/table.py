@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,8 @@ class PublishedModel:
         Raises:
             ValueError: its docstring does not begin as that of a published model.
         """
+        if make.__doc__ is None and sys.flags.optimize == 2:  # python -OO drops them
+            return cls(make.__name__, make, kind, make.__name__, "", "", "", "")
         first, _, details = (inspect.getdoc(make) or "").partition("\n\n")
         found = _FIRST.fullmatch(" ".join(first.split()))
         if found is None:

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from ctrlib import models, plots
+from ctrlib._lazy import instead
 from ctrlib.data.loader import Loader
 from ctrlib.model import Model
 from ctrlib.schema import Schema
@@ -40,11 +41,11 @@ def settings_of(method: str, values: dict[str, Any]) -> Any:
     1e-05
     """
     if method not in SEARCHES:
-        raise ValueError(f"unknown method {method!r}, expected one of {list(SEARCHES)}")
+        raise ValueError(f"unknown method {method!r}; {instead([method], SEARCHES)}")
     settings = getattr(importlib.import_module(f"ctrlib.search.{method}"), SEARCHES[method].settings)
     names = [field.name for field in dataclasses.fields(settings)]
     if unknown := sorted(set(values) - set(names)):
-        raise ValueError(f"{method} has no setting {unknown}, expected some of {names}")
+        raise ValueError(f"{method} has no setting {unknown}; {instead(unknown, names)}")
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
