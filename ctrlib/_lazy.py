@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import inspect
-import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,19 +17,22 @@ def closest(wrong: str, known: Iterable[str], *, number: int = 3) -> list[str]:
     >>> closest("depfm", ["mlp", "deepfm", "xdeepfm", "dcn"])
     ['deepfm', 'xdeepfm', 'mlp']
     """
-    by_lower = {name.lower(): name for name in known}
-    return [by_lower[name] for name in difflib.get_close_matches(wrong.lower(), by_lower, number, cutoff=0.0)]
+    import difflib  # here, as all that `import ctrlib` would have to wait for
+
+    bare = {name.lower().lstrip("-"): name for name in known}  # that two are flags does not make them alike
+    found = difflib.get_close_matches(wrong.lower().lstrip("-"), bare, number, cutoff=0.0)
+    return [bare[name] for name in found]
 
 
 def instead(wrong: Iterable[str], known: Iterable[str]) -> str:
     """How an error about wrong names ends: with the closest, and with all that are allowed there.
 
     >>> instead(["depth"], ["width", "dropout"])
-    "the closest are width, dropout; expected some of ['width', 'dropout']"
+    'the closest are width, dropout; expected some of width, dropout'
     """
     known = list(known)
     near = dict.fromkeys(name for one in wrong for name in closest(one, known))
-    return f"the closest are {', '.join(near)}; expected some of {known}"
+    return f"the closest are {', '.join(near)}; expected some of {', '.join(known)}"
 
 
 def named(package: str, names: Mapping[str, Sequence[str]], modules: Sequence[str] = ()) -> tuple[Getter, Lister]:
@@ -64,12 +64,14 @@ def parts(package: str) -> tuple[Getter, Lister]:
 
     def collect() -> dict[str, Any]:
         if not found:
+            import pkgutil
+
             for info in pkgutil.iter_modules(sys.modules[package].__path__):
                 module = _import(f"{package}.{info.name}")
                 own = [
                     name
                     for name, value in vars(module).items()
-                    if inspect.isclass(value) and value.__module__ == module.__name__ and not name.startswith("_")
+                    if isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_")
                 ]
                 found.update((name, getattr(module, name)) for name in getattr(module, "__all__", own))
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -24,12 +24,8 @@ from ctrlib.embeddings.tim import InterestEmbedding
 from ctrlib.embeddings.unified import UnifiedTables
 from ctrlib.heads.linear import LinearHead
 from ctrlib.model import Model
-from ctrlib.schema import Categorical, Schema, vocabulary_of
+from ctrlib.schema import Categorical, NumericFields, Schema, SequenceFields, vocabulary_of
 from ctrlib.schema import Sequence as HistoryFeature
-
-SequenceFields = Literal["pooled", "mean", "din", "din_softmax", "bst", "sim", "tim", "tim_shared"]
-NumericFields = Literal["vector", "bucketised", "piecewise_linear", "periodic", "autodis"]
-
 
 # The one table of ways to look ids up: what `tables` may name.
 LOOK_UPS: dict[str, Callable[..., nn.Module]] = {

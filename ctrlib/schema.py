@@ -36,6 +36,9 @@ SCHEMA_VERSION = 1
 NumericTransform = Literal["none", "log", "log_standard", "log_squared", "minmax", "standard"]
 Pooling = Literal["mean", "sum"]
 RawForm = Literal["integer", "text"]
+# How numbers and histories become fields of a model (`ctrlib.inputs.Inputs`).
+NumericFields = Literal["vector", "bucketised", "piecewise_linear", "periodic", "autodis"]
+SequenceFields = Literal["pooled", "mean", "din", "din_softmax", "bst", "sim", "tim", "tim_shared"]
 
 
 @dataclass(frozen=True)

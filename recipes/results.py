@@ -32,7 +32,7 @@ edit it. How a run is trained is in the recipe of its data set, `recipes/NAME.py
 * Comparisons are means and standard deviations over seeds, with engine and data named. If one seed was run twice, the
   later run counts.
 * AUC is exact, ties count one half. GAUC weights users by their rows. Log-loss is in nats.
-* On a CPU the same seed gives the same bits, whatever the number of loader threads.
+* On a CPU, with as many threads of torch (`OMP_NUM_THREADS`), the same seed gives the same bits.
 * What others published stands in a column of its own, with its source.
 * A row of `recipes/results.csv` names commit, versions, hardware and the hash of the prepared data's schema. Rows are
   added and never edited. `python recipes/frappe.py --model deepfm --seed 1 --record` adds one.

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import ctrlib as ctr
+from ctrlib.towers.apem import APEM
 
 B, NUM_FIELDS, D, T = 9, 6, 8, 3
 
@@ -105,6 +106,14 @@ def test_each_task_selects_for_itself() -> None:
         for grad in found:
             assert grad[task].abs().sum() > 0
             assert torch.count_nonzero(grad[[other for other in range(T) if other != task]]) == 0
+
+
+def test_selection_is_float32_under_autocast() -> None:
+    """In bfloat16 the sums would be off by up to 2^-8 for every pattern."""
+    tower = APEM((NUM_FIELDS, D), num_tasks=T, num_groups=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = tower.gate_weights(torch.randn(B, NUM_FIELDS, D))
+    torch.testing.assert_close(weights.sum(2), torch.ones(T, B), rtol=0, atol=1e-6)
 
 
 def test_chain_finds_the_rates_of_a_table() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import conforms
 from torch import Tensor, nn
 
 from ctrlib.heads.linear import LinearHead
 from ctrlib.metrics import auc
-from ctrlib.testing import check_tower
 from ctrlib.towers.autoint import AutoInt, InteractingLayer
 from ctrlib.towers.combine import Parallel
 from ctrlib.towers.fm import FM
@@ -266,19 +266,11 @@ def test_dropout_is_of_the_attention_weights() -> None:
     assert many.std(0).min() > 0.1
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_contract_trace_and_export(name: str) -> None:
-    torch.manual_seed(0)
-    check_tower(lambda shape: AutoInt(shape, dropout=0.2, **VARIANTS[name]))
-    tower = AutoInt((5, 8), dropout=0.2, **VARIANTS[name]).eval()
-    traced = torch.fx.symbolic_trace(tower)
-    exported = torch.export.export(
-        tower, (torch.randn(4, 5, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    ).module()
-    for size in (2, 9):
-        x = torch.randn(size, 5, 8)
-        torch.testing.assert_close(traced(x), tower(x))
-        torch.testing.assert_close(exported(x), tower(x))
+def with_dropout(options: dict[str, Any]) -> Callable[[tuple[int, int]], AutoInt]:
+    return lambda shape: AutoInt(shape, dropout=0.2, **options)
+
+
+test_variants = conforms({name: with_dropout(options) for name, options in VARIANTS.items()})
 
 
 @pytest.mark.parametrize(

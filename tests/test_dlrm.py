@@ -7,22 +7,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from conformance import conforms
+from torch import Tensor
 from torchrec.models.dlrm import InteractionArch
-from tower_checks import check_traced_and_exported
 
 from ctrlib.heads.linear import LinearHead
-from ctrlib.testing import check_tower
 from ctrlib.towers.combine import Stack
 from ctrlib.towers.dlrm import DotInteraction
 from ctrlib.towers.fm import FM
 from ctrlib.towers.mlp import MLP
 
-TOWERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
-    "dots": DotInteraction,
-    "dense": lambda s: DotInteraction(s, dense_fields=[0]),
-    "two_dense": lambda s: DotInteraction(s, dense_fields=(2, 1)),
-}
+test_variants = conforms(
+    {
+        "dense": lambda s: DotInteraction(s, dense_fields=[0]),
+        "two_dense": lambda s: DotInteraction(s, dense_fields=(2, 1)),
+    }
+)
 
 
 def fields(*shape: int, seed: int = 0) -> Tensor:
@@ -37,28 +37,6 @@ def written_out(x: Tensor, dense_fields: tuple[int, ...] = ()) -> Tensor:
             out.append(sum(a * b for a, b in zip(e_i, e_j)))
         rows.append(out)
     return torch.tensor(rows, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_tower_keeps_the_contract(name: str) -> None:
-    check_tower(TOWERS[name])
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_traced_and_exported_towers_agree(name: str) -> None:
-    check_traced_and_exported(TOWERS[name]((4, 3)))
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_trains_in_bfloat16_autocast(name: str) -> None:
-    torch.manual_seed(0)
-    tower = TOWERS[name]((5, 8))
-    x = torch.randn(6, 5, 8, requires_grad=True)
-    (expected,) = torch.autograd.grad(tower(x).square().sum(), x)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = tower(x)
-    (got,) = torch.autograd.grad(out.float().square().sum(), x)
-    assert (got - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("dense_fields", [(), (0,), (4,), (3, 1)])

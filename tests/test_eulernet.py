@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import conforms
 from torch import Tensor, nn
 
 from ctrlib.heads.linear import LinearHead
 from ctrlib.metrics import auc
-from ctrlib.testing import check_tower
 from ctrlib.towers.eulernet import EulerLayer, EulerNet
 from ctrlib.towers.fm import FM
 
@@ -217,20 +217,11 @@ def test_dropout_of_moduli_phases_and_implicit_inputs() -> None:
     assert counts.min() > 800
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_contract_trace_and_export(name: str) -> None:
-    torch.manual_seed(0)
-    options = {**VARIANTS[name], "explicit_dropout": 0.2, "implicit_dropout": 0.2}
-    check_tower(lambda shape: EulerNet(shape, **options))
-    tower = EulerNet((5, 8), **options).eval()
-    traced = torch.fx.symbolic_trace(tower)
-    exported = torch.export.export(
-        tower, (torch.randn(4, 5, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    ).module()
-    for size in (2, 9):
-        x = torch.randn(size, 5, 8)
-        torch.testing.assert_close(traced(x), tower(x))
-        torch.testing.assert_close(exported(x), tower(x))
+def with_dropout(options: dict[str, Any]) -> Callable[[tuple[int, int]], EulerNet]:
+    return lambda shape: EulerNet(shape, explicit_dropout=0.2, implicit_dropout=0.2, **options)
+
+
+test_variants = conforms({name: with_dropout(options) for name, options in VARIANTS.items()})
 
 
 @pytest.mark.parametrize("num_orders", [(), (3, 0)])

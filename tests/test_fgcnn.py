@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
+from conformance import conforms
 from torch import Tensor, nn
-from tower_checks import check_autocast
 
 from ctrlib.heads.linear import LinearHead
-from ctrlib.testing import check_tower
 from ctrlib.towers.combine import Stack
 from ctrlib.towers.fgcnn import FGCNN
 from ctrlib.towers.ipnn import IPNN
@@ -216,38 +215,12 @@ def test_starts_like_fuxictr() -> None:
         assert not recombination.bias.any()
 
 
-def network(shape: tuple[int, int], *, num_raw: int | None = None, batch_norm: bool = True) -> Stack:
-    fgcnn = FGCNN(shape, num_raw=num_raw, num_channels=(3, 4), kernel_height=3, num_new=2, batch_norm=batch_norm)
-    products = IPNN(fgcnn.out_shape)
-    return Stack(fgcnn, products, MLP(products.out_shape, hidden=(6,)))
-
-
-@pytest.mark.parametrize("num_raw", [None, 2])
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_keeps_the_contract(num_raw: int | None, batch_norm: bool) -> None:
-    torch.manual_seed(0)
-    check_tower(lambda shape: network(shape, num_raw=num_raw, batch_norm=batch_norm))
-
-
-@pytest.mark.parametrize("num_raw", [None, 2])
-def test_traces_and_exports_with_any_batch_size(num_raw: int | None) -> None:
-    torch.manual_seed(0)
-    tower = network((5, 6), num_raw=num_raw).eval()
-    traced = torch.fx.symbolic_trace(tower)
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    exported = torch.export.export(tower, (torch.randn(8, 5, 6),), dynamic_shapes=({0: batch},)).module()
-    for size in (1, 8, 300):
-        x = torch.randn(size, 5, 6)
-        torch.testing.assert_close(traced(x), tower(x))
-        torch.testing.assert_close(exported(x), tower(x))
-
-
-@pytest.mark.parametrize("backward_inside", [True, False])
-def test_works_under_autocast(backward_inside: bool) -> None:
-    torch.manual_seed(0)
-    # Without batch normalisation, under which the true gradient of a convolution's bias is 0.
-    tower = FGCNN((5, 8), num_channels=(3,), kernel_height=3, batch_norm=False)
-    check_autocast(tower, backward_inside=backward_inside)
+test_variants = conforms(
+    {
+        "own_fields": lambda shape: FGCNN(shape, num_raw=2, num_channels=(3, 4), kernel_height=3, num_new=2),
+        "without_norm": lambda shape: FGCNN(shape, num_channels=(3,), kernel_height=3, batch_norm=False),
+    }
+)
 
 
 def test_wrong_use_says_how_to_mend_it() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conformance import conforms
 from torch import Tensor, nn
-from tower_checks import check_autocast
 
 from ctrlib.heads.linear import LinearHead
-from ctrlib.testing import check_tower
 from ctrlib.towers.combine import Stack
 from ctrlib.towers.fibinet import Bilinear, FiBiNET
 from ctrlib.towers.mlp import MLP
@@ -133,31 +132,13 @@ def test_each_matrix_starts_xavier_normal() -> None:
     assert abs(weight.std().item() / (2 / (16 + 16)) ** 0.5 - 1) < 0.02
 
 
-@pytest.mark.parametrize("share_bilinear", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_keeps_the_contract(kind: Bilinear, share_bilinear: bool) -> None:
-    torch.manual_seed(0)
-    check_tower(lambda shape: FiBiNET(shape, bilinear=kind, share_bilinear=share_bilinear))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_traces_and_exports_with_any_batch_size(kind: Bilinear) -> None:
-    torch.manual_seed(0)
-    tower = FiBiNET((4, 6), bilinear=kind).eval()
-    traced = torch.fx.symbolic_trace(tower)
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    exported = torch.export.export(tower, (torch.randn(8, 4, 6),), dynamic_shapes=({0: batch},)).module()
-    for size in (1, 8, 300):
-        x = torch.randn(size, 4, 6)
-        torch.testing.assert_close(traced(x), tower(x))
-        torch.testing.assert_close(exported(x), tower(x))
-
-
-@pytest.mark.parametrize("backward_inside", [True, False])
-def test_works_under_autocast(backward_inside: bool) -> None:
-    torch.manual_seed(0)
-    tower = FiBiNET((5, 8), bilinear="field_each", reduction_ratio=0.5)
-    check_autocast(tower, backward_inside=backward_inside)
+test_variants = conforms(
+    {
+        "all": lambda shape: FiBiNET(shape, bilinear="field_all", share_bilinear=True),
+        "each": lambda shape: FiBiNET(shape, bilinear="field_each", reduction_ratio=0.5),
+        "interaction": lambda shape: FiBiNET(shape, bilinear="field_interaction", share_bilinear=True),
+    }
+)
 
 
 def test_wrong_use_says_how_to_mend_it() -> None:

@@ -9,27 +9,30 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import conforms
 from torch import Tensor, nn
 
 from ctrlib.embeddings.table import TableEmbedding
 from ctrlib.heads.linear import LinearHead
 from ctrlib.metrics import auc
 from ctrlib.schema import Categorical, Schema
-from ctrlib.testing import check_tower, example_batch
+from ctrlib.testing import example_batch
 from ctrlib.towers.combine import Parallel
 from ctrlib.towers.finalmlp import BilinearFusion, FinalMLP
 from ctrlib.towers.mlp import MLP
 
 SMALL = {"hidden_1": (6, 4), "hidden_2": (8,), "gate_hidden": (7,), "num_heads": 2}
-VARIANTS: dict[str, Callable[[tuple[int, int]], FinalMLP]] = {
-    "learnable_contexts": lambda s: FinalMLP(s, **SMALL),  # type: ignore[arg-type]
-    "appended_contexts": lambda s: FinalMLP(s, num_fields=s[0] - 2, contexts=((s[0] - 1,), (s[0] - 2,)), **SMALL),  # type: ignore[arg-type]
-    "shared_fields": lambda s: FinalMLP(s, contexts=((0, 2), ()), **SMALL),  # type: ignore[arg-type]
-    "no_gates": lambda s: FinalMLP(s, contexts=None, **SMALL),  # type: ignore[arg-type]
-    "batch_norm_dropout": lambda s: FinalMLP(
-        s, batch_norm_1=True, dropout_2=0.3, hidden_1=(4,), hidden_2=(2,), gate_hidden=(3, 2), zero_context=True
-    ),
-}
+test_variants = conforms(
+    {
+        "learnable_contexts": lambda s: FinalMLP(s, **SMALL),  # type: ignore[arg-type]
+        "appended_contexts": lambda s: FinalMLP(s, num_fields=s[0] - 2, contexts=((s[0] - 1,), (s[0] - 2,)), **SMALL),  # type: ignore[arg-type]
+        "shared_fields": lambda s: FinalMLP(s, contexts=((0, 2), ()), **SMALL),  # type: ignore[arg-type]
+        "no_gates": lambda s: FinalMLP(s, contexts=None, **SMALL),  # type: ignore[arg-type]
+        "batch_norm_dropout": lambda s: FinalMLP(
+            s, batch_norm_1=True, dropout_2=0.3, hidden_1=(4,), hidden_2=(2,), gate_hidden=(3, 2), zero_context=True
+        ),
+    }
+)
 
 
 def num_parameters(*modules: nn.Module) -> int:
@@ -46,27 +49,6 @@ def scatter(module: nn.Module, std: float = 0.5) -> None:
                 buffer.normal_()
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 2)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_keeps_the_contract(name: str) -> None:
-    torch.manual_seed(0)
-    check_tower(VARIANTS[name])
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_traces_and_exports_with_any_batch_size(name: str) -> None:
-    torch.manual_seed(0)
-    tower = VARIANTS[name]((5, 8)).eval()
-    scatter(tower)
-    tower.eval()
-    traced = torch.fx.symbolic_trace(tower)
-    batch = torch.export.Dim("batch", min=1)
-    exported = torch.export.export(tower, (torch.randn(4, 5, 8),), dynamic_shapes=({0: batch},)).module()
-    for size in (1, 3, 9):
-        x = torch.randn(size, 5, 8)
-        assert torch.equal(traced(x), tower(x))
-        torch.testing.assert_close(exported(x), tower(x))
 
 
 def by_hand(tower: FinalMLP, head: LinearHead, x: Tensor, contexts: tuple[Sequence[int], Sequence[int]]) -> Tensor:

@@ -8,22 +8,33 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import HEAD_SHAPE, conforms
 from torch import Tensor, nn
 
 from ctrlib.heads.ensemble import EnsembleHead
 from ctrlib.heads.linear import LinearHead
 from ctrlib.losses import collect_auxiliary, total_auxiliary
 from ctrlib.metrics import auc
-from ctrlib.testing import check_head, check_tower
 from ctrlib.towers.combine import Parallel
 from ctrlib.towers.finalnet import FactorizedInteraction, FieldGate, FinalBlock
 
-TOWERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
-    "one_block": lambda s: FinalBlock(s, hidden=(8, 6)),
-    "gated": lambda s: FinalBlock(s, hidden=(4,), field_gate=True, dropout=0.2),
-    "summed": lambda s: FinalBlock(s, hidden=(5, 3), concat=False, batch_norm=False),
-    "two_blocks": lambda s: Parallel(FinalBlock(s, hidden=(8, 6), field_gate=True), FinalBlock(s, hidden=(4,))),
-}
+test_variants = conforms(
+    {
+        "one_block": lambda s: FinalBlock(s, hidden=(8, 6)),
+        "gated": lambda s: FinalBlock(s, hidden=(4,), field_gate=True, dropout=0.2),
+        "summed": lambda s: FinalBlock(s, hidden=(5, 3), concat=False, batch_norm=False),
+    }
+)
+
+
+test_variants_of_the_head = conforms(
+    {
+        "three_branches": lambda s: EnsembleHead(s, widths=(1, 2, 3), num_tasks=3),
+        "no_distillation": lambda s: EnsembleHead(s, widths=(4, 2), distill=False),
+    },
+    HEAD_SHAPE,
+    head=True,
+)
 
 
 def num_parameters(*modules: nn.Module) -> int:
@@ -40,34 +51,6 @@ def scatter(module: nn.Module) -> None:
                 buffer.normal_()
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 2)
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_keeps_the_contract(name: str) -> None:
-    torch.manual_seed(0)
-    check_tower(TOWERS[name])
-
-
-def test_head_keeps_the_contract() -> None:
-    torch.manual_seed(0)
-    check_head(lambda s: EnsembleHead(s, widths=(4, 2)))
-    check_head(lambda s: EnsembleHead(s, widths=(1, 2, 3), num_tasks=3))
-    check_head(lambda s: EnsembleHead(s, widths=(4, 2), distill=False))
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_traces_and_exports_with_any_batch_size(name: str) -> None:
-    torch.manual_seed(0)
-    widths = {"one_block": (5, 1), "gated": (2, 2), "summed": (1, 2), "two_blocks": (6, 4)}[name]
-    network = nn.Sequential(TOWERS[name]((5, 8)), EnsembleHead((sum(widths),), widths=widths, num_tasks=2)).eval()
-    scatter(network)
-    traced = torch.fx.symbolic_trace(network)
-    batch = torch.export.Dim("batch", min=1)
-    exported = torch.export.export(network, (torch.randn(4, 5, 8),), dynamic_shapes=({0: batch},)).module()
-    for size in (1, 3, 9):
-        x = torch.randn(size, 5, 8)
-        assert torch.equal(traced(x), network(x))
-        torch.testing.assert_close(exported(x), network(x))
 
 
 def layers_of(block: FinalBlock, kind: type[nn.Module]) -> list[nn.Module]:

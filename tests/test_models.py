@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
-from ctrlib import cli, inputs
 from ctrlib.embeddings import table
 from ctrlib.models import MODELS, build, for_engine
 from ctrlib.testing import example_batch, example_schema
@@ -35,35 +33,6 @@ def make(name: str, engine: str = "exact", **layout: Any) -> ctr.Model:
     if "hidden" in MODELS[name].arguments:
         config["hidden"] = (8, 6)
     return build(for_engine(config, engine), SCHEMA)
-
-
-def test_command_line_knows_all_ways_to_make_fields() -> None:
-    choices = get_type_hints(cli.Train)
-    assert get_args(choices["numeric"]) == get_args(inputs.NumericFields)
-    assert get_args(choices["sequence"]) == get_args(inputs.SequenceFields)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_command_line_leaves_the_defaults_to_the_model(name: str) -> None:
-    config = cli.Train(Path("data"), model=name).config()  # type: ignore[arg-type]
-    assert config == {"model": name, "numeric": "vector", "sequence": "pooled"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"model": "finalmlp", "hidden": (8,)}, "say --option with hidden_1 or hidden_2"),
-        ({"model": "fm", "dropout": 0.1}, "choose another --model"),
-        ({"bins": 7}, "no bins in --numeric vector"),
-        ({"dim": 8, "option": ("embedding_dim=4",)}, "said already"),
-        ({"option": ('model="mlp"',)}, "said already"),
-        ({"engine": "fused", "option": ("stacked=0",)}, "said already"),
-        ({"option": ("hidden=400,400",)}, "expected NAME=VALUE with a JSON value"),
-    ],
-)
-def test_command_line_refuses_flags_that_would_be_idle_or_overridden(flags: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        cli.Train(Path("data"), **flags).config()
 
 
 @pytest.mark.parametrize("name", MODELS)

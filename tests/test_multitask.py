@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import conforms
 from ranks import run_ranks
 from test_sharding import part
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ from ctrlib.data.synthetic import conflict
 from ctrlib.heads.aitm import order_violation
 from ctrlib.heads.esmm import logit_of_both
 from ctrlib.heads.stacked import StackedHidden, StackedLinear
+from ctrlib.heads.stem import STEM
 from ctrlib.losses import collect_auxiliary, total_auxiliary
-from ctrlib.testing import check_head, example_batch, example_schema
+from ctrlib.testing import example_batch, example_schema
 from ctrlib.training.evaluate import Scores, score
 from harness import LabelKnobs, run_label_recipe
 
@@ -45,10 +47,18 @@ HEADS: dict[str, Callable[[tuple[int, ...]], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_head_keeps_the_contract(name: str) -> None:
+test_variants = conforms({name: HEADS[name] for name in ("omoe", "ple")}, (H,), head=True)
+
+
+@pytest.mark.parametrize("name", ["mmoe", "omoe", "cgc", "ple", "stem"])
+def test_gates_are_float32_under_autocast(name: str) -> None:
+    """In bfloat16 their sums would be off by up to 2^-8 for every expert."""
     torch.manual_seed(0)
-    check_head(HEADS[name], in_shape=(H,))
+    in_shape = (H,) if name in HEADS else (T + 1, H)
+    head = HEADS[name](in_shape) if name in HEADS else STEM(in_shape, num_tasks=T, num_experts=2, **NARROW)
+    with torch.autocast("cpu", torch.bfloat16):
+        gates = head.gate_weights(torch.randn(*in_shape[:-1], 50, H))
+    torch.testing.assert_close(gates.sum(2), torch.ones(T, 50), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*HEADS, "stem"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 import pytest
 
 from ctrlib import cli
+from ctrlib.inputs import LOOK_UPS, NumericFields, SequenceFields
+from ctrlib.models import MODELS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -62,11 +64,15 @@ def test_code_runs_in_order_and_does_what_it_says(
     assert 0.65 < names["result"]["test_auc"] < bayes + 0.04
     assert names["counts"]["rows"] == len(names["probabilities"]) == 1000
     assert float(printed["python 2"]) > 0.65  # loaders, engine and fit
-    assert names["products"].out_shape == (15,)
-    assert float(printed["python 8"]) > 0.65  # the fused engine
-    assert names["interval"].low < names["interval"].auc < names["interval"].high
-    assert names["test"].difference > 0
-    assert names["test"].p_value < 0.01
+    assert names["head"].out_shape == (1,)
+
+
+def test_it_is_short_and_counts_right() -> None:
+    assert len(README.read_bytes()) <= 12_000
+    said = re.search(r"(\d+) published models, (\d+) ways to look\n? *ids up, (\d+) kinds .* and (\d+) ways", TEXT)
+    assert said is not None
+    ways = (LOOK_UPS, get_args(NumericFields), get_args(SequenceFields))
+    assert [int(number) for number in said.groups()] == [len(MODELS), *map(len, ways)]
 
 
 def listed(folder: str) -> list[str]:

@@ -251,7 +251,9 @@ def test_what_has_no_tables_is_refused(data: Path) -> None:
 
 
 def test_settings_and_pictures_say_what_they_lack(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown method 'pep'; the closest are optinter, optembed, optfs; expected some of"):
+    with pytest.raises(
+        ValueError, match="unknown method 'pep'; the closest are optinter, optembed, optfs; expected some of"
+    ):
         settings_of("pep", {})
     summary = {"fields": ["a", "b"], "choice": [[None, "memorise"], ["memorise", None]]}
     result = {"method": "optinter", "test_auc": 0.8, "ratio": 2.0}

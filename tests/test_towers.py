@@ -7,53 +7,33 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conformance import HEAD_SHAPE, conforms
 from torch import nn
 
 import ctrlib as ctr
 from ctrlib import models
 from ctrlib.embeddings.table import tables_by_name
+from ctrlib.heads.linear import LinearHead
 from ctrlib.layers import Dropout, Hidden
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema
-from ctrlib.testing import check_embedding, check_head, check_tower
+from ctrlib.testing import check_embedding, check_tower
+from ctrlib.towers.combine import Parallel, Stack
+from ctrlib.towers.crossnet import CrossNetV2
+from ctrlib.towers.fm import FM
+from ctrlib.towers.mlp import MLP
 
-# A new tower adds its line here.
-TOWERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
-    "mlp": lambda s: ctr.MLP(s, hidden=(8, 6)),
-    "mlp_bn_dropout": lambda s: ctr.MLP(s, hidden=(8,), batch_norm=True, dropout=0.3),
-    "fm": ctr.FM,
-    "crossnet": lambda s: ctr.towers.CrossNet(s, num_layers=2),
-    "crossnet_v2": lambda s: ctr.CrossNetV2(s, num_layers=2),
-    "crossnet_mix": lambda s: ctr.towers.CrossNetMix(s, num_layers=2, num_experts=3, rank=4),
-    "gated_crossnet": lambda s: ctr.towers.GatedCrossNet(s, num_layers=2),
-    "dots": ctr.towers.DotInteraction,
-    "cin": lambda s: ctr.towers.CIN(s, num_maps=(4, 3)),
-    "autoint": lambda s: ctr.towers.AutoInt(s, num_layers=2, head_dim=4),
-    "ipnn": ctr.towers.IPNN,
-    "fibinet": lambda s: ctr.towers.FiBiNET(s, bilinear="field_each"),
-    "fgcnn": lambda s: ctr.Stack(
-        fgcnn := ctr.towers.FGCNN(s, num_channels=(3, 4), kernel_height=3), ctr.towers.IPNN(fgcnn.out_shape)
-    ),
-    "masknet_parallel": lambda s: ctr.towers.ParallelMaskNet(s, num_blocks=2, block_dim=4),
-    "masknet_serial": lambda s: ctr.towers.SerialMaskNet(s, hidden=(6, 4)),
-    "finalmlp": lambda s: ctr.towers.FinalMLP(s, hidden_1=(6,), hidden_2=(4,), num_heads=2, gate_hidden=(4,)),
-    "eulernet": lambda s: ctr.towers.EulerNet(s, num_orders=(3, 4)),
-    "final_block": lambda s: ctr.towers.FinalBlock(s, hidden=(6, 4), field_gate=True),
-    "parallel": lambda s: ctr.Parallel(ctr.FM(s), ctr.CrossNetV2(s), ctr.MLP(s, hidden=(4,))),
-    "stack": lambda s: ctr.Stack(ctr.CrossNetV2(s), ctr.MLP((s[0] * s[1],), hidden=(4,))),
-}
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_tower_keeps_the_contract(name: str) -> None:
-    torch.manual_seed(0)
-    check_tower(TOWERS[name])
-
-
-def test_heads_and_embeddings_keep_the_contract() -> None:
-    check_head(lambda s: ctr.LinearHead(s, num_tasks=3))
-    check_head(lambda s: ctr.LinearHead(s, unweighted=2))
-    check_head(lambda s: ctr.heads.EnsembleHead(s, widths=(4, 2), num_tasks=3))
-    check_embedding(lambda schema: ctr.TableEmbedding(schema.features, embedding_dim=8))
+test_variants = conforms(
+    {
+        "norm_and_dropout": lambda s: MLP(s, hidden=(8,), batch_norm=True, dropout=0.3),
+        "parallel": lambda s: Parallel(FM(s), CrossNetV2(s), MLP(s, hidden=(4,))),
+        "stack": lambda s: Stack(CrossNetV2(s), MLP((s[0] * s[1],), hidden=(4,))),
+    }
+)
+test_variants_of_the_head = conforms(
+    {"tasks": lambda s: LinearHead(s, num_tasks=3), "unweighted": lambda s: LinearHead(s, unweighted=2)},
+    HEAD_SHAPE,
+    head=True,
+)
 
 
 def test_fm_is_the_sum_over_pairs() -> None:

@@ -373,33 +373,3 @@ def test_command_line_on_the_fused_engine(csv_file: Path, tmp_path: Path, capsys
     assert command("evaluate", tmp_path / "m", tmp_path / "p", "--json") == 0
     again = json.loads(capsys.readouterr().out)["auc"]
     assert again == pytest.approx(result["test_auc"], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (("train", "nowhere", "--colour", "red"), 2, "--colour"),
-        (("prepare", "nowhere.csv", "--out", "x"), 1, "nowhere.csv"),
-        (("train", "nowhere"), 1, "not a prepared folder"),
-        (("evaluate", "nowhere", "nowhere"), 1, "not a model folder"),
-        (("predict", "m", "d", "--out", "scores.txt"), 1, "must end in .csv or .parquet"),
-        (("train", "nowhere", "--model", "fm", "--dropout", "0.5"), 1, "fm has no such argument"),
-        (("prepare", "x.csv", "--out", "x", "--numeric", "price:cube"), 1, "unknown transform 'cube'"),
-        (("prepare", "x.csv", "--out", "x", "--valid", "v.csv"), 1, "go together"),
-    ],
-)
-def test_command_line_refuses_clearly(
-    arguments: tuple[str, ...],
-    status: int,
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    try:
-        got = command(*arguments)
-    except SystemExit as stop:
-        got = int(stop.code or 0)
-    assert got == status
-    assert message in " ".join(capsys.readouterr().err.split())

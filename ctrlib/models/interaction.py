@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # the command line reads names and arguments here, and nobody
 
 
 def mlp(inputs: Inputs, **mlp: Unpack[Deep]) -> Model:
-    """MLP (Covington et al., RecSys 2016, https://doi.org/10.1145/2959100.2959190): a multi-layer perceptron over all
-    fields, the floor that every other model must beat.
+    """MLP (Covington et al., RecSys 2016, https://doi.org/10.1145/2959100.2959190): a multi-layer perceptron, the floor
+    that every other model must beat.
 
     BARS calls it DNN.
     """
@@ -213,7 +213,7 @@ def masknet(
     **mlp: Unpack[Deep],
 ) -> Model:
     """MaskNet, parallel (Wang et al., DLP-KDD 2021, https://arxiv.org/abs/2102.07619): mask blocks guided by the whole
-    row, side by side over the fields, then an MLP."""
+    row, side by side, then an MLP."""
     embedding = inputs.embedding()
     blocks = towers.ParallelMaskNet(
         embedding.out_shape,

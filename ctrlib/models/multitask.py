@@ -85,8 +85,11 @@ def ple(
 
 
 def esmm(inputs: Inputs, *, tower_hidden: Widths = (128, 64), dropout: float = 0.0) -> Model:
-    """ESMM (Ma et al., SIGIR 2018, https://doi.org/10.1145/3209978.3210104): labels are steps of a chain, each only
-    after the one before (click, conversion), over all rows and in log space."""
+    """ESMM (Ma et al., SIGIR 2018, https://doi.org/10.1145/3209978.3210104): steps of a chain (click, then conversion)
+    over all rows, in log space.
+
+    Labels are in the order of their steps, each only after the one before.
+    """
     embedding = inputs.embedding()
     tower = towers.Flatten(embedding.out_shape)
     num_tasks = len(inputs.schema.labels)

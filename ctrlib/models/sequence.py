@@ -33,6 +33,6 @@ def bst(inputs: Inputs, *, hidden: Widths = (1024, 512, 256), **rest: Unpack[Reg
 
 
 def sim(inputs: Inputs, *, hidden: Widths = (200, 80), **rest: Unpack[Regularisation]) -> Model:
-    """SIM (Pi et al., CIKM 2020, https://arxiv.org/abs/2006.05639): attention over those events of a long history that
-    are most similar to the target, then an MLP."""
+    """SIM (Pi et al., CIKM 2020, https://arxiv.org/abs/2006.05639): attention over the events of a long history that
+    are nearest to the target, then an MLP."""
     return mlp(inputs.reading("sim"), hidden=hidden, **rest)

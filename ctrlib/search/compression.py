@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from ctrlib import plots
 from ctrlib.data.loader import Loader
@@ -171,7 +169,10 @@ def compress(
     config = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
     config["replaced"] = describe(smaller)
     save_model(smaller, config, folder, out)
-    scores = {name: evaluate(one, test, quick=True) for name, one in (("before", model), ("after", smaller))}
+    scores = {
+        name: evaluate(one, test, quick=True, labels=schema.labels)
+        for name, one in (("before", model), ("after", smaller))
+    }
     result = {
         "method": chosen.method,
         "budget": budget,
@@ -185,6 +186,7 @@ def compress(
         "valid_auc_after": tried[-1].valid_auc,
         "test_auc_before": scores["before"]["auc"],
         "test_auc_after": scores["after"]["auc"],
+        **{f"test_tasks_{name}": found["tasks"] for name, found in scores.items() if "tasks" in found},
         "tried": [asdict(candidate) for candidate in tried],
     }
     out = Path(out)
@@ -202,21 +204,3 @@ class Head:
     def __iter__(self) -> Any:
         for _, batch in zip(range(self.num_batches), self.loader):
             yield batch
-
-
-def table_of(result: dict[str, Any]) -> Table:
-    """What was tried, as a table to print."""
-    table = Table(
-        "method", "embedding bytes", "times fewer", "valid AUC", "change", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    first = result["tried"][0]
-    for one in result["tried"]:
-        table.add_row(
-            one["method"],
-            f"{one['embedding_bytes']:,}",
-            f"{first['embedding_bytes'] / one['embedding_bytes']:.1f}",
-            f"{one['valid_auc']:.5f}",
-            f"{one['valid_auc'] - first['valid_auc']:+.5f}",
-            style="bold" if one is result["tried"][-1] else None,
-        )
-    return table

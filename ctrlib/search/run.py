@@ -92,7 +92,8 @@ def search_and_retrain(
     data, out, console = Path(data), Path(out), console or Console(stderr=True)
     settings = settings or settings_of(method, {"learning_rate": learning_rate, "embedding_l2": embedding_l2})
     torch.manual_seed(seed)
-    model = models.build(config, Schema.load(data))
+    schema = Schema.load(data)
+    model = models.build(config, schema)
     before = bytes_of(model)
     train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
     valid, test = (Loader(data, split, batch_size=2 * batch_size) for split in ("valid", "test"))
@@ -123,7 +124,8 @@ def search_and_retrain(
             console=console,
         )
     save_model(smaller, {**config, "replaced": describe(smaller)}, data, out)
-    valid_scores, test_scores = evaluate(smaller, valid, quick=True), evaluate(smaller, test)
+    valid_scores = evaluate(smaller, valid, quick=True, labels=schema.labels)
+    test_scores = evaluate(smaller, test, labels=schema.labels)
     result = {
         "method": method,
         "settings": asdict(settings),
@@ -131,6 +133,11 @@ def search_and_retrain(
         "valid_logloss": valid_scores["log_loss"],
         "test_auc": test_scores["auc"],
         "test_logloss": test_scores["log_loss"],
+        **{
+            f"{split}_tasks": scores["tasks"]
+            for split, scores in (("valid", valid_scores), ("test", test_scores))
+            if "tasks" in scores
+        },
         "parameters": sum(smaller.num_parameters().values()),
         "network_parameters": smaller.num_parameters()["network"],
         "embedding_bytes_before": before.embedding,

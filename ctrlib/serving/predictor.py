@@ -130,7 +130,7 @@ class Predictor:
         """
         with self._encoded(data, on_bad_row, with_labels=True) as (folder, counts):
             loader = Loader(folder, "rows", batch_size=batch_size, with_group=self.schema.group is not None)
-            return {**evaluate(self.model, loader), **counts}
+            return {**evaluate(self.model, loader, labels=self.schema.labels), **counts}
 
     def evaluate_prepared(self, folder: str | Path, split: str, *, batch_size: int = 8192) -> dict[str, Any]:
         """Metrics on a split of a prepared folder.
@@ -140,7 +140,7 @@ class Predictor:
         """
         schema = self.check_prepared(folder)
         loader = Loader(folder, split, batch_size=batch_size, with_group=schema.group is not None)
-        return evaluate(self.model, loader)
+        return evaluate(self.model, loader, labels=schema.labels)
 
     def check_prepared(self, folder: str | Path) -> Schema:
         """The schema of a prepared folder, if the model can read it.

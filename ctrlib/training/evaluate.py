@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,21 +48,27 @@ def predict(model: nn.Module, batches: Iterable[Batch], *, device: str | torch.d
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, device: str | torch.device = "cpu", quick: bool = False
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: str | torch.device = "cpu",
+    quick: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Metrics of a model on labelled batches, for one label those of `ctrlib.metrics.evaluate_binary`.
 
-    For several labels "auc" and "log_loss" are the means over labels and "tasks" lists each label's metrics in order.
+    For several labels "auc" and "log_loss" are the means over labels and "tasks" lists each label's metrics in order;
+    with the names of the `labels` (the schema's) each says first which "label" it is of.
     `quick` computes AUC and log-loss only. Rows of weight 0 and missing labels are left out. Of several processes, all
     get the metrics of all their rows.
     """
-    return score(predict(model, batches, device=device), quick=quick)
+    return score(predict(model, batches, device=device), quick=quick, labels=labels)
 
 
-def score(scores: Scores, *, quick: bool = False) -> dict[str, Any]:
+def score(scores: Scores, *, quick: bool = False, labels: Sequence[str] | None = None) -> dict[str, Any]:
     """The metrics of `evaluate`, of rows that are scored already. Of several processes, every one must call it."""
     parts = gather_to_first(scores)
-    return dict(broadcast(_score(_concatenate(parts), quick) if parts else {}))
+    return dict(broadcast(_score(_concatenate(parts), quick, labels) if parts else {}))
 
 
 def _concatenate(parts: list[Scores]) -> Scores:
@@ -75,11 +81,13 @@ def _concatenate(parts: list[Scores]) -> Scores:
     return Scores(logits, labels, weights, np.concatenate(groups) if len(groups) == len(parts) else None)
 
 
-def _score(scores: Scores, quick: bool) -> dict[str, Any]:
+def _score(scores: Scores, quick: bool, labels: Sequence[str] | None) -> dict[str, Any]:
     tasks = [_evaluate_task(scores, task, quick) for task in range(scores.labels.shape[1])]
     if len(tasks) == 1:
         return tasks[0]
     means = {name: float(np.mean([task[name] for task in tasks])) for name in ("auc", "log_loss")}
+    if labels is not None:
+        tasks = [{"label": name, **task} for name, task in zip(labels, tasks, strict=True)]
     return {**means, "tasks": tasks}
 
 

@@ -149,7 +149,7 @@ def run(
     (it is on the "meta" device). With the fused engine, tables are spread as `sharding` says (`make_plan`) or as the
     file `plan` does (`save_plan`); the plan is printed, and written to `out`/plan.json.
 
-    Two runs with the same arguments give the same bits on a CPU, whatever `workers` is.
+    Two runs with the same arguments and as many threads of torch give the same bits on a CPU, whatever `workers` is.
 
     Raises:
         ValueError: an argument does not fit, or `out` holds the checkpoints of another run.
@@ -230,11 +230,11 @@ def run(
         plain.load_state_dict(weights)
         if on_trained is not None:
             on_trained(plain)
-    valid_scores = evaluate(trainer.model, valid, device=chosen_device)
+    valid_scores = evaluate(trainer.model, valid, device=chosen_device, labels=schema.labels)
     scoring = time.perf_counter()
     scored = predict(trainer.model, test, device=chosen_device)
     inference = test.num_rows / (time.perf_counter() - scoring)
-    test_scores = score(scored)
+    test_scores = score(scored, labels=schema.labels)
     if math.isnan(test_scores["auc"]):
         console.print("warning: test holds one class only (or no known label), so its AUC is undefined (NaN)")
     result = {

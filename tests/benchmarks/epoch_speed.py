@@ -21,7 +21,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
 
 import ctrlib as ctr
-from ctrlib.cli import Tower
+from ctrlib.cli.kinds import ModelName
 from ctrlib.distributed import rank, world_size
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.run import make_engine
@@ -33,7 +33,7 @@ class Arguments:
 
     data: Positional[Path]
     """Prepared folder."""
-    model: Tower = "deepfm"
+    model: ModelName = "deepfm"
     """Which published model."""
     engine: Literal["exact", "fused"] = "exact"
     """Which engine."""
@@ -69,7 +69,7 @@ def main(arguments: Arguments) -> None:
     schema = ctr.Schema.load(arguments.data)
     torch.manual_seed(0)
     config: dict[str, Any] = {"model": arguments.model, "embedding_dim": arguments.embedding_dim}
-    takes = ctr.models.arguments_of(arguments.model)
+    takes = ctr.models.MODELS[arguments.model].arguments
     config |= {name: getattr(arguments, name) for name in ("hidden", "batch_norm", "dropout") if name in takes}
     config = ctr.models.for_engine(config, arguments.engine)
     config |= {} if arguments.stacked is None else {"stacked": arguments.stacked}

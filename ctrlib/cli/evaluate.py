@@ -1,0 +1,60 @@
+"""`ctrlib evaluate`: the metrics of a model on labelled rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ctrlib.cli.flags import Command, ScoringFlags
+from ctrlib.cli.kinds import OptionalName
+from ctrlib.cli.paths import check_model, check_prepared, check_raw
+from ctrlib.cli.tables import print_counts, print_scores
+
+
+@dataclass(frozen=True)
+class Evaluate(Command):
+    """Score labelled rows with a trained model; print the metrics.
+
+    DATA is a prepared folder (with --split) or a raw file with the label columns.
+
+    Examples:
+
+        ctrlib evaluate runs/clicks data/clicks --split test
+        ctrlib evaluate runs/clicks yesterday.csv
+    """
+
+    model: Positional[Path]
+    """Model folder, as `ctrlib train` writes it."""
+    data: Positional[Path]
+    """Prepared folder, or raw CSV, TSV or parquet file."""
+    split: OptionalName = None
+    """Which split of a prepared folder; otherwise test."""
+    scoring: ScoringFlags = field(default_factory=ScoringFlags)
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        check_model(self.model)
+        check_raw(self.data)
+        if self.data.is_dir():
+            check_prepared(self.data)
+        elif self.split is not None:
+            raise ValueError(f"--split {self.split}: {self.data} is a file, only prepared folders have splits")
+
+        from ctrlib.serving.predictor import Predictor
+        from ctrlib.training.loop import to_json
+
+        predictor, size = Predictor.load(self.model), self.scoring.batch_size
+        if self.data.is_dir():
+            name = self.split or "test"
+            scores = predictor.evaluate_prepared(self.data, name, batch_size=size)
+        else:
+            name = "rows"
+            scores = predictor.evaluate(self.data, batch_size=size, on_bad_row=self.scoring.on_bad_row)
+        if self.json:
+            print(to_json(scores))
+        else:
+            print_scores(scores, f"{self.model} on {self.data}, {name}")
+            print_counts(scores)
+        return 0

@@ -1,0 +1,166 @@
+"""Flags that several commands take, in the groups in which --help shows them.
+
+What stands below a field is its help: on one line, since tyro keeps the line breaks of longer ones.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ctrlib._lazy import closest, instead
+from ctrlib.cli.kinds import (
+    ModelName,
+    OptionalBool,
+    OptionalFloat,
+    OptionalInt,
+    OptionalInts,
+    Settings,
+    Switch,
+)
+from ctrlib.models.build import for_engine
+from ctrlib.models.table import MODELS
+from ctrlib.schema import NumericFields, SequenceFields
+
+BINNED = ("bucketised", "piecewise_linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What every command takes."""
+
+    json: Switch = False
+    """Print the answer as one JSON object, and nothing else, to stdout."""
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model. What is not asked for is as its paper has it: see `ctrlib models NAME`."""
+
+    model: ModelName = "dcnv2"
+    """Name of a published model, such as dcnv2, deepfm, din or mmoe; `ctrlib models` lists all."""
+    dim: OptionalInt = None
+    """Width of the embeddings, in numbers per field; otherwise 16. The fused engine wants a multiple of 4."""
+    hidden: OptionalInts = None
+    """Widths of the hidden layers of the MLP, in units; otherwise the model's, mostly 400 400 400."""
+    cross_layers: OptionalInt = None
+    """Number of cross layers of dcn, dcnv2, dcnv2_mix and gdcn; otherwise 3."""
+    dropout: OptionalFloat = None
+    """Share of the units of each hidden layer that a training step drops; otherwise 0."""
+    batch_norm: OptionalBool = None
+    """Whether the MLP has batch normalisation; otherwise as the model has it, mostly False."""
+    numeric: NumericFields = "vector"
+    """How numbers become fields: vector is value times vector; the next two use quantiles of the training rows."""
+    bins: OptionalInt = None
+    """Quantile bins per number, for bucketised and piecewise_linear; otherwise 32."""
+    sequence: SequenceFields = "pooled"
+    """How histories become fields: as their mean (pooled), or compared with the features that share their ids."""
+    option: Settings = ()
+    """Other arguments of the model, with values in JSON: num_heads=5 hidden_1=[400,400]"""
+
+    def config(self, engine: str = "exact") -> dict[str, Any]:
+        """What `models.build` needs to make this model, but for what `fitted` adds.
+
+        Raises:
+            ValueError: the model has no such argument, or something is said twice.
+        """
+        takes = ["embedding_dim", *MODELS[self.model].arguments]
+        flags = {
+            "dim": "embedding_dim",
+            "hidden": "hidden",
+            "cross_layers": "num_cross_layers",
+            "dropout": "dropout",
+            "batch_norm": "batch_norm",
+        }
+        # What is not asked for is the model's to say: its defaults are the paper's.
+        changed = {name: getattr(self, name) for name in flags if getattr(self, name) is not None}
+        if idle := [self._idle(name, flags[name], takes) for name in changed if flags[name] not in takes]:
+            raise ValueError("\n".join(idle))
+        config: dict[str, Any] = {"model": self.model, **{flags[name]: value for name, value in changed.items()}}
+        config |= {"numeric": self.numeric, "sequence": self.sequence}
+        if self.bins is not None and self.numeric not in BINNED:
+            raise ValueError(f"--bins {self.bins}: there are no bins in --numeric {self.numeric}")
+        config = for_engine(config, engine)
+        said = {**config, "edges": "quantiles of the training rows"} if self.numeric in BINNED else config
+        for name, value in map(parse_option, self.option):
+            if name in said:
+                raise ValueError(
+                    f"--option {name}: that is said already, by a flag or for the engine, as {said[name]!r}"
+                )
+            config[name] = value
+        return config
+
+    def fitted(self, data: Path, engine: str = "exact") -> dict[str, Any]:
+        """`config` with the edges of bins, which are quantiles of the training rows of a prepared folder."""
+        config = self.config(engine)
+        if self.numeric in BINNED:
+            from ctrlib.data.quantiles import quantile_edges
+
+            config["edges"] = quantile_edges(data, 32 if self.bins is None else self.bins)
+        return config
+
+    def _idle(self, flag: str, argument: str, takes: list[str]) -> str:
+        """What to say of a flag that the model has no argument for."""
+        value = json.dumps(getattr(self, flag), separators=(",", ":"))
+        similar = [name for name in closest(argument, takes, number=len(takes)) if argument in name]
+        remedy = f"say --option {similar[0]}={value}" if similar else "leave it out, or choose another --model"
+        return f"--{flag.replace('_', '-')}: {self.model} has no {argument}; {instead([argument], takes)}: {remedy}"
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """One NAME=VALUE of --option or --setting.
+
+    Raises:
+        ValueError: there is no "=", or the value is not JSON.
+
+    >>> parse_option("hidden_1=[400, 400]")
+    ('hidden_1', [400, 400])
+    """
+    name, _, value = text.partition("=")
+    try:
+        return name.strip().replace("-", "_"), json.loads(value)
+    except ValueError:
+        raise ValueError(
+            f"--option {text}: expected NAME=VALUE with a JSON value, such as num_heads=5, zero_context=true or "
+            "hidden_1=[400,400]"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """How it is trained: Adam, until validation AUC has stopped rising."""
+
+    learning_rate: float = 1e-3
+    """Adam's step, per update of a weight."""
+    l2: float = 0.0
+    """Penalty on whole tables and what makes fields of numbers: l2 / 2 per squared weight (exact engine)."""
+    batch_size: OptionalInt = None
+    """Rows per step; otherwise 4096, or fewer on small data, so that a pass over train has about 100 steps."""
+    epochs: int = 100
+    """Passes over train at most; training stops when validation AUC has stopped rising."""
+    patience: int = 2
+    """Passes without a better validation AUC before training stops."""
+    seed: int = 0
+    """Number that initial weights, the order of rows, dropout and searches are drawn from."""
+
+    def rows_per_step(self, data: Path) -> int:
+        """`batch_size`, or 4096, or the power of two, not below 64, that makes about 100 steps of smaller data."""
+        if self.batch_size is not None:
+            return self.batch_size
+        from ctrlib.data.loader import Loader
+
+        num_rows = Loader(data, "train", batch_size=1).num_rows
+        steps: int = num_rows // 100
+        return max(64, min(4096, 1 << max(0, steps.bit_length() - 1)))
+
+
+@dataclass(frozen=True)
+class ScoringFlags:
+    """How rows are scored."""
+
+    batch_size: int = 8192
+    """Rows per step."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """What to do about damaged rows of a raw file: stop and name the first, or leave them out and count them."""

@@ -1,0 +1,69 @@
+"""Whether the files and folders that a command is told of are there, asked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ctrlib.schema import Schema
+
+
+def check_prepared(folder: Path) -> Schema:
+    """The schema of a prepared folder.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file, not a prepared folder; make one with `ctrlib prepare {folder} --out FOLDER`"
+        )
+    return Schema.load(folder)
+
+
+def check_model(folder: Path) -> None:
+    """Refuse what is no model folder.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not (folder / "model.json").is_file():
+        what = "has no model.json" if folder.is_dir() else "does not exist"
+        raise ValueError(f"{folder} is not a model folder, it {what}: `ctrlib train --out` writes one")
+
+
+def check_raw(path: Path) -> None:
+    """Refuse a raw file that is not there; a folder may hold parquet files.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: expected a CSV, TSV or parquet file")
+
+
+def check_out(out: Path, *, file: bool = False) -> None:
+    """Refuse a place where no folder (or file) can be written.
+
+    Raises:
+        ValueError: as said.
+    """
+    wanted = "file" if file else "folder"
+    if out.exists() and out.is_dir() == file:
+        raise ValueError(f"--out {out}: that is a {'folder' if file else 'file'}, expected a {wanted}")
+    place = next(place for place in (out, *out.parents) if place.exists())
+    if place != out and not place.is_dir():
+        raise ValueError(f"--out {out}: {place} is a file, so no {wanted} can be made in it")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"--out {out}: {place} may not be written to")
+
+
+def check_new_model(out: Path, *, overwrite: bool) -> None:
+    """Refuse to write a model where there is one, unless that is wanted.
+
+    Raises:
+        ValueError: as said.
+    """
+    check_out(out)
+    if (out / "model.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a model already: give another --out, or --overwrite to replace it")

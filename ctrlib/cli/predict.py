@@ -1,0 +1,65 @@
+"""`ctrlib predict`: a model's probabilities for new rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ctrlib.cli.flags import Command, ScoringFlags
+from ctrlib.cli.paths import check_model, check_out, check_raw
+from ctrlib.cli.tables import print_counts
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written."""
+
+    out: Path
+    """File to write: .csv or .parquet, with a column per label and a row per row of DATA."""
+
+
+@dataclass(frozen=True)
+class Predict(Command):
+    """Score new rows with a trained model: a probability per label.
+
+    Rows keep their order. Unseen and missing ids score normally and are counted. With --on-bad-row skip the file has
+    fewer rows than DATA, and it is said which are left out.
+
+    Example:
+
+        ctrlib predict runs/clicks today.csv --out scores.csv
+    """
+
+    model: Positional[Path]
+    """Model folder, as `ctrlib train` writes it."""
+    data: Positional[Path]
+    """Raw CSV, TSV or parquet file; labels are not needed."""
+    output: Output
+    scoring: ScoringFlags = field(default_factory=ScoringFlags)
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        out = self.output.out
+        if out.suffix not in (".csv", ".parquet"):
+            raise ValueError(f"--out must end in .csv or .parquet, got {out.name!r}")
+        check_model(self.model)
+        check_raw(self.data)
+        check_out(out, file=True)
+
+        from ctrlib.serving.predictor import Predictor
+
+        predictor = Predictor.load(self.model)
+        frame, counts = predictor.predict(
+            self.data, batch_size=self.scoring.batch_size, on_bad_row=self.scoring.on_bad_row
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        frame.write_csv(out) if out.suffix == ".csv" else frame.write_parquet(out)
+        if self.json:
+            print(json.dumps({"out": str(out), **counts}))
+        else:
+            print(f"{counts['rows']:,} rows scored into {out}")
+            print_counts(counts)
+        return 0

@@ -1,0 +1,203 @@
+"""`ctrlib prepare`: from raw files to a prepared folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+from tyro.conf import Positional
+
+from ctrlib._lazy import instead
+from ctrlib.cli.flags import Command
+from ctrlib.cli.kinds import (
+    Names,
+    OptionalInt,
+    OptionalName,
+    OptionalNames,
+    OptionalPath,
+    OptionalText,
+    OptionalTexts,
+    Parts,
+    Switch,
+    Texts,
+    shown,
+)
+from ctrlib.cli.paths import check_out, check_raw
+from ctrlib.schema import Categorical, Feature, MultiValued, Numeric, NumericTransform, Sequence
+
+NUMERIC = (
+    "Columns with one number per row; a transform may follow, as in price:log, and is standard otherwise: one of "
+    f"{', '.join(get_args(NumericTransform))}."
+)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written."""
+
+    out: Path
+    """Prepared folder to write."""
+    overwrite: Switch = False
+    """Replace the prepared folder that is there."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """How the files are read."""
+
+    valid: OptionalPath = None
+    """File with the validation rows; otherwise they are split off DATA."""
+    test: OptionalPath = None
+    """File with the test rows; goes together with --valid."""
+    separator: OptionalText = None
+    """Character between the fields of text files; otherwise told from the file's name, or its first lines."""
+    columns: Names = ()
+    """Column names, for text files without a header line."""
+    missing: OptionalTexts = None
+    """Texts that mean a missing cell, such as NA or ?; otherwise an empty one does."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """What to do about damaged rows: stop and name the first, or leave them out and count them."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns are. Those that are not named here are inferred, and shown."""
+
+    label: OptionalNames = None
+    """Columns that hold a label each, 0 or 1; otherwise the column `label`."""
+    positive: Texts = ()
+    """The text of the positive class of a label that is text, as LABEL=TEXT: 'income=>50K'"""
+    missing_labels: Literal["raise", "mask"] = "raise"
+    """What to do about rows without a label: stop, or leave that label out of the loss."""
+    weight: OptionalName = None
+    """Column that holds the weight of each row."""
+    group: OptionalName = None
+    """Column whose values make the groups of GAUC, such as the user; it may be a feature too."""
+    categorical: Names = ()
+    """Columns with one id per row."""
+    numeric: Annotated[Texts, shown("NAME ...", NUMERIC)] = ()
+    multi: Names = ()
+    """Columns with several ids per row; the separator may follow: 'genres:|'"""
+    sequence: Names = ()
+    """Columns with an ordered history of ids; the column whose vocabulary they share may follow: clicked_items:item"""
+    ignore: Names = ()
+    """Columns to leave out."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which values of the training rows get a row of their own in the tables."""
+
+    min_count: int = 1
+    """Rows that a value must be in; rarer ones share the out-of-vocabulary row."""
+    max_values: OptionalInt = None
+    """Most frequent values to keep per vocabulary; otherwise all."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How DATA is split, without --valid and --test."""
+
+    split: Parts = None
+    """Parts of train, valid and test, in any unit; otherwise 8 1 1."""
+    split_by: OptionalName = None
+    """Column (a time) in whose order rows go to train, then valid, then test; otherwise they go at random."""
+    seed: int = 0
+    """Number that the random split is drawn from."""
+
+
+@dataclass(frozen=True)
+class Prepare(Command):
+    """Turn raw files into a prepared folder of ids and numbers.
+
+    Column types are inferred and shown; name columns to say otherwise. Everything that is fitted (vocabularies, scales)
+    is fitted on the training rows only. The folder holds schema.json, the vocabularies and three splits.
+
+    Example:
+
+        ctrlib prepare clicks.csv --out data/clicks --label click \\
+            --group user_id --numeric price:log
+    """
+
+    data: Positional[Path]
+    """CSV, TSV or parquet file (.gz too) of all rows, or of the training rows with --valid and --test."""
+    output: Output
+    file: Files = field(default_factory=Files)
+    column: Columns = field(default_factory=Columns)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    split: Split = field(default_factory=Split)
+
+    def features(self) -> list[Feature]:
+        """The features that the flags name.
+
+        Raises:
+            ValueError: a transform is none.
+        """
+        rare: dict[str, Any] = {"min_count": self.vocabulary.min_count, "max_values": self.vocabulary.max_values}
+        features: list[Feature] = [Categorical(name, **rare) for name in self.column.categorical]
+        for text in self.column.numeric:
+            name, _, transform = text.partition(":")
+            known = get_args(NumericTransform)
+            if transform and transform not in known:
+                raise ValueError(f"--numeric {text}: unknown transform {transform!r}; {instead([transform], known)}")
+            features.append(Numeric(name, transform=cast(NumericTransform, transform or "standard")))
+        for text in self.column.multi:
+            name, _, separator = text.partition(":")
+            features.append(MultiValued(name, separator=separator or "|", **rare))
+        for text in self.column.sequence:
+            name, _, shared = text.partition(":")
+            features.append(Sequence(name, vocabulary=shared or None, **rare))
+        return features
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        files, column, out = self.file, self.column, self.output.out
+        features = self.features()
+        unclear = [text for text in column.positive if "=" not in text]
+        if unclear:
+            raise ValueError(f"--positive {unclear[0]}: expected LABEL=TEXT, such as income=>50K")
+        data: Any = self.data
+        if files.valid is not None and files.test is not None:
+            data = {"train": self.data, "valid": files.valid, "test": files.test}
+        elif files.valid is not None or files.test is not None:
+            raise ValueError("--valid and --test go together: give both, or neither to split DATA")
+        for path in data.values() if isinstance(data, dict) else [data]:
+            check_raw(path)
+        check_out(out)
+        if out.exists() and not self.output.overwrite:
+            raise ValueError(f"{out} exists: give another --out, or --overwrite to replace it")
+
+        from rich.console import Console
+
+        from ctrlib.data.prepare import prepare
+
+        schema = prepare(
+            data,
+            out,
+            features=features,
+            labels=("label",) if column.label is None else column.label,
+            weight=column.weight,
+            group=column.group,
+            min_count=self.vocabulary.min_count,
+            max_values=self.vocabulary.max_values,
+            split=self.split.split or (8, 1, 1),
+            split_by=self.split.split_by,
+            seed=self.split.seed,
+            ignore=column.ignore,
+            separator=files.separator,
+            columns=files.columns or None,
+            missing_values=("",) if files.missing is None else files.missing,
+            missing_labels=column.missing_labels,
+            label_positive=dict(text.split("=", 1) for text in column.positive),
+            on_bad_row=files.on_bad_row,
+            overwrite=self.output.overwrite,
+            log=Console(stderr=True).print,
+        )
+        if self.json:
+            report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+            print(json.dumps({"out": str(out), "hash": schema.hash, **report}))
+        else:
+            print(f"prepared {out}; train with: ctrlib train {out}")
+        return 0

@@ -1,0 +1,96 @@
+"""What several commands print for people to read, made to fit 80 columns."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# What a person wants to know first: name in the result, label, format.
+SCORES: tuple[tuple[str, str, str], ...] = (
+    ("test_auc", "test AUC", ".5f"),
+    ("test_auc_se", "  standard error (DeLong)", ".5f"),
+    ("test_logloss", "test log-loss (nats)", ".5f"),
+    ("test_gauc", "test GAUC", ".5f"),
+    ("test_calibration", "test calibration (predicted / observed)", ".4f"),
+    ("valid_auc", "validation AUC", ".5f"),
+    ("auc", "AUC", ".5f"),
+    ("auc_se", "  standard error (DeLong)", ".5f"),
+    ("log_loss", "log-loss (nats)", ".5f"),
+    ("gauc", "GAUC", ".5f"),
+    ("calibration", "calibration (predicted / observed)", ".4f"),
+    ("rows", "rows", ",.0f"),
+    ("embedding_bytes", "embedding bytes", ",.0f"),
+    ("parameters", "parameters", ",.0f"),
+    ("samples_per_second", "training samples/s", ",.0f"),
+    ("best_epoch", "best epoch", ".0f"),
+    ("seconds", "seconds in all", ".1f"),
+)
+# The same of each of several labels.
+TASKS: tuple[tuple[str, str, str], ...] = (
+    ("auc", "AUC", ".5f"),
+    ("log_loss", "log-loss", ".5f"),
+    ("gauc", "GAUC", ".5f"),
+    ("calibration", "calibration", ".4f"),
+    ("rows", "rows", ",.0f"),
+)
+
+
+def new_table(*columns: str, numbers: int = 0) -> Table:
+    """An empty table with these headings, the last `numbers` of which are above numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
+    for place, heading in enumerate(columns):
+        if place < len(columns) - numbers:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def show(table: Table) -> None:
+    """Print a table to stdout."""
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def print_scores(scores: dict[str, Any], title: str) -> None:
+    """The metrics below their title; of several labels their means, and then each one's by its name."""
+    print(title)
+    of_test = "test_tasks" in scores
+    tasks = scores.get("test_tasks" if of_test else "tasks", ())
+    table = new_table("", "", numbers=1)
+    for key, name, form in SCORES:
+        if key in scores:
+            is_mean = tasks and key.endswith(("auc", "log_loss", "logloss"))
+            table.add_row(f"{name}, mean of the labels" if is_mean else name, format(scores[key], form))
+    show(table)
+    if not tasks:
+        return
+    columns = {key: (name, form) for key, name, form in TASKS if key in tasks[0]}
+    headings = [f"test {name}" if of_test and key == "auc" else name for key, (name, _) in columns.items()]
+    table = new_table("label", *headings, numbers=len(headings))
+    for task in tasks:
+        table.add_row(task["label"], *(format(task[key], form) for key, (_, form) in columns.items()))
+    show(table)
+
+
+def print_counts(counts: dict[str, Any]) -> None:
+    """What was odd about raw rows; nothing for a prepared folder."""
+    for name, unseen in counts.get("unseen", {}).items():
+        missing = counts["missing"][name]
+        if unseen or missing:
+            print(f"  {name}: {unseen:,} unseen and {missing:,} missing ids")
+    if counts.get("ignored"):
+        print(f"  columns that the model does not know were ignored: {', '.join(counts['ignored'])}")
+    for remark in counts.get("remarks", ()):
+        print(f"  {remark}", file=sys.stderr)
+    if rows := counts.get("skipped_rows"):
+        reasons = ", ".join(f"{reason}: {number:,}" for reason, number in counts["skipped"].items())
+        which = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5:,} more" if len(rows) > 5 else "")
+        print(f"  {len(rows):,} bad rows were left out ({reasons}): rows {which}")

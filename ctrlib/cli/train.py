@@ -1,0 +1,148 @@
+"""`ctrlib train`: from a prepared folder to a model folder."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Positional
+
+from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
+from ctrlib.cli.kinds import OptionalPath, Switch
+from ctrlib.cli.paths import check_model, check_new_model, check_prepared
+from ctrlib.cli.tables import print_scores
+
+if TYPE_CHECKING:
+    from ctrlib.model import Model
+    from ctrlib.schema import Schema
+
+
+@dataclass(frozen=True)
+class Start(TrainingFlags):
+    """How it is trained: Adam, until validation AUC has stopped rising."""
+
+    warm_start: OptionalPath = None
+    """Model folder to start from: its rows follow their values into the new vocabularies."""
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """What computes it."""
+
+    engine: Literal["exact", "fused"] = "exact"
+    """exact is dense Adam, as in the papers; fused is row-wise Adagrad through TorchRec, for large tables."""
+    embedding_learning_rate: float = 0.02
+    """Row-wise Adagrad's step (fused engine)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of tower and head (bf16: fused engine)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto is a GPU if there is one."""
+    workers: int = 1
+    """Threads that prepare batches."""
+    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
+    """How the fused engine spreads tables over the processes that torchrun starts."""
+    plan: OptionalPath = None
+    """The plan.json of an earlier run, to spread tables as that did."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written."""
+
+    out: OptionalPath = None
+    """Folder for the model; otherwise runs/NAME-MODEL."""
+    overwrite: Switch = False
+    """Replace the model in --out if there is one."""
+    checkpoint_seconds: float = 300.0
+    """Seconds of work that a kill may cost; the same command goes on from --out/checkpoints."""
+    tensorboard: Switch = False
+    """Also write TensorBoard events."""
+
+
+@dataclass(frozen=True)
+class Train(Command):
+    """Train a model on a prepared folder; report its test split once.
+
+    The epoch is chosen by validation. The model's folder receives the weights, the schema, the vocabularies,
+    metrics.json, log.jsonl and the learning curve as a picture.
+
+    Examples:
+
+        ctrlib train data/clicks --model dcnv2 --dim 16 --out runs/clicks
+        ctrlib train data/clicks --model mmoe --option num_experts=4
+    """
+
+    data: Positional[Path]
+    """Prepared folder, as `ctrlib prepare` writes it."""
+    model: ModelFlags = field(default_factory=ModelFlags)
+    training: Start = field(default_factory=Start)
+    engine: EngineFlags = field(default_factory=EngineFlags)
+    output: Output = field(default_factory=Output)
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        name, how, engine = self.model.model, self.training, self.engine
+        out = self.output.out or Path("runs") / f"{self.data.name}-{name}"
+        self.model.config(engine.engine)
+        check_prepared(self.data)
+        unfinished = (out / "checkpoints").exists()  # of this very run, or `run` refuses it
+        check_new_model(out, overwrite=self.output.overwrite or unfinished)
+        if how.warm_start is not None:
+            check_model(how.warm_start)
+        if engine.plan is not None and not engine.plan.is_file():
+            raise ValueError(f"--plan {engine.plan}: there is no such file")
+
+        from ctrlib import models
+        from ctrlib.distributed import rank
+        from ctrlib.serving.predictor import save_model
+        from ctrlib.serving.warm_start import warm_start
+        from ctrlib.training.allocator import keep_freed_memory
+        from ctrlib.training.loop import to_json
+        from ctrlib.training.run import run
+
+        config = self.model.fitted(self.data, engine.engine)
+        keep_freed_memory()
+        built: list[Model] = []
+
+        def build(schema: Schema) -> Model:
+            model = models.build(config, schema)
+            if how.warm_start is not None and not built:  # `run` builds a second one for the trained weights
+                carried = warm_start(model, self.data, how.warm_start)
+                for vocabulary, rows in carried.items() if rank() == 0 else ():
+                    counts = f"{rows.carried:,} values carried over, {rows.new:,} new, {rows.gone:,} gone"
+                    print(f"warm start: {vocabulary}: {counts}", file=sys.stderr)
+            built[:] = [model]
+            return model
+
+        _, result = run(
+            self.data,
+            build,
+            engine=engine.engine,
+            batch_size=how.rows_per_step(self.data),
+            learning_rate=how.learning_rate,
+            embedding_l2=how.l2,
+            embedding_learning_rate=engine.embedding_learning_rate,
+            precision=engine.precision,
+            max_epochs=how.epochs,
+            patience=how.patience,
+            seed=how.seed,
+            workers=engine.workers,
+            device=engine.device,
+            sharding=engine.sharding,
+            plan=engine.plan,
+            checkpoint_seconds=self.output.checkpoint_seconds,
+            out=out,
+            identity={"warm_start": str(how.warm_start)},
+            tensorboard=self.output.tensorboard,
+            on_trained=lambda model: save_model(model, config, self.data, out),
+        )
+        if rank() > 0:
+            return 0
+        if self.json:
+            print(to_json({"out": str(out), **result}))
+        else:
+            print_scores(result, f"{name} on {self.data}")
+            print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
+        return 0
