@@ -54,19 +54,19 @@ def models_table() -> str:
 
 
 def models_short_table() -> str:
-    """A row for each paper: the names of its models, venue and year, and what the first of them computes, in short."""
-    papers: dict[str, list[PublishedModel]] = {}
-    for model in MODELS.values():
-        papers.setdefault(model.url, []).append(model)
-    rows = [
-        (
-            ", ".join(f"`{model.name}`" for model in found),
-            found[0].paper.partition(", ")[2],
-            found[0].summary.partition("; ")[0],
-        )
-        for found in papers.values()
-    ]
-    return _table(("`--model`", "paper", "what it computes"), rows)
+    """A row for each kind of model: names, with venue and year."""
+    rows = []
+    for kind, heading in HEADINGS.items():
+        papers: dict[str, list[PublishedModel]] = {}
+        for model in MODELS.values():
+            if model.kind == kind:
+                papers.setdefault(model.url, []).append(model)
+        names = [
+            f"{', '.join(f'`{model.name}`' for model in found)} ({found[0].paper.partition(', ')[2]})"
+            for found in papers.values()
+        ]
+        rows.append((heading, ", ".join(names)))
+    return _table(("models", "`--model` (paper)"), rows)
 
 
 def look_ups_table() -> str:

@@ -99,12 +99,7 @@ def test_heads(name: str, check: str) -> None:
     CHECKS[check](lambda shape: make(head, shape, ARGUMENTS), in_shape, True)
 
 
-ROUNDS = pytest.mark.xfail(strict=True, reason="the branches' product is not in full_precision()")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=ROUNDS if name.startswith("EnsembleHead") else ()) for name in HEADS]
-)
+@pytest.mark.parametrize("name", HEADS)
 def test_logits_are_float32_under_autocast(name: str) -> None:
     head, in_shape = HEADS[name]
     with torch.autocast("cpu", torch.bfloat16):
@@ -116,6 +111,26 @@ def test_logits_are_float32_under_autocast(name: str) -> None:
 def test_embeddings(name: str) -> None:
     torch.manual_seed(0)
     check_embedding(lambda schema: make(EMBEDDINGS[name], schema.features, EMBEDDING_ARGUMENTS))
+
+
+OF_NO_PAPER = {"mlp", "streams", "combine", "linear", "stacked"}
+
+
+@pytest.mark.parametrize("package", [ctrlib.towers, ctrlib.heads], ids=lambda package: package.__name__)
+def test_every_file_publishes_a_part_and_says_what_it_is(package: ModuleType) -> None:
+    of_files: dict[str, list[type[nn.Module]]] = {}
+    for part in parts(package):
+        of_files.setdefault(part.__module__, []).append(part)
+    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        name = found.name.rpartition(".")[2]
+        if name != "combine":  # which makes towers of towers
+            assert found.name in of_files, f"{found.name}: no public class sets self.in_shape and self.out_shape"
+        document = importlib.import_module(found.name).__doc__ or ""
+        assert "https://" in document or name in OF_NO_PAPER, f"the docstring of {found.name} has no paper's address"
+    for part in (part for some in of_files.values() for part in some):
+        document = part.__doc__ or ""
+        for what in ("Shape:", ">>>"):
+            assert what in document, f"the docstring of {part.__module__}.{part.__name__} has no {what}"
 
 
 def test_the_search_for_parts_finds_them() -> None:

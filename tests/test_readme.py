@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import polars as pl
 import pytest
 
 from ctrlib import cli
-from ctrlib.inputs import LOOK_UPS, NumericFields, SequenceFields
-from ctrlib.models import MODELS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -67,12 +65,9 @@ def test_code_runs_in_order_and_does_what_it_says(
     assert names["head"].out_shape == (1,)
 
 
-def test_it_is_short_and_counts_right() -> None:
-    assert len(README.read_bytes()) <= 12_000
-    said = re.search(r"(\d+) published models, (\d+) ways to look\n? *ids up, (\d+) kinds .* and (\d+) ways", TEXT)
-    assert said is not None
-    ways = (LOOK_UPS, get_args(NumericFields), get_args(SequenceFields))
-    assert [int(number) for number in said.groups()] == [len(MODELS), *map(len, ways)]
+def test_it_is_short() -> None:
+    size = len(README.read_bytes())
+    assert size <= 12_000, f"README.md has {size:,} bytes of 12,000: what is reference belongs into docs/"
 
 
 def listed(folder: str) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctrlib.layers import init_linear
+from ctrlib.layers import full_precision, init_linear
 from ctrlib.losses import add_auxiliary
 
 
@@ -53,10 +53,11 @@ class EnsembleHead(nn.Module):
         # One product with the branches' weights on the diagonal: the gradient of x is then made in one piece.
         weight = torch.block_diag(*[branch.weight for branch in self.branches])  # type: ignore[no-untyped-call]
         bias = torch.cat([branch.bias for branch in self.branches])  # type: ignore[misc]
-        logits_BNT = F.linear(x, weight, bias).view(-1, len(self.branches), self.out_shape[0])
+        with full_precision():  # as every head's: rows whose scores hardly differ must not become ties
+            logits_BNT = F.linear(x.to(weight.dtype), weight, bias).view(-1, len(self.branches), self.out_shape[0])
         logits = logits_BNT.mean(1)
         if self.training and self.distill:
-            target = logits.detach().float().sigmoid().unsqueeze(1).expand_as(logits_BNT)
-            losses = F.binary_cross_entropy_with_logits(logits_BNT.float(), target, reduction="none")
+            target = logits.detach().sigmoid().unsqueeze(1).expand_as(logits_BNT)
+            losses = F.binary_cross_entropy_with_logits(logits_BNT, target, reduction="none")
             add_auxiliary(losses.sum((1, 2)))
         return logits
