@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,19 +21,26 @@ def closest(wrong: str, known: Iterable[str], *, number: int = 3) -> list[str]:
     import difflib  # here, as all that `import ctrlib` would have to wait for
 
     bare = {name.lower().lstrip("-"): name for name in known}  # that two are flags does not make them alike
-    found = difflib.get_close_matches(wrong.lower().lstrip("-"), bare, number, cutoff=0.0)
-    return [bare[name] for name in found]
+    meant = wrong.lower().lstrip("-")
+    # --lr is short for --learning-rate.
+    initials = [name for name in bare if "".join(word[:1] for word in re.split("[-_]", name)) == meant]
+    found = dict.fromkeys([*initials, *difflib.get_close_matches(meant, bare, number, cutoff=0.0)])
+    return [bare[name] for name in found][:number]
+
+
+MANY = 16  # names that are too many to be read in a message
 
 
 def instead(wrong: Iterable[str], known: Iterable[str]) -> str:
-    """How an error about wrong names ends: with the closest, and with all that are allowed there.
+    """How an error about wrong names ends: with the closest, and with all that are allowed there, if those are few.
 
     >>> instead(["depth"], ["width", "dropout"])
     'the closest are width, dropout; expected some of width, dropout'
     """
     known = list(known)
     near = dict.fromkeys(name for one in wrong for name in closest(one, known))
-    return f"the closest are {', '.join(near)}; expected some of {', '.join(known)}"
+    said = f"the closest are {', '.join(near)}"
+    return f"{said}; expected some of {', '.join(known)}" if len(known) <= MANY else said
 
 
 def named(package: str, names: Mapping[str, Sequence[str]], modules: Sequence[str] = ()) -> tuple[Getter, Lister]:

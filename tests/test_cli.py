@@ -219,13 +219,13 @@ TRAIN_FLAGS = ", ".join(flag.name for flag in usage.flags_of(CLASSES["train"]) i
     [
         (
             "train d --modle dcnv2",
-            "ctrlib train: there is no flag --modle; the closest are --model, --hidden, --device; expected some of "
-            f"{TRAIN_FLAGS}\n`ctrlib train --help` says more.",
+            "ctrlib train: there is no flag --modle; the closest are --model, --hidden, --device\n"
+            "`ctrlib train --help` says more.",
         ),
         (
             "train d --model dcnv3",
-            "ctrlib train: there is no --model dcnv3; the closest are dcnv2, dcn, gdcn; expected some of "
-            f"{', '.join(MODELS)}\n`ctrlib train --help` says more.",
+            "ctrlib train: there is no --model dcnv3; the closest are dcnv2, dcn, gdcn\n"
+            "`ctrlib train --help` says more.",
         ),
         (
             "trian d",
@@ -238,7 +238,17 @@ TRAIN_FLAGS = ", ".join(flag.name for flag in usage.flags_of(CLASSES["train"]) i
             "ctrlib search: there is no METHOD optsf; the closest are optfs, optinter, optembed; expected some of "
             f"{', '.join(SEARCHES)}\n",
         ),
-        ("models finlmlp", "ctrlib models: there is no NAME finlmlp; the closest are finalmlp, mlp, dualmlp; "),
+        ("models finlmlp", "ctrlib models: there is no NAME finlmlp; the closest are finalmlp, mlp, dualmlp\n"),
+        ("train d --lr 1", "ctrlib train: there is no flag --lr; the closest are --learning-rate, "),
+        ("train d --seed 1 --seed=2", "ctrlib train: --seed is given twice; expected it once\n"),
+        (
+            "prepare d --out o --label a --label b",
+            "ctrlib prepare: --label is given twice; expected it once, with all its values: --label A B\n",
+        ),
+        (
+            "prepare --label a d --out o",
+            "ctrlib prepare: DATA must be given; --label takes all that follows it, so DATA goes first\n",
+        ),
         ("train d --numeric vectr", "ctrlib train: there is no --numeric vectr; the closest are vector, periodic, "),
         ("train d --cross_layer 3 --seed x", "ctrlib train: there is no flag --cross_layer; the closest are --cross-"),
         ("train -m dcn d", "ctrlib train: there is no flag -m; the closest are "),
@@ -425,8 +435,8 @@ def test_a_model_is_described_with_what_it_costs(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert f"DCN V2: {MODELS['dcnv2'].summary}.\nWang et al., WWW 2021, https://arxiv.org" in printed
-    assert "  num_cross_layers  3\n" in printed
-    assert "  hidden            [400, 400, 400]\n" in printed
+    assert "  num_cross_layers  3  --cross-layers\n" in printed
+    assert "  hidden            [400, 400, 400]  --hidden\n" in printed
     assert '  numeric        "vector"\n' in printed
     assert "for 10 categorical fields of width 16, 1 label:" in printed
     rows = {words[0]: words[1:] for words in map(str.split, printed.splitlines()) if words}

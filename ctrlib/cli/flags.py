@@ -25,6 +25,14 @@ from ctrlib.models.table import MODELS
 from ctrlib.schema import NumericFields, SequenceFields
 
 BINNED = ("bucketised", "piecewise_linear")
+# Flag of `ModelFlags` -> argument of a model, for those that only some models have.
+ARGUMENT_OF = {
+    "dim": "embedding_dim",
+    "hidden": "hidden",
+    "cross_layers": "num_cross_layers",
+    "dropout": "dropout",
+    "batch_norm": "batch_norm",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +75,11 @@ class ModelFlags:
             ValueError: the model has no such argument, or something is said twice.
         """
         takes = ["embedding_dim", *MODELS[self.model].arguments]
-        flags = {
-            "dim": "embedding_dim",
-            "hidden": "hidden",
-            "cross_layers": "num_cross_layers",
-            "dropout": "dropout",
-            "batch_norm": "batch_norm",
-        }
         # What is not asked for is the model's to say: its defaults are the paper's.
-        changed = {name: getattr(self, name) for name in flags if getattr(self, name) is not None}
-        if idle := [self._idle(name, flags[name], takes) for name in changed if flags[name] not in takes]:
+        changed = {name: getattr(self, name) for name in ARGUMENT_OF if getattr(self, name) is not None}
+        if idle := [self._idle(name, ARGUMENT_OF[name], takes) for name in changed if ARGUMENT_OF[name] not in takes]:
             raise ValueError("\n".join(idle))
-        config: dict[str, Any] = {"model": self.model, **{flags[name]: value for name, value in changed.items()}}
+        config: dict[str, Any] = {"model": self.model, **{ARGUMENT_OF[name]: value for name, value in changed.items()}}
         config |= {"numeric": self.numeric, "sequence": self.sequence}
         if self.bins is not None and self.numeric not in BINNED:
             raise ValueError(f"--bins {self.bins}: there are no bins in --numeric {self.numeric}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from ctrlib.cli.flags import Command
+from ctrlib.cli.flags import ARGUMENT_OF, Command
 from ctrlib.cli.kinds import OptionalModel
 from ctrlib.cli.tables import new_table, show
 from ctrlib.cli.usage import fill, paragraphs
@@ -122,8 +122,9 @@ def print_one(described: Mapping[str, Any]) -> None:
     print(fill(f"{described['paper']}, {described['url']}"))
     if described["details"]:
         print("\n" + fill(paragraphs(described["details"])))
-    print_arguments("Arguments of its own (--option NAME=VALUE, or the flag of that name):", described["arguments"])
-    print_arguments("Arguments of every model, of which --dim is embedding_dim:", described["inputs"])
+    print_arguments("Arguments of its own:", described["arguments"])
+    print_arguments("Arguments of every model (docs/models.md says what they mean):", described["inputs"])
+    print("\n" + fill("One with a flag behind it is said by that; all others by --option NAME=VALUE, in JSON."))
     print("\n" + fill(f"Costs with these arguments, for {described['costs_for']}:"))
     table = new_table("", "weights of the network", "multiply-adds per row", numbers=2)
     for name, cost in described["costs"].items():
@@ -137,5 +138,10 @@ def print_arguments(heading: str, defaults: Mapping[str, Any]) -> None:
     if defaults:
         print("\n" + fill(heading))
         width = max(map(len, defaults))
+        flags = {argument: flag for flag, argument in ARGUMENT_OF.items()} | {
+            "numeric": "numeric",
+            "sequence": "sequence",
+        }
         for name, value in defaults.items():
-            print(f"  {name:<{width}}  {json.dumps(value)}")
+            flag = f"  --{flags[name].replace('_', '-')}" if name in flags else ""
+            print(f"  {name:<{width}}  {json.dumps(value)}{flag}")

@@ -48,6 +48,8 @@ def parse(command: type, prog: str, arguments: list[str]) -> Any:
     if set(HELP) & set(arguments):
         explain(command, prog)
         return None
+    if twice := _given_twice(command, arguments):
+        raise WrongUsage(twice, prog)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -206,7 +208,22 @@ def _complaints(command: type, arguments: list[str]) -> list[str]:
         if flag.count is not None and len(values) < flag.count:
             wrong.append(f"{flag.name}: expected {flag.count} value{'s' * (flag.count > 1)}, got {len(values)}")
     missing = [flag.name for flag in flags if flag.required and flag not in seen]
-    return unknown or wrong + ([f"{' and '.join(missing)} must be given"] if missing else [])
+    if not missing:
+        return unknown or wrong
+    greedy = [flag.name for flag in seen if flag.count is None]
+    taken = f"; {greedy[0]} takes all that follows it, so {missing[0]} goes first" if greedy and places else ""
+    return unknown or [*wrong, f"{' and '.join(missing)} must be given{taken}"]
+
+
+def _given_twice(command: type, arguments: list[str]) -> str:
+    """What to say of a flag that comes up again: tyro would take the last, and forget the others without a word."""
+    flags = {flag.name: flag for flag in flags_of(command) if not flag.positional}
+    names = [token.partition("=")[0].replace("_", "-") for token in arguments if _looks_like_flag(token)]
+    for name in dict.fromkeys(names):
+        if name in flags and names.count(name) > 1:
+            many = flags[name].count is None
+            return f"{name} is given twice; expected it once{f', with all its values: {name} A B' if many else ''}"
+    return ""
 
 
 def _take(tokens: list[str], count: int | None, needed: int) -> list[str]:

@@ -73,8 +73,12 @@ def describe(
     unknown = [name for name in dict.fromkeys([*wanted, *ignore]) if name not in table.dtypes]
     if unknown:
         hint = "; it has one column only, so say separator=... (--separator)" if len(table.dtypes) == 1 else ""
+        if set(unknown) & set(labels):
+            hint += "; labels=... (--label) names the column that holds the label"
+        near = difflib.get_close_matches(unknown[0], table.dtypes, n=3, cutoff=0.0)
         raise SchemaError(
-            f"{table.name} has no columns {unknown}, expected some of {shortened(list(table.dtypes))}{hint}"
+            f"{table.name} has no columns {unknown}, the closest are {near}, expected some of "
+            f"{shortened(list(table.dtypes))}{hint}"
         )
     ignored_twice = sorted({*names, *labels, weight or ""} & set(ignore))
     if ignored_twice:

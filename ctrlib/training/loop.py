@@ -128,9 +128,10 @@ def fit(
     Raises:
         NonFiniteLossError: a loss is NaN or infinite; the batch is saved under `out` and no weight has seen it.
         LostProcessError: another process died or hangs; start again to go on.
-        ValueError: validation holds one class only, so that no epoch can be chosen; or the checkpoint is of another
-            run.
+        ValueError: max_epochs or patience is below 1; validation holds one class only, so that no epoch can be chosen;
+            or the checkpoint is of another run.
     """
+    check_schedule(max_epochs, patience)
     out = None if out is None else Path(out)
     console = console or Console(stderr=True)
     started = time.perf_counter()
@@ -183,6 +184,17 @@ def fit(
         history.samples_per_second = round(progress.total_rows / progress.total_seconds, 1)
     history.seconds = round(time.perf_counter() - started, 3)
     return history
+
+
+def check_schedule(max_epochs: int, patience: int) -> None:
+    """Refuse numbers of epochs with which nothing would be trained.
+
+    Raises:
+        ValueError: as said.
+    """
+    for name, value in (("max_epochs (--epochs)", max_epochs), ("patience (--patience)", patience)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
 def _train_epoch(

@@ -26,7 +26,7 @@ from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.evaluate import evaluate, predict, score
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.fused import FusedEngine, Precision
-from ctrlib.training.loop import Engine, fit, to_json
+from ctrlib.training.loop import Engine, check_schedule, fit, to_json
 
 EngineName = Literal["exact", "fused"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -156,6 +156,7 @@ def run(
     """
     started = time.perf_counter()
     data, out = Path(data), None if out is None else Path(out)
+    check_schedule(max_epochs, patience)
     if batch_size % world_size():
         raise ValueError(
             f"{world_size()} processes cannot share a batch of {batch_size} rows evenly: use a multiple of "
