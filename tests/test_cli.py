@@ -437,7 +437,7 @@ def test_a_model_is_described_with_what_it_costs(capsys: pytest.CaptureFixture[s
     assert f"DCN V2: {MODELS['dcnv2'].summary}.\nWang et al., WWW 2021, https://arxiv.org" in printed
     assert "  num_cross_layers  3  --cross-layers\n" in printed
     assert "  hidden            [400, 400, 400]  --hidden\n" in printed
-    assert '  numeric        "vector"\n' in printed
+    assert '  numeric        "vector"  --numeric\n' in printed
     assert "for 10 categorical fields of width 16, 1 label:" in printed
     rows = {words[0]: words[1:] for words in map(str.split, printed.splitlines()) if words}
     assert rows["dcnv2"] == ["463,041", "461,360"]
