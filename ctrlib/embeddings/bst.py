@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ctrlib.embeddings.sequence import sum_events, to_events
-from ctrlib.layers import Dropout, init_linear
+from ctrlib.layers import Dropout, LayerNorm, init_linear
 
 
 class BST(nn.Module):
@@ -101,7 +101,7 @@ class _Block(nn.Module):
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.feed_forward = nn.Sequential(nn.Linear(dim, dim), nn.LeakyReLU(), nn.Linear(dim, dim))
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.norms = nn.ModuleList(LayerNorm(dim) for _ in range(2))
         self.dropout = Dropout(dropout)
         init_linear(self)
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ctrlib.layers import init_linear
+from ctrlib.layers import LayerNorm, init_linear
 
 
 class APEM(nn.Module):
@@ -183,7 +183,7 @@ class _AttentionBlock(nn.Module):
         super().__init__()
         self.attention = _FoldedAttention(dim, num_heads)
         self.feed_forward = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.norms = nn.ModuleList(LayerNorm(dim) for _ in range(2))
 
     def finish(self, query: Tensor, read: Tensor) -> Tensor:
         """LN(H + FFN(H)), H = LN(Q + read)."""

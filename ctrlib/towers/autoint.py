@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ctrlib.layers import Dropout, init_linear
+from ctrlib.layers import Dropout, LayerNorm, init_linear
 
 # Heads of few fields are computed together, as blocks of one matrix of at most so many rows (see InteractingLayer).
 _MAX_ROWS = 48
@@ -148,8 +148,8 @@ class InteractingLayer(nn.Module):
             nn.Linear(width, out_width, bias=bias) if residual and not (identity and width == out_width) else None
         )
         init_linear(self)
-        self.norm_before = nn.LayerNorm(out_width) if norm_before_relu else None
-        self.norm_after = nn.LayerNorm(out_width) if norm_after_relu else None
+        self.norm_before = LayerNorm(out_width) if norm_before_relu else None
+        self.norm_after = LayerNorm(out_width) if norm_after_relu else None
         self.dropout = Dropout(dropout)
         self.heads_at_once = max(
             n for n in range(1, num_heads + 1) if num_heads % n == 0 and (n == 1 or n * num_fields <= _MAX_ROWS)

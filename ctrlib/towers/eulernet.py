@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ctrlib.layers import Dropout
+from ctrlib.layers import Dropout, LayerNorm
 
 _EPS = 1e-8  # keeps the logarithm of a zero modulus finite; both codes have it
 
@@ -123,8 +123,8 @@ class EulerLayer(nn.Module):
         self.phase_bias = nn.Parameter(0.01 * torch.randn(num_outputs, dim))
         self.implicit = nn.Linear(num_inputs * dim, num_outputs * dim)
         nn.init.xavier_uniform_(self.implicit.weight)
-        self.real_norm = nn.LayerNorm(dim) if layer_norm else nn.Identity()
-        self.imag_norm = nn.LayerNorm(dim) if layer_norm else nn.Identity()
+        self.real_norm = LayerNorm(dim) if layer_norm else nn.Identity()
+        self.imag_norm = LayerNorm(dim) if layer_norm else nn.Identity()
         self.explicit_dropout = Dropout(explicit_dropout)
         self.implicit_dropout = Dropout(implicit_dropout)
 

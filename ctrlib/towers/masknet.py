@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctrlib.layers import Dropout, init_linear
+from ctrlib.layers import Dropout, LayerNorm, init_linear
 
 
 class MaskBlock(nn.Module):
@@ -50,7 +50,7 @@ class MaskBlock(nn.Module):
         )
         layers: list[nn.Module] = [nn.Linear(num_inputs, num_outputs, bias=False)]
         if layer_norm:
-            layers.append(nn.LayerNorm(num_outputs))
+            layers.append(LayerNorm(num_outputs))
         layers.append(nn.ReLU())
         if dropout:
             layers.append(Dropout(dropout))
