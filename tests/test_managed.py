@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from ranks import run_ranks
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
@@ -397,8 +399,9 @@ def whole(tensor: Any) -> Tensor:
     return torch.cat(parts)
 
 
-def work_in_two_processes(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def work_in_two_processes() -> dict[str, Any]:
+    warnings.simplefilter("ignore", FutureWarning)  # TorchRec 1.8.0 calls what torch 2.13 deprecates
+    rank = dist.get_rank()
     found: dict[str, Any] = {"refused": []}
     attempts: list[Callable[[], object]] = [
         lambda: shard(make_several(rows=15), row_wise(compute_kernel="fused")),
@@ -421,15 +424,12 @@ def work_in_two_processes(rank: int, folder: str) -> None:
     model.eval()
     found["evaluated"] = model(several_batch(0)).detach()
     found["state"] = {name: whole(tensor) for name, tensor in model.state_dict().items()}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(work_in_two_processes, args=(str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def two_processes() -> list[dict[str, Any]]:
+    return run_ranks(2, work_in_two_processes)
 
 
 def test_two_processes_train_as_the_rule_says_and_new_ids_start_anew(two_processes: list[dict[str, Any]]) -> None:
