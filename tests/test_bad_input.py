@@ -108,7 +108,11 @@ def test_a_row_counts_once_under_its_first_reason(tmp_path):
         (b"label,item,item\n1,a,b\n", SchemaError, r"columns \['item'\] appear more than once"),
         (b"label,item,__row__\n1,a,b\n", SchemaError, r"columns \['__row__'\] have names that are kept"),
         (b"label,*,^b$\n1,a,b\n", SchemaError, r"columns \['\*', '\^b\$'\] have names that are kept"),
-        (b"label,price\n1,2\n", SchemaError, r"no columns \['item'\], expected some of \['label', 'price'\]"),
+        (
+            b"label,price\n1,2\n",
+            SchemaError,
+            r"no columns \['item'\], the closest are \['price', 'label'\], expected some of \['label', 'price'\]",
+        ),
         (b"item,price\na,2\n", SchemaError, r"no columns \['label'\]"),
         (b"label;item;price\n1;a;2\n", SchemaError, "one column only, so say separator"),
         (b"label,it\xffem,price\n1,a,2\n", DataError, "line 1, the header, is not UTF-8"),
