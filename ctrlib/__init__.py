@@ -15,6 +15,7 @@ from ctrlib import _lazy
 
 _NAMES = {
     "schema": ("Categorical", "Feature", "MultiValued", "Numeric", "RawId", "Schema", "SchemaError", "Sequence"),
+    "data.encoder": ("Encoder",),
     "data.prepare": ("prepare",),
     "data.quantiles": ("quantile_edges",),
     "data.scan": ("DataError",),

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ctrlib.data.encode import count_ids, encode
+from ctrlib.data.encoder import Encoder
 from ctrlib.data.infer import infer_features
 from ctrlib.data.prepare import prepare
 from ctrlib.data.raw import RawTable, read_raw
@@ -454,16 +454,18 @@ def test_raw_rows_are_encoded_by_name(fitted, tmp_path):
     schema, vocab = fitted
     path = tmp_path / "new.csv"
     path.write_text("note,price,user\nhi,3,2\n,,99\n,1,\n")
-    encoded = encode(read_raw(path, tmp_path / "t"), schema, vocab)
-    assert encoded.collect().rows() == [(4, 1.0), (2, 0.5), (1, 0.0)]
-    assert count_ids(encoded, schema) == {"user": {"missing": 1, "unseen": 1, "ids": 3}}
+    columns, counts = Encoder.of(schema, vocab.parent).transform_table(read_raw(path, tmp_path / "t"))
+    assert columns.ids.tolist() == [[4], [2], [1]]
+    assert columns.floats[:, 0].tolist() == [1.0, 0.5, 0.0]
+    assert (counts.missing, counts.unseen, counts.ids) == ({"user": 1}, {"user": 1}, {"user": 3})
+    assert counts.ignored == ["note"]
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"user": [1]}, r"columns \['price'\] are missing"),
-        ({"user": ["1.0", "2.0"], "price": [1.0, 2.0]}, "column 'user' holds ids that look like floats"),
+        ({"user": ["1.0", "2.0"], "price": [1.0, 2.0]}, "column 'user' holds values of kind text"),
         ({"user": [1.5, 2.0], "price": [1.0, 2.0]}, "row 1, column 'user' holds 1.5.*whole numbers"),
         ({"user": [1, 2], "price": ["cheap", "dear"]}, "column 'price' holds 'cheap', and no other row is better"),
         ({"user": [[1], [2]], "price": [1.0, 2.0]}, r"column 'user' has type List\(Int64\), expected text or integer"),
@@ -473,7 +475,7 @@ def test_raw_rows_are_encoded_by_name(fitted, tmp_path):
 def test_retyped_columns_are_refused(fitted, tmp_path, columns, message):
     schema, vocab = fitted
     with pytest.raises(SchemaError, match=message):
-        encode(read_raw(pl.DataFrame(columns), tmp_path / "t"), schema, vocab)
+        Encoder.of(schema, vocab.parent).transform(pl.DataFrame(columns))
 
 
 def test_a_vocabulary_of_other_data_is_refused(fitted, tmp_path):
@@ -481,10 +483,10 @@ def test_a_vocabulary_of_other_data_is_refused(fitted, tmp_path):
     table = pl.read_parquet(vocab / "user.parquet")
     table.reverse().write_parquet(vocab / "user.parquet")
     with pytest.raises(SchemaError, match="belongs to other data"):
-        encode(read_raw(pl.DataFrame({"user": [1], "price": [1.0]}), tmp_path / "t"), schema, vocab)
+        Encoder.of(schema, vocab.parent)
     (vocab / "user.parquet").unlink()
     with pytest.raises(SchemaError, match="is missing"):
-        encode(read_raw(pl.DataFrame({"user": [1], "price": [1.0]}), tmp_path / "t"), schema, vocab)
+        Encoder.of(schema, vocab.parent)
 
 
 # ------------------------------------------------------------------------------------------------- names and arguments

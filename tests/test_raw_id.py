@@ -21,7 +21,8 @@ from torch import Tensor
 from torchrec.modules.mc_modules import DistanceLFU_EvictionPolicy
 
 import ctrlib as ctr
-from ctrlib.data.encode import count_ids, encode
+from ctrlib.data.encode import count_ids
+from ctrlib.data.encoder import Encoder
 from ctrlib.data.fingerprint import fingerprint
 from ctrlib.data.raw import read_raw
 from ctrlib.schema import Categorical, MultiValued, Numeric, RawId, Schema, SchemaError, Sequence
@@ -79,7 +80,9 @@ def new_rows(frame: pl.DataFrame, folder: Path, tmp_path: Path, kind: str = "fra
     """As the predictor encodes them."""
     data = frame if kind == "frame" else written(frame, tmp_path / f"new.{kind}")
     raw = read_raw(data, tmp_path / f"raw_{kind}", name="new rows")
-    return encode(raw, Schema.load(folder), folder / "vocab").collect().to_dict(as_series=False)
+    encoder = Encoder.load(folder)
+    columns, _ = encoder.transform_table(raw)
+    return {feature.name: columns.ids[:, n].tolist() for n, feature in enumerate(encoder.schema.sparse)}
 
 
 # --------------------------------------------------------------------------------------------------------- preparation
@@ -286,7 +289,7 @@ def test_missing_cells_are_counted(prepared: Path) -> None:
 def test_a_schema_without_forms_encodes_nothing(prepared: Path, tmp_path: Path) -> None:
     schema = dataclasses.replace(Schema.load(prepared), features=tuple(FEATURES))
     with pytest.raises(SchemaError, match="not fitted"):
-        encode(read_raw(FRAME, tmp_path / "raw"), schema, prepared / "vocab")
+        Encoder.of(schema, prepared)
 
 
 # -------------------------------------------------------------------------------------------------------------- loader

@@ -9,8 +9,9 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from ctrlib.cli.flags import Command, ScoringFlags
+from ctrlib.cli.kinds import Names
 from ctrlib.cli.paths import check_model, check_out, check_raw
-from ctrlib.cli.tables import print_counts
+from ctrlib.cli.tables import print_counts, progress_line
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Output:
 
     out: Path
     """File to write: .csv or .parquet, with a column per label and a row per row of DATA."""
+    keep: Names = ()
+    """Columns of DATA to write before the probabilities, such as ids."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,15 @@ class Predict(Command):
         from ctrlib.serving.predictor import Predictor
 
         predictor = Predictor.load(self.model)
-        frame, counts = predictor.predict(
-            self.data, batch_size=self.scoring.batch_size, on_bad_row=self.scoring.on_bad_row
-        )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        frame.write_csv(out) if out.suffix == ".csv" else frame.write_parquet(out)
+        with progress_line("rows scored", quiet=self.json) as progress:
+            counts = predictor.predict_to(
+                self.data,
+                out,
+                keep=self.output.keep,
+                batch_size=self.scoring.batch_size,
+                on_bad_row=self.scoring.on_bad_row,
+                progress=progress,
+            )
         if self.json:
             print(json.dumps({"out": str(out), **counts}))
         else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,3 +97,21 @@ def print_counts(counts: dict[str, Any]) -> None:
         reasons = ", ".join(f"{reason}: {number:,}" for reason, number in counts["skipped"].items())
         which = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5:,} more" if len(rows) > 5 else "")
         print(f"  {len(rows):,} bad rows were left out ({reasons}): rows {which}")
+
+
+@contextlib.contextmanager
+def progress_line(what: str, *, quiet: bool = False) -> Iterator[Callable[[int], None] | None]:
+    """What to call with a growing number, shown on one line of stderr where a person watches it; None elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    started = time.perf_counter()
+
+    def show(number: int) -> None:
+        speed = number / max(time.perf_counter() - started, 1e-9)
+        print(f"\r{number:,} {what}, {speed:,.0f} a second \x1b[K", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -41,7 +41,9 @@ def number(name: str, dtype: pl.DataType) -> pl.Expr:
 def text(feature: Feature, dtype: pl.DataType) -> pl.Expr:
     """The canonical text of a categorical column, or list of texts of a multi-valued one; null where it is missing.
 
-    Integers are decimal, booleans "true" and "false", floats must be integral, text is as it is.
+    Integers are decimal; floats and decimals must be whole, and are as integers; booleans "true" and "false"; dates
+    "2024-05-31"; times of any unit "2024-05-31 08:15:30.25", without zeros at the end of the fraction, a midnight as
+    its date, with a zone in UTC. Text is as it is.
     """
     column = pl.col(feature.name)
     if isinstance(feature, Categorical):
@@ -57,7 +59,7 @@ def text(feature: Feature, dtype: pl.DataType) -> pl.Expr:
         assert isinstance(inner, pl.DataType)
         values = column.arr.to_list() if isinstance(dtype, pl.Array) else column
         element = _scalar_text(pl.element(), inner)
-        if inner == pl.String:
+        if inner in (pl.String, pl.Categorical, pl.Enum):
             element = element.str.strip_chars()
         values = values.list.eval(element.filter(element.is_not_null() & (element != "")))
     else:
@@ -71,6 +73,18 @@ def text(feature: Feature, dtype: pl.DataType) -> pl.Expr:
 def _scalar_text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
     if dtype.is_float():
         return column.fill_nan(None).cast(pl.Int64, strict=False).cast(pl.String)
+    if dtype.is_decimal():
+        return column.cast(pl.String).str.replace(r"\.0*$", "")
+    if isinstance(dtype, pl.Datetime):
+        utc = column if dtype.time_zone is None else column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        written = utc.dt.cast_time_unit("ns").dt.to_string("%Y-%m-%d %H:%M:%S%.9f").str.strip_chars_end("0")
+        # What is left of a whole second ends in "00:00:." or "08:15:3.": only zeros of the fraction are to go.
+        return (
+            pl.when(written.str.contains(r"\.$"))
+            .then(utc.dt.to_string("%Y-%m-%d %H:%M:%S"))
+            .otherwise(written)
+            .str.replace(r" 00:00:00$", "")
+        )
     return column if dtype == pl.String else column.cast(pl.String)
 
 
@@ -146,7 +160,7 @@ def check_columns(raw: RawTable, schema: Schema, *, with_labels: bool) -> None:
         raise SchemaError(f"{raw.name}: columns {missing} are missing, it has {shortened(list(dtypes))}{_hint(dtypes)}")
     for feature in schema.features:
         dtype = dtypes[feature.name]
-        scalar = not dtype.is_nested() and dtype not in (pl.Binary, pl.Object)
+        scalar = not dtype.is_nested() and dtype not in (pl.Binary, pl.Object, pl.Duration)
         if isinstance(feature, RawId):
             fits = dtype in (pl.String, pl.Null) or (dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128))
             wanted = "integers of up to 64 bits, or text,"
@@ -219,11 +233,11 @@ def checks(
                 bad = (fitted_number(feature, dtype).abs() > FLOAT32_MAX).fill_null(False)
                 expected = f"a number that fits into 32 bits after the transform {feature.transform!r}"
                 found.append(Check(name, bad, "too large after its transform", expected))
-        elif dtype.is_float():
-            found.append(_integral(name, pl.col(name)))
-        elif isinstance(dtype, pl.List | pl.Array) and _inner(dtype).is_float():
+        elif dtype.is_float() or dtype.is_decimal():
+            found.append(_integral(name, pl.col(name), dtype))
+        elif isinstance(dtype, pl.List | pl.Array) and (_inner(dtype).is_float() or _inner(dtype).is_decimal()):
             values = pl.col(name).arr.to_list() if isinstance(dtype, pl.Array) else pl.col(name)
-            bad = values.list.eval(_not_integral(pl.element())).list.any()
+            bad = values.list.eval(_not_integral(pl.element(), _inner(dtype))).list.any()
             found.append(Check(name, bad.fill_null(False), "", "lists of integers or text", retyped=True))
     if not with_labels:
         return found
@@ -255,8 +269,8 @@ def checks(
     if schema.group is not None:
         missing = _is_missing(schema.group, dtypes[schema.group])
         found.append(Check(schema.group, missing, "group is missing", "a group in every row", missing=True))
-        if dtypes[schema.group].is_float():
-            found.append(_integral(schema.group, pl.col(schema.group)))
+        if dtypes[schema.group].is_float() or dtypes[schema.group].is_decimal():
+            found.append(_integral(schema.group, pl.col(schema.group), dtypes[schema.group]))
     return found
 
 
@@ -267,13 +281,16 @@ def _is_missing(name: str, dtype: pl.DataType) -> pl.Expr:
     return missing | pl.col(name).is_nan().fill_null(False) if dtype.is_float() else missing
 
 
-def _not_integral(x: pl.Expr) -> pl.Expr:
+def _not_integral(x: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    if dtype.is_decimal():
+        return x.cast(pl.String).str.contains(r"\.\d*[1-9]").fill_null(False)
     return (x.is_infinite() | (x.is_not_nan() & ((x != x.floor()) | (x.abs() >= 2**63)))).fill_null(False)
 
 
-def _integral(name: str, column: pl.Expr) -> Check:
-    expected = "text or integers (it came as floats, which must be whole numbers): cast it, or declare it Numeric"
-    return Check(name, _not_integral(column), "", expected, retyped=True)
+def _integral(name: str, column: pl.Expr, dtype: pl.DataType) -> Check:
+    came = "decimals" if dtype.is_decimal() else "floats"
+    expected = f"text or integers (it came as {came}, which must be whole numbers): cast it, or declare it Numeric"
+    return Check(name, _not_integral(column, dtype), "", expected, retyped=True)
 
 
 def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) -> RawTable:

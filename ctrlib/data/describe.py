@@ -48,6 +48,13 @@ def check_arguments(
     for feature in features:
         named = {name: getattr(feature, name, None) for name in ("min_count", "max_values", "max_length")}
         limits += [(f"{name} of feature {feature.name!r}", limit) for name, limit in named.items()]
+    for feature in features:
+        fitted = "parameters" if isinstance(feature, Numeric) else "num_embeddings"
+        if getattr(feature, fitted, None) is not None:
+            raise SchemaError(
+                f"feature {feature.name!r} has {fitted}={getattr(feature, fitted)!r}, which are fitted on train: leave "
+                "them out"
+            )
     for name, limit in limits:
         if limit is not None and limit < 1:
             raise ValueError(f"{name} is {limit}, expected at least 1")
@@ -107,6 +114,9 @@ def describe(
             feature = dataclasses.replace(feature, **limits)
         if feature is not None:
             found.append(feature)
+    if not given and not found:
+        why = "; ".join(f"{name!r} is {reason}" for name, reason in reasons.items()) or "there is none"
+        raise SchemaError(f"{table.name}: no column can be a feature: {why}. Name columns that mean something")
     schema = Schema((*given, *found), labels, weight, group)
     return schema, {name: reasons[name] for name in table.dtypes}
 

@@ -1,17 +1,18 @@
-"""Encode raw rows with a fitted schema: the one function that preparation and prediction on raw rows share."""
+"""Whole tables of raw rows with a fitted schema, lazily: what preparation writes, on one machine or many.
+
+Rows in memory are for `ctrlib.data.encoder`; what a cell means is in `ctrlib.data.cells`, for both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 
 from ctrlib.data.cells import (
-    check_columns,
-    checks,
     fitted_number,
     holds,
     is_raw_integer,
@@ -19,16 +20,13 @@ from ctrlib.data.cells import (
     number,
     raw_id,
     text,
-    without_bad_rows,
 )
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.raw import RawTable
-from ctrlib.data.scan import OnBadRow
+from ctrlib.data.unknown import judge, knows_none
 from ctrlib.data.vocabulary import (
     Count,
     count_here,
-    load_vocabularies,
-    load_vocabulary,
     values_of,
     vocabulary_path,
 )
@@ -47,48 +45,6 @@ from ctrlib.schema import (
 )
 
 ROWS_PER_GROUP = 65_536
-MIN_UNSEEN = 10  # cells that have to be unseen, all of them, before a column is taken for a wrong one
-
-
-def encode(
-    raw: RawTable,
-    schema: Schema,
-    vocab_folder: Path,
-    *,
-    require_labels: bool = False,
-    missing_labels: Literal["raise", "mask"] = "raise",
-    label_positive: Mapping[str, str] | None = None,
-    on_bad_row: OnBadRow = "raise",
-) -> pl.LazyFrame:
-    """The rows of a raw table as the loader wants them, lazily and in their order.
-
-    Columns are found by name: their order does not matter and columns that the schema does not name are left out.
-    A value that train did not hold gets the out-of-vocabulary id, a cell without value the missing id.
-
-    Args:
-        raw: from `read_raw`.
-        schema: fitted.
-        vocab_folder: the `vocab` folder that lies beside the schema.
-        require_labels: also check and give labels, weight and group; otherwise only the features.
-        missing_labels: "mask" gives NaN where a label is missing.
-        label_positive: label -> text of its positive class, for labels that are text.
-        on_bad_row: "skip" leaves bad rows out and counts them in `raw.skipped`.
-
-    Raises:
-        SchemaError: a column is missing or has another type than before.
-        DataError: a cell is bad; the message names row and column.
-    """
-    if not schema.is_fitted:
-        raise SchemaError("the schema is not fitted: use the one that `prepare` returns or stores in schema.json")
-    check_columns(raw, schema, with_labels=require_labels)
-    options: dict[str, Any] = {"missing_labels": missing_labels, "label_positive": label_positive}
-    found = checks(schema, raw.dtypes, with_labels=require_labels, **options)
-    checked = without_bad_rows(raw, found, on_bad_row)
-    known = load_vocabularies(vocab_folder, schema)
-    refuse_other_spelling(checked, schema, vocab_folder)
-    if require_labels and (groups := fit_groups([checked], schema.group)) is not None:
-        known[GROUP_COLUMN] = groups
-    return encode_checked(checked.frame, schema, known, with_labels=require_labels, label_positive=label_positive)
 
 
 def encode_checked(
@@ -99,7 +55,10 @@ def encode_checked(
     with_labels: bool,
     label_positive: Mapping[str, str] | None = None,
 ) -> pl.LazyFrame:
-    """`encode` for rows without bad ones.
+    """The rows of a raw table without bad ones as the loader wants them, lazily and in their order.
+
+    Columns are found by name: their order does not matter and columns that the schema does not name are left out.
+    A value that train did not hold gets the out-of-vocabulary id, a cell without value the missing id.
 
     Args:
         rows: some or all rows of a table.
@@ -107,7 +66,7 @@ def encode_checked(
         known: vocabulary name -> value and id, of all values that `rows` and the vocabulary share, in any order; and
             the same for groups that are not integers, under `GROUP_COLUMN`.
         with_labels: also give labels, weight and group.
-        label_positive: as in `encode`.
+        label_positive: label -> text of its positive class, for labels that are text.
     """
     dtypes = rows.collect_schema()
     columns = []
@@ -216,8 +175,8 @@ def refuse_other_spelling(raw: RawTable, schema: Schema, vocab_folder: Path) -> 
         SchemaError: as said.
     """
     _refuse_ids_as_floats(raw, schema, vocab_folder)
-    _refuse_retyped(raw, schema)
-    _refuse_other_form(raw, schema)
+    refuse_retyped(raw, schema)
+    refuse_other_form(raw, schema)
 
 
 def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocab_folder: Path) -> None:
@@ -236,8 +195,8 @@ def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocab_folder: Path) -> 
             return []
         like = [pl.col(column).str.contains(r"^-?\d+\.0$").all(ignore_nulls=True) for column in columns]
         present = [pl.col(column).is_not_null().any().name.suffix(" present") for column in columns]
-        found = table.gather(lambda piece: piece.select(like + present))
-        return [column for column in columns if found[column].all() and found[f"{column} present"].any()]
+        found = table.gather(lambda piece: piece.select([one.name.suffix(" like") for one in like] + present))
+        return [column for column in columns if found[f"{column} like"].all() and found[f"{column} present"].any()]
 
     # The first rows acquit nearly every column; only what is left is read in full.
     for column in like_floats(raw, like_floats(raw.map(lambda piece: piece.head(1000)), suspects)):
@@ -247,7 +206,7 @@ def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocab_folder: Path) -> 
         )
 
 
-def _refuse_retyped(raw: RawTable, schema: Schema) -> None:
+def refuse_retyped(raw: RawTable, schema: Schema) -> None:
     """True for ids that were "1", or 2139 for a postcode that was "02139": unseen values that nobody meant."""
     expected, types = (schema.raw_format or {}).get("types", {}), raw.types
     for feature in schema.sparse:
@@ -264,7 +223,7 @@ def _refuse_retyped(raw: RawTable, schema: Schema) -> None:
         )
 
 
-def _refuse_other_form(raw: RawTable, schema: Schema) -> None:
+def refuse_other_form(raw: RawTable, schema: Schema) -> None:
     """Raw ids that are text where train had integers, or the other way round."""
     dtypes = raw.dtypes
     for feature in schema.sparse:
@@ -285,43 +244,31 @@ def _refuse_other_form(raw: RawTable, schema: Schema) -> None:
             )
 
 
-def check_unknown(
-    raw: RawTable, counts: Mapping[str, Mapping[str, int]], schema: Schema, vocab_folder: Path
+def judge_table(
+    raw: RawTable, counts: Mapping[str, Mapping[str, int]], schema: Schema, known_of: Callable[[str], Collection[str]]
 ) -> list[str]:
-    """Look at single-valued columns of which no value at all is known to the vocabulary.
-
-    New users or items are normal and score; but where all values of train are integers and none of these is, or all
-    are "true" and "false" and none of these is, the column is another one, or is written otherwise.
+    """`ctrlib.data.unknown.judge` of a table that was encoded.
 
     Args:
         raw: the rows.
         counts: of `count_ids`.
         schema: fitted.
-        vocab_folder: the `vocab` folder that lies beside the schema.
-
-    Returns:
-        A sentence for each such column that may be right, for a person to judge.
+        known_of: vocabulary -> its values.
 
     Raises:
-        SchemaError: a column cannot be right; the message shows values that came and values that were expected.
+        SchemaError: as `judge`.
     """
-    remarks = []
+    ids, unseen, missing = (
+        {name: some[what] for name, some in counts.items()} for what in ("ids", "unseen", "missing")
+    )
+    examples = {}
     for feature in schema.sparse:
-        found = counts[feature.name]
-        if not isinstance(feature, Categorical) or found["unseen"] < max(MIN_UNSEEN, found["ids"] - found["missing"]):
+        if isinstance(feature, RawId) or not knows_none(feature, ids, unseen, missing):
             continue
-        known = load_vocabulary(vocab_folder, vocabulary_of(feature), schema)
-        value = text(feature, raw.dtypes[feature.name]).alias("value")
-        came = raw.frame.select(value.drop_nulls()).unique(maintain_order=True).head(MIN_UNSEEN).collect()["value"]
-        remark = (
-            f"{raw.name}: column {feature.name!r} holds {found['unseen']:,} values and train knew none of them: "
-            f"it has {came.head(3).to_list()}, train has values such as {known.head(3).to_list()}"
-        )
-        for form in (r"^-?\d+$", r"^(true|false)$"):
-            if len(known) and known.str.contains(form).all() and not came.str.contains(form).any():
-                raise SchemaError(f"{remark}: give the right column, written as in training")
-        remarks.append(f"{remark}; is it the right column, written as in training?")
-    return remarks
+        plan = values_of((feature,), raw.dtypes)
+        came = raw.gather(lambda piece, plan=plan: plan(piece).drop_nulls().unique(maintain_order=True).head(10))  # type: ignore[misc]
+        examples[feature.name] = list(dict.fromkeys(came["value"]))[:10]
+    return judge(schema, ids, unseen, missing, examples, known_of, raw.name)
 
 
 def count_ids(encoded: pl.LazyFrame, schema: Schema) -> dict[str, dict[str, int]]:

@@ -79,14 +79,17 @@ def _guess(values: pl.Series) -> Guess:
         return Guess(name, None, f"ignored: values of type {dtype}")
     if dtype == pl.Boolean or dtype.is_temporal():
         present = present.cast(pl.String)
+    numbers = present.cast(pl.Float64, strict=False)
+    if numbers.is_nan().any() and numbers.null_count() < len(numbers) - numbers.is_nan().sum():
+        # Among numbers, the text "nan" is a missing cell.
+        present, numbers = (column.filter(~numbers.is_nan().fill_null(False)) for column in (present, numbers))
     num_distinct = present.n_unique()
     if num_distinct == 1 and len(present) == len(values):
         return Guess(name, None, f"ignored: always {present[0]!r}")
-
-    numbers = present.cast(pl.Float64, strict=False)
-    finite = numbers.is_finite().fill_null(False)
-    if not finite.all():
-        return _guess_text(name, present, num_distinct, float(finite.sum() / len(finite)))
+    if numbers.null_count():
+        return _guess_text(name, present, num_distinct, 1 - numbers.null_count() / len(numbers))
+    if numbers.is_infinite().any():  # which the checks refuse, naming the row
+        return Guess(name, Numeric(name), "numbers, of which some are infinite")
     if dtype == pl.String and present.str.contains(r"^[+-]?0\d").any():
         return Guess(name, Categorical(name), "text: digits with leading zeros")
     if (numbers != numbers.floor()).any():
@@ -102,7 +105,7 @@ def _guess_text(name: str, present: pl.Series, num_distinct: int, share_of_numbe
     if num_distinct == len(present) >= MIN_ROWS_FOR_IDENTIFIER:
         return Guess(name, None, "ignored: every row has another text")
     if share_of_numbers > 0.5:
-        other = present.filter(present.cast(pl.Float64, strict=False).is_null()).value_counts(sort=True)[name][0]
+        other = present.filter(present.cast(pl.Float64, strict=False).is_null()).mode()[0]
         return Guess(
             name, Categorical(name), f"text: {share_of_numbers:.0%} numbers, but also {other!r} (missing_values?)"
         )

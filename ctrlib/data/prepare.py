@@ -19,11 +19,11 @@ from rich.table import Table
 from ctrlib.data.cells import check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
-from ctrlib.data.encode import Totals, fit_groups, refuse_other_spelling
+from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling
 from ctrlib.data.raw import RawData, RawTable, naming
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, split_table
-from ctrlib.data.vocabulary import fit, vocabulary_path
+from ctrlib.data.vocabulary import fit, values_in, vocabulary_path
 from ctrlib.data.workers import ThisMachine, Workers
 from ctrlib.schema import Feature, Numeric, RawId, Schema, SchemaError, kind_of
 
@@ -159,6 +159,8 @@ def prepare(
             (folder / name).mkdir()
         for name, totals in workers.write(tables, folder, schema, known, label_positive).items():
             report.add(name, totals, label_positive)
+            if name != "train":
+                report.remarks += judge_table(tables[name], totals.ids, schema, values_in(folder / "vocab", schema))
         schema.save(folder / "schema.json")
         for temporary in ("raw", "spark"):
             shutil.rmtree(folder / temporary, ignore_errors=True)
@@ -243,6 +245,7 @@ class _Report:
                 entry |= {"num_embeddings": feature.num_embeddings, "missing": {}, "oov": {}}
             self.content["features"][feature.name] = entry
         self.content["left_out"] = {name: why for name, why in reasons.items() if why.startswith("ignored")}
+        self.remarks: list[str] = []
 
     def add(self, split: str, totals: Totals, label_positive: Mapping[str, str] | None) -> None:
         """Count a split.
@@ -291,4 +294,6 @@ class _Report:
             found = self.content["label_mean"][split]
             means = ", ".join(f"{name} {'-' if mean is None else f'{mean:.4f}'}" for name, mean in found.items())
             log(f"{split}: {num_rows:,} rows, mean of labels: {means}")
+        for remark in self.remarks:
+            log(f"remark: {remark}")
         log(f"prepared {out}")

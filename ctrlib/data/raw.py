@@ -132,6 +132,8 @@ def family(dtype: pl.DataType) -> str:
         return "integer"
     if dtype == pl.Boolean:
         return "boolean"
+    if isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
+        return "zoned time"
     if dtype.is_temporal():
         return "time"
     return "text" if dtype in (pl.String, pl.Categorical, pl.Enum) else str(dtype)
@@ -166,11 +168,18 @@ def read_raw(
         DataError: the file is damaged or empty; the message names the row.
         SchemaError: columns have the same name, or names that ctrlib uses itself.
     """
-    if isinstance(data, pl.DataFrame | pl.LazyFrame):
+    if isinstance(data, pl.LazyFrame):
         with naming(name):
-            check_names(name, data.lazy().collect_schema().names())
+            check_names(name, data.collect_schema().names())
+            # Read once: what has no order of its own would otherwise give other rows at every look.
+            temporary.mkdir(parents=True, exist_ok=True)
+            data.sink_parquet(temporary / "0.parquet")
+        return read_parquet(temporary, name, missing_values, on_bad_row, piece_rows)
+    if isinstance(data, pl.DataFrame):
+        with naming(name):
+            check_names(name, data.columns)
             return RawTable((numbered(clean(data.lazy(), missing_values)),), name)
-    elif isinstance(data, str | Path):
+    if isinstance(data, str | Path):
         path = Path(data)
         if not path.exists():
             raise DataError(f"{path} does not exist: expected a CSV, TSV or parquet file")
@@ -224,17 +233,50 @@ def _first_line(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def _read_text(
+@dataclass
+class TextFile:
+    """A text file, opened and with its header read: blocks of whole good rows."""
+
+    path: Path
+    names: list[str]
+    mark: bytes
+    missing_values: Sequence[str]
+    first_line: int
+    scanner: RowScanner
+    stream: io.BufferedReader
+
+    def parse(self, block: bytes) -> pl.DataFrame:
+        """The rows of a block, all columns text."""
+        return _parse(block, self.names, self.mark, self.missing_values)
+
+    def blocks(self) -> Iterator[bytes]:
+        """The blocks, one after another.
+
+        Raises:
+            DataError: there is no row.
+        """
+        yield from self.scanner.blocks(self.stream)
+        if not self.scanner.num_rows:
+            skipped = f" but {dict(self.scanner.skipped)}, which were skipped" if self.scanner.skipped else ""
+            raise DataError(f"{self.path} has no rows{skipped}: expected at least one row of {len(self.names)} cells")
+
+    def table(self, pieces: Sequence[pl.LazyFrame]) -> RawTable:
+        """A table of the rows read so far."""
+        line = self.first_line if self.scanner.one_line_per_row and not self.scanner.skipped else None
+        malformed = np.array(self.scanner.bad_rows, np.int64)
+        return RawTable(tuple(pieces), str(self.path), line, self.scanner.skipped, malformed, parsed=True)
+
+
+@contextlib.contextmanager
+def open_text(
     path: Path,
-    temporary: Path,
     separator: str | None,
     columns: Sequence[str] | None,
     missing_values: Sequence[str],
     on_bad_row: OnBadRow,
     may_lack: Sequence[Sequence[str]],
-    piece_rows: int | None,
-) -> RawTable:
-    temporary.mkdir(parents=True, exist_ok=True)
+) -> Iterator[TextFile]:
+    """A text file ready to be read in blocks; arguments and errors as in `read_raw`."""
     try:
         with _open(path) as stream:
             head = stream.peek(1 << 16)[: 1 << 16].removeprefix(b"\xef\xbb\xbf")
@@ -257,28 +299,38 @@ def _read_text(
             check_names(str(path), names, has_header=columns is None)
             first_line = 1 if columns is not None else 2
             scanner = RowScanner(str(path), mark, num_cells=len(names), on_bad_row=on_bad_row, first_line=first_line)
-
-            def write(block: bytes, number: int) -> None:
-                frame = _parse(block, names, mark, missing_values)
-                path = temporary / f"{number:06}.parquet"
-                frame.write_parquet(path, compression="uncompressed", statistics=False)
-
-            with ThreadPoolExecutor(1) as writer:  # the next block is read and checked meanwhile
-                writing: Future[None] | None = None
-                for number, block in enumerate(scanner.blocks(stream)):
-                    if writing is not None:
-                        writing.result()
-                    writing = writer.submit(write, block, number)
-                if writing is not None:
-                    writing.result()
+            yield TextFile(path, names, mark, missing_values, first_line, scanner, stream)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} cannot be unpacked, it is truncated or damaged ({error})") from error
-    if not scanner.num_rows:
-        skipped = f" but {dict(scanner.skipped)}, which were skipped" if scanner.skipped else ""
-        raise DataError(f"{path} has no rows{skipped}: expected at least one row of {len(names)} cells")
-    pieces = scan_pieces(sorted(temporary.glob("*.parquet")), piece_rows)
-    line = first_line if scanner.one_line_per_row and not scanner.skipped else None
-    return RawTable(tuple(pieces), str(path), line, scanner.skipped, np.array(scanner.bad_rows, np.int64), parsed=True)
+
+
+def _read_text(
+    path: Path,
+    temporary: Path,
+    separator: str | None,
+    columns: Sequence[str] | None,
+    missing_values: Sequence[str],
+    on_bad_row: OnBadRow,
+    may_lack: Sequence[Sequence[str]],
+    piece_rows: int | None,
+) -> RawTable:
+    temporary.mkdir(parents=True, exist_ok=True)
+    with open_text(path, separator, columns, missing_values, on_bad_row, may_lack) as text:
+
+        def write(block: bytes, number: int) -> None:
+            text.parse(block).write_parquet(
+                temporary / f"{number:06}.parquet", compression="uncompressed", statistics=False
+            )
+
+        with ThreadPoolExecutor(1) as writer:  # the next block is read and checked meanwhile
+            writing: Future[None] | None = None
+            for number, block in enumerate(text.blocks()):
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(write, block, number)
+            if writing is not None:
+                writing.result()
+    return text.table(scan_pieces(sorted(temporary.glob("*.parquet")), piece_rows))
 
 
 def _fitting(columns: list[str], may_lack: Sequence[Sequence[str]], head: bytes, separator: bytes) -> list[str]:

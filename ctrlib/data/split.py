@@ -72,7 +72,12 @@ def _time(raw: RawTable, name: str) -> pl.Expr:
     column, dtype = pl.col(name), dtypes[name]
     candidates = [column.cast(pl.Float64, strict=False)]
     if dtype == pl.String:
-        candidates += [column.str.to_datetime(form, strict=False).dt.epoch("us").cast(pl.Float64) for form in _FORMS]
+        written = column.str.replace("T", " ", literal=True).str.replace("/", "-", literal=True, n=2)
+        written = written.str.replace(r"[zZ]$", "+00:00")
+        for form in _FORMS:
+            candidates.append(written.str.to_datetime(form, strict=False).dt.epoch("us").cast(pl.Float64))
+            zoned = written.str.to_datetime(f"{form}%:z", strict=False, time_zone="UTC")
+            candidates.append(zoned.dt.epoch("us").cast(pl.Float64))
     elif dtype.is_temporal():
         candidates = [column.to_physical().cast(pl.Float64)]
     bad = [(~candidate.is_finite()).fill_null(True) for candidate in candidates]
@@ -88,7 +93,7 @@ def _time(raw: RawTable, name: str) -> pl.Expr:
     return candidates[best]
 
 
-_FORMS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y/%m/%d")
+_FORMS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # with a blank for T, and - for /
 _NUM_BINS = 1 << 16
 
 

@@ -7,6 +7,7 @@ equal counts in the order of their text, ids counted up from 3 (`ctrlib.schema` 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -183,14 +184,14 @@ def hash_values(values: pl.Series) -> str:
 _SLICE = 1 << 20
 
 
-def load_vocabularies(folder: Path, schema: Schema) -> dict[str, pl.DataFrame]:
-    """Vocabulary name -> value and id, in the order of the ids.
+def values_in(folder: Path, schema: Schema) -> Callable[[str], dict[str, None]]:
+    """What gives the values of a vocabulary in the order of their ids; each is read once, when it is asked for."""
 
-    Raises:
-        SchemaError: as in `load_vocabulary`.
-    """
-    values = {name: load_vocabulary(folder, name, schema) for name in schema.vocabularies}
-    return {name: value.to_frame("value").with_row_index("id", NUM_RESERVED_IDS) for name, value in values.items()}
+    @functools.cache
+    def values_of_vocabulary(name: str) -> dict[str, None]:
+        return dict.fromkeys(load_vocabulary(folder, name, schema).to_list())
+
+    return values_of_vocabulary
 
 
 def load_vocabulary(folder: Path, name: str, schema: Schema) -> pl.Series:

@@ -7,28 +7,39 @@ schema.json and vocab/ (how raw cells become ids and numbers). It needs nothing 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
+import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ctrlib import models
-from ctrlib.data.columns import GROUP_COLUMN
-from ctrlib.data.encode import check_unknown, count_ids, encode
+from ctrlib._lazy import instead
+from ctrlib.batch import Batch
+from ctrlib.data.collate import collate
+from ctrlib.data.columns import Columns
+from ctrlib.data.encoder import Counts, Encoder, Rows, as_frame
 from ctrlib.data.loader import Loader
-from ctrlib.data.raw import RawData, naming, read_raw
+from ctrlib.data.raw import ROW, RawTable
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
+from ctrlib.data.stream import ahead, blocks
 from ctrlib.schema import Schema, SchemaError
-from ctrlib.training.evaluate import evaluate, predict
+from ctrlib.serving.direct import Rows as DirectRows
+from ctrlib.serving.direct import direct
+from ctrlib.training.evaluate import evaluate
 
 
 def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path) -> None:
@@ -46,8 +57,12 @@ def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: 
     schema.save(out / "schema.json")
     shutil.copytree(data / "vocab", out / "vocab", dirs_exist_ok=True)
     (out / "model.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Cloned, since tables of a model that has scored are views of one tensor (`ctrlib.serving.direct`).
+    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, str(out / "model.safetensors"), metadata={"schema_hash": schema.hash})
+
+
+NOTHING = pl.DataFrame()  # made once: a frame costs a tenth of a millisecond
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,9 @@ class Predictor:
     model: nn.Module
     schema: Schema
     folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> Predictor:
@@ -97,12 +115,15 @@ class Predictor:
         return cls(model.eval(), schema, folder)
 
     def predict(
-        self, data: RawData, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise"
+        self, data: Rows | str | Path, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise"
     ) -> tuple[pl.DataFrame, dict[str, Any]]:
         """Probabilities for raw rows, a column per label, in the order of the rows; labels are not needed.
 
+        Threads may share one predictor.
+
         Args:
-            data: a CSV, TSV or parquet file, or a polars frame, with the raw feature columns in any order.
+            data: a row as a dictionary, a list of such rows, a polars or pandas frame, an Arrow table, or a CSV, TSV or
+                parquet file, with the raw feature columns in any order.
             batch_size: rows per step.
             on_bad_row: "raise" at the first damaged row, or "skip": such rows get no probability and are counted.
 
@@ -116,21 +137,142 @@ class Predictor:
             SchemaError: a column is missing, or has another type than in training.
             DataError: a cell or row is damaged; the message names it.
         """
-        with self._encoded(data, on_bad_row, with_labels=False) as (folder, counts):
-            scores = predict(self.model, Loader(folder, "rows", batch_size=batch_size))
-        probabilities = 1 / (1 + np.exp(-scores.logits.astype(np.float64)))
-        frame = pl.DataFrame(dict(zip(self.schema.labels, probabilities.T)))
-        return frame, {"rows": frame.height, **counts}
+        report = Report(self.encoder)
+        parts = [part for part, _ in self.stream(data, batch_size=batch_size, on_bad_row=on_bad_row, report=report)]
+        frame = parts[0] if len(parts) == 1 else pl.concat(parts)
+        return frame, report.as_dict()
 
-    def evaluate(self, data: RawData, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise") -> dict[str, Any]:
+    def predict_to(
+        self,
+        data: str | Path,
+        out: str | Path,
+        *,
+        keep: Sequence[str] = (),
+        batch_size: int = 8192,
+        on_bad_row: OnBadRow = "raise",
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
+        """Score a file into a file, in memory that does not grow with it; returns the counts that `predict` gives.
+
+        The file appears when it is complete.
+
+        Args:
+            data: a CSV, TSV or parquet file, or a folder of parquet files.
+            out: .csv or .parquet; gets the columns to keep, then a column per label.
+            keep: raw columns to carry over, such as ids.
+            batch_size: rows per step.
+            on_bad_row: as in `predict`.
+            progress: is called with the number of rows scored so far.
+
+        Raises:
+            ValueError: `out` has another ending, or a column to keep has the name of a label.
+            SchemaError, DataError: as `predict`.
+        """
+        out, report = Path(out), Report(self.encoder)
+        if out.suffix not in (".csv", ".parquet"):
+            raise ValueError(f"the file to write must end in .csv or .parquet, got {out.name!r}")
+        if clash := sorted(set(keep) & set(self.schema.labels)):
+            raise ValueError(f"columns {clash} cannot be kept, the probabilities have these names: leave them out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+        try:
+            with contextlib.ExitStack() as stack:
+                writer: Any = None
+                for scores, kept in self.stream(
+                    data, batch_size=batch_size, on_bad_row=on_bad_row, keep=keep, report=report
+                ):
+                    frame = kept.hstack(scores) if keep else scores
+                    if out.suffix == ".parquet":
+                        table = frame.to_arrow()
+                        writer = writer or stack.enter_context(pq.ParquetWriter(partial, table.schema))
+                        writer.write_table(table)
+                    else:
+                        first = writer is None
+                        writer = writer or stack.enter_context(partial.open("wb"))
+                        frame.write_csv(writer, include_header=first)
+                    if progress is not None:
+                        progress(report.counts.rows)
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
+        return report.as_dict()
+
+    def stream(
+        self,
+        data: Rows | str | Path,
+        *,
+        batch_size: int = 8192,
+        on_bad_row: OnBadRow = "raise",
+        keep: Sequence[str] = (),
+        report: Report | None = None,
+    ) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+        """As `predict`, some rows at a time, whatever the size of a file: probabilities, and the columns to `keep`.
+
+        Args:
+            data: as in `predict`.
+            batch_size: rows per step.
+            on_bad_row: as in `predict`.
+            keep: raw columns to give back beside the probabilities, such as ids.
+            report: collects what `predict` counts.
+
+        Raises:
+            SchemaError, DataError: as `predict`; also at the end, when whole columns turn out to be written otherwise
+                than in training.
+        """
+        check_on_bad_row(on_bad_row)
+        report = report or Report(self.encoder)
+        for columns, kept in self._encoded(data, on_bad_row, keep, report):
+            yield self._probabilities(columns, batch_size, report.counts.rows - len(columns.ids)), kept
+        report.check()
+
+    def _probabilities(self, columns: Columns, batch_size: int, first_row: int = 0) -> pl.DataFrame:
+        logits = []
+        with torch.inference_mode():
+            for start in range(0, len(columns.ids), batch_size):
+                whole = len(columns.ids) <= batch_size
+                part = columns if whole else columns.take(np.arange(start, min(start + batch_size, len(columns.ids))))
+                logits.append(self._direct(DirectRows(part, self.schema)).float().numpy())
+        scores = logits[0] if len(logits) == 1 else np.concatenate(logits)
+        if not np.isfinite(scores).all():
+            row = int(np.flatnonzero(~np.isfinite(scores).all(1))[0])
+            numbers = dict(zip((f.name for f in self.schema.dense), columns.floats[row].tolist()))
+            raise DataError(
+                f"row {first_row + row + 1}: the model gives {scores[row].tolist()}, which is no score; its numbers, "
+                f"transformed as in training, are {numbers}: is one of them far outside of what training had?"
+            )
+        probabilities = 1 / (1 + np.exp(-scores.astype(np.float64)))
+        return pl.DataFrame([pl.Series(name, column) for name, column in zip(self.schema.labels, probabilities.T)])
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """Of the model's schema and vocabularies, which are read when it is first used."""
+        return Encoder.of(self.schema, self.folder)
+
+    @functools.cached_property
+    def _direct(self) -> nn.Module:
+        return direct(self.model, self.schema)
+
+    def evaluate(
+        self, data: Rows | str | Path, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise"
+    ) -> dict[str, Any]:
         """Metrics on raw rows with labels, as `ctrlib.evaluate` gives them, and the counts that `predict` gives.
 
         Raises:
             SchemaError, DataError: as in `predict`, labels included.
         """
-        with self._encoded(data, on_bad_row, with_labels=True) as (folder, counts):
-            loader = Loader(folder, "rows", batch_size=batch_size, with_group=self.schema.group is not None)
-            return {**evaluate(self.model, loader, labels=self.schema.labels), **counts}
+        check_on_bad_row(on_bad_row)
+        groups: dict[str, int] = {}
+        report = Report(self.encoder)
+
+        def batches() -> Iterator[Batch]:
+            for columns, _ in self._encoded(data, on_bad_row, (), report, groups=groups):
+                for start in range(0, len(columns.ids), batch_size):
+                    part = columns.take(np.arange(start, min(start + batch_size, len(columns.ids))))
+                    yield collate(part, self.schema, len(part.ids))
+            report.check()
+
+        scores = evaluate(self.model, batches(), labels=self.schema.labels)
+        return {**report.as_dict(), **scores}
 
     def evaluate_prepared(self, folder: str | Path, split: str, *, batch_size: int = 8192) -> dict[str, Any]:
         """Metrics on a split of a prepared folder.
@@ -157,64 +299,87 @@ class Predictor:
             )
         return schema
 
-    @contextlib.contextmanager
     def _encoded(
-        self, data: RawData, on_bad_row: OnBadRow, *, with_labels: bool
-    ) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """A temporary prepared folder with the split "rows", and what is to be said about the rows."""
-        check_on_bad_row(on_bad_row)
-        schema = self.schema
+        self,
+        data: Rows | str | Path,
+        on_bad_row: OnBadRow,
+        keep: Sequence[str],
+        report: Report,
+        groups: dict[str, int] | None = None,
+    ) -> Iterator[tuple[Columns, pl.DataFrame]]:
+        """Rows as arrays, block by block, and the columns to keep; with `groups`, labels, weights and groups too."""
+        with_labels, schema = groups is not None, self.schema
+        if not isinstance(data, str | Path):
+            if not (with_labels or keep or on_bad_row == "skip"):
+                columns, counts = self.encoder.transform(data, name="data")
+                report.add(counts)
+                yield columns, NOTHING
+                return
+            data = as_frame(data, "data")
         raw_format = schema.raw_format or {}
         reading = {name: raw_format[name] for name in ("separator", "columns", "missing_values") if name in raw_format}
-        known = {feature.name for feature in schema.features}
-        only_labels = [name for name in (*schema.labels, schema.weight, schema.group) if name and name not in known]
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            raw = read_raw(
-                data,
-                folder / "raw",
-                on_bad_row=on_bad_row,
-                may_lack=() if with_labels else (schema.labels, only_labels),
-                **reading,
+        features = {feature.name for feature in schema.features}
+        others = [name for name in (*schema.labels, schema.weight, schema.group) if name and name not in features]
+        tables = blocks(
+            data,
+            name="data",
+            wanted={*features, *keep, *(others if with_labels else ())},
+            on_bad_row=on_bad_row,
+            may_lack=() if with_labels else (schema.labels, others),
+            **reading,
+        )
+        for raw in ahead(tables):
+            if unknown := [name for name in keep if name not in raw.dtypes]:
+                raise SchemaError(f"{raw.name} has no columns {unknown} to keep; {instead(unknown, raw.dtypes)}")
+            columns, counts = self.encoder.transform_table(
+                raw, with_labels=with_labels, on_bad_row=on_bad_row, groups=groups
             )
-            rows = encode(
-                raw,
-                schema,
-                self.folder / "vocab",
-                require_labels=with_labels,
-                missing_labels=raw_format.get("missing_labels", "raise"),
-                label_positive=raw_format.get("label_positive"),
-                on_bad_row=on_bad_row,
-            )
-            if not with_labels:
-                # The loader wants every column of the schema; what is not known is not used either.
-                rows = rows.with_columns(
-                    *(pl.lit(float("nan"), pl.Float32).alias(label) for label in schema.labels),
-                    *([pl.lit(1.0, pl.Float32).alias(schema.weight)] if schema.weight else []),
-                    *([pl.lit(0, pl.Int64).alias(GROUP_COLUMN)] if schema.group else []),
-                )
-            (folder / "rows").mkdir()
-            path = folder / "rows" / "part-00000.parquet"
-            with naming(raw.name):
-                rows.sink_parquet(path)
-            encoded = pl.scan_parquet(path, glob=False)
-            if not encoded.select(pl.len()).collect().item():
-                skipped = f" but {dict(raw.skipped)}, which were skipped" if raw.skipped else ""
-                raise DataError(f"{raw.name} has no rows{skipped}: expected at least one")
-            ids = count_ids(encoded, schema)
-            remarks = check_unknown(raw, ids, schema, self.folder / "vocab")
-            schema.save(folder / "schema.json")
-            yield (
-                folder,
-                {
-                    "unseen": {name: counts["unseen"] for name, counts in ids.items()},
-                    "missing": {name: counts["missing"] for name, counts in ids.items()},
-                    "ignored": [name for name in raw.dtypes if name not in known and name not in only_labels],
-                    "skipped": dict(raw.skipped),
-                    "skipped_rows": raw.skipped_rows,
-                    "remarks": remarks,
-                },
-            )
+            report.add(counts, raw)
+            kept = raw.frame.filter(~pl.col(ROW).is_in(raw.unfit)).select(keep).collect() if keep else NOTHING
+            yield columns, kept
+
+
+class Report:
+    """What was found in the rows that a predictor scored, for `Predictor.stream` to fill."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self.counts = Counts()
+        self.remarks: list[str] = []
+        self._name = "data"
+        self._raw: RawTable | None = None
+        self._unfit: list[Any] = []
+
+    def add(self, counts: Counts, raw: RawTable | None = None) -> None:
+        """Count rows; those of a table may be numbered."""
+        self.counts.add(counts)
+        if raw is not None:
+            self._raw, self._name = raw, raw.name
+            self._unfit.append(raw.unfit)
+
+    def check(self) -> None:
+        """All rows have been seen.
+
+        Raises:
+            SchemaError: a column holds no value that train knew, and cannot be right.
+        """
+        self.remarks = self._encoder.judge(self.counts, self._name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `Predictor.predict` returns beside the probabilities."""
+        skipped_rows: list[int] = []
+        if self._raw is not None:
+            skipped_rows = dataclasses.replace(self._raw, unfit=np.concatenate(self._unfit)).skipped_rows
+        names = [feature.name for feature in self._encoder.schema.sparse]
+        return {
+            "rows": self.counts.rows,
+            "unseen": {name: self.counts.unseen.get(name, 0) for name in names},
+            "missing": {name: self.counts.missing.get(name, 0) for name in names},
+            "ignored": self.counts.ignored,
+            "skipped": dict(self.counts.skipped + (self._raw.skipped if self._raw is not None else Counter())),
+            "skipped_rows": skipped_rows,
+            "remarks": self.remarks,
+        }
 
 
 def _build(path: Path, schema: Schema) -> nn.Module:

@@ -1,0 +1,424 @@
+"""The fitted object that knows how a raw value becomes an id or a number, in memory.
+
+There are two roads and one meaning. A few rows, whatever they come as, go cell by cell through Python, which is sooner
+done than a query is planned; many rows go column by column, each distinct value looked up once. Both give the same
+bits, and those of `prepare`. What the quick road does not know at sight it leaves to the other, whose messages say what
+is wrong, if anything is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, raw_id, text, without_bad_rows
+from ctrlib.data.columns import Columns, Ragged, offsets_of
+from ctrlib.data.encode import refuse_other_form, refuse_retyped
+from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, text_of_cell, texts_of_cell
+from ctrlib.data.raw import RawTable, clean, naming, numbered
+from ctrlib.data.scan import DataError, OnBadRow
+from ctrlib.data.unknown import judge
+from ctrlib.data.vocabulary import load_vocabulary
+from ctrlib.schema import (
+    MISSING_ID,
+    MISSING_RAW_ID,
+    NUM_RESERVED_IDS,
+    OOV_ID,
+    Categorical,
+    Feature,
+    MultiValued,
+    Numeric,
+    RawId,
+    Schema,
+    SchemaError,
+    VocabularyFeature,
+    vocabulary_of,
+)
+from ctrlib.schema import Sequence as History
+
+# A row as a dictionary, a list of them, a polars or pandas frame, or an Arrow table.
+Rows: TypeAlias = Any
+FEW_CELLS = 4096  # go cell by cell
+NUM_EXAMPLES = 10  # unseen values that are kept to be shown
+
+
+@dataclass
+class Counts:
+    """What was found in rows: feature -> number of "ids" looked up, of those "unseen" in train, of "missing" cells.
+
+    `examples`: a few of the unseen values of each feature. `ignored`: columns that the schema does not know. `skipped`:
+    why how many rows were left out.
+    """
+
+    rows: int = 0
+    ids: dict[str, int] = field(default_factory=dict)
+    unseen: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        """Count more rows."""
+        self.rows += other.rows
+        for mine, theirs in ((self.ids, other.ids), (self.unseen, other.unseen), (self.missing, other.missing)):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
+        for name, values in other.examples.items():
+            known = self.examples.setdefault(name, [])
+            known += [value for value in values if value not in known][: NUM_EXAMPLES - len(known)]
+        self.ignored = list(dict.fromkeys([*self.ignored, *other.ignored]))
+        self.skipped += other.skipped
+
+
+class Encoder:
+    """Raw rows to ids and numbers, as they were fitted on train.
+
+    Nothing in it changes after it is made, so threads may share one.
+
+    Args:
+        schema: fitted.
+        vocabularies: vocabulary name -> its values in the order of their ids.
+
+    Raises:
+        SchemaError: the schema is not fitted, or a vocabulary is missing or of another size.
+
+    >>> schema = Schema(
+    ...     (Categorical("item", num_embeddings=5), Numeric("price", "log", {"fill": 0.5})), labels=("click",)
+    ... )
+    >>> encoder = Encoder(schema, {"item": ["a", "b"]})
+    >>> columns, counts = encoder.transform([{"item": "b", "price": 0}, {"item": "c", "price": None}])
+    >>> columns.ids.tolist(), columns.floats[:, 0].tolist(), counts.unseen, counts.examples
+    ([[4], [2]], [0.0, 0.5], {'item': 1}, {'item': ['c']})
+    """
+
+    def __init__(self, schema: Schema, vocabularies: Mapping[str, Sequence[str]]) -> None:
+        if not schema.is_fitted:
+            raise SchemaError("the schema is not fitted: use the one that `prepare` returns or stores in schema.json")
+        self.schema = schema
+        self._known: dict[str, dict[str, int]] = {}
+        for name, features in schema.vocabularies.items():
+            values, rows = vocabularies.get(name, ()), features[0].num_embeddings or 0
+            if len(values) != rows - NUM_RESERVED_IDS:
+                raise SchemaError(
+                    f"vocabulary {name!r} has {len(values)} values, the schema says {rows - NUM_RESERVED_IDS}: take "
+                    "both from one prepared folder or model folder"
+                )
+            self._known[name] = dict(zip(values, range(NUM_RESERVED_IDS, rows)))
+        raw_format = schema.raw_format or {}
+        self._missing = tuple(dict.fromkeys(["", *raw_format.get("missing_values", ())]))
+        self._single = [f for f in schema.sparse if isinstance(f, Categorical | RawId)]
+        self._lists = [f for f in schema.sparse if isinstance(f, MultiValued | History)]
+        self._id_type = np.int64 if any(isinstance(f, RawId) for f in schema.sparse) else np.int32
+        # Columns that rows may have and a prediction does not need.
+        self._not_inputs = {*schema.labels, *(name for name in (schema.weight, schema.group) if name)}
+        missing = frozenset(self._missing)
+        kinds: dict[str, str] = raw_format.get("types", {})
+        self._text_of = {
+            f.name: text_of_cell(f, kinds.get(f.name, "parsed"), missing)
+            for f in self._single
+            if isinstance(f, Categorical)
+        }
+        self._texts_of = {f.name: texts_of_cell(f, kinds.get(f.name, "parsed"), missing) for f in self._lists}
+        self._number_of = {f.name: number_of_cell(f, missing) for f in schema.dense}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Encoder:
+        """Of a prepared folder or a model folder.
+
+        Raises:
+            SchemaError: a file is missing, damaged, or of other data.
+        """
+        folder = Path(folder)
+        return cls.of(Schema.load(folder), folder)
+
+    @classmethod
+    def of(cls, schema: Schema, folder: str | Path) -> Encoder:
+        """Of a schema, with the vocabularies that lie in the folder.
+
+        Raises:
+            SchemaError: as `load`.
+        """
+        vocab = Path(folder) / "vocab"
+        return cls(schema, {name: load_vocabulary(vocab, name, schema).to_list() for name in schema.vocabularies})
+
+    def transform(self, rows: Rows, *, name: str = "rows") -> tuple[Columns, Counts]:
+        """Ids and numbers of the features, in the order of the rows, and what was found on the way.
+
+        Args:
+            rows: one row as a dictionary of cells, a list of such rows, a polars or pandas frame, or an Arrow table,
+                with the raw feature columns in any order. None is a missing cell. Lists are taken as they are for bags
+                and histories.
+            name: what to call the rows in messages.
+
+        Returns:
+            `Columns` as the loader makes them, labels NaN and weights 1; and `Counts`.
+
+        Raises:
+            SchemaError: a column is missing, or has another type than in training.
+            DataError: a cell is damaged; the message names row and column.
+            TypeError: the rows are of another kind.
+        """
+        names = [feature.name for feature in self.schema.features]
+        if isinstance(rows, Mapping):
+            rows = [rows]
+        if isinstance(rows, list | tuple):
+            if 0 < len(rows) * len(names) <= FEW_CELLS:
+                with contextlib.suppress(Careful, KeyError, TypeError):
+                    return self._quick({name: [row[name] for row in rows] for name in names}, rows[0])
+            frame = _frame_of(rows, name)
+        else:
+            frame = as_frame(rows, name)
+            if 0 < frame.height * len(names) <= FEW_CELLS and set(names) <= set(frame.columns):
+                with contextlib.suppress(Careful):
+                    cells = {name: _cells(frame[name]) for name in names}
+                    return self._quick(cells, frame.columns)
+        if not frame.height:
+            raise DataError(f"{name} has no rows: expected at least one")
+        with naming(name):
+            raw = RawTable((numbered(clean(frame.lazy(), self._missing)),), name)
+        return self.transform_table(raw)
+
+    def judge(self, counts: Counts, name: str) -> list[str]:
+        """`ctrlib.data.unknown.judge` of rows that were encoded."""
+        return judge(
+            self.schema, counts.ids, counts.unseen, counts.missing, counts.examples, self._known.__getitem__, name
+        )
+
+    # --------------------------------------------------------------------------------------------- column by column
+
+    def transform_table(
+        self,
+        raw: RawTable,
+        *,
+        with_labels: bool = False,
+        on_bad_row: OnBadRow = "raise",
+        groups: dict[str, int] | None = None,
+    ) -> tuple[Columns, Counts]:
+        """The same of rows as `ctrlib.data.raw` gives them; of a table that fits into memory.
+
+        Args:
+            raw: the rows; "skip" leaves the numbers of those with a bad cell in `raw.unfit`.
+            with_labels: also labels, weights and groups.
+            on_bad_row: "skip" leaves out rows with a bad cell.
+            groups: group -> its number, for groups that are not integers; new ones are added.
+
+        Raises:
+            SchemaError, DataError: as `transform`, labels included.
+        """
+        schema, dtypes = self.schema, raw.dtypes
+        raw_format = schema.raw_format or {}
+        options: dict[str, Any] = {
+            "missing_labels": raw_format.get("missing_labels", "raise"),
+            "label_positive": raw_format.get("label_positive"),
+        }
+        check_columns(raw, schema, with_labels=with_labels)
+        judged = dataclasses.replace(raw, skipped=Counter())  # what its file's scanner skips is counted there
+        checked = without_bad_rows(judged, checks(schema, dtypes, with_labels=with_labels, **options), on_bad_row)
+        raw.unfit = judged.unfit
+        refuse_retyped(checked, schema)
+        refuse_other_form(checked, schema)
+        expressions = [_expression(feature, dtypes[feature.name]) for feature in schema.features]
+        if with_labels:
+            for name in schema.labels:
+                value = label(name, dtypes[name], (options["label_positive"] or {}).get(name))
+                expressions.append(value.fill_null(float("nan")).cast(pl.Float32).alias(f"label {name}"))
+            if schema.weight is not None:
+                expressions.append(number(schema.weight, dtypes[schema.weight]).cast(pl.Float32).alias("weight "))
+            if schema.group is not None:
+                expressions.append(text(Categorical(schema.group), dtypes[schema.group]).alias("group "))
+        with naming(raw.name):
+            cells = checked.frame.select(expressions).collect()
+        known = {feature.name for feature in schema.features}
+        counts = Counts(cells.height, skipped=judged.skipped)
+        counts.ignored = [name for name in dtypes if name not in known | self._not_inputs]
+        ids = np.empty((cells.height, len(self._single)), self._id_type)
+        for position, feature in enumerate(self._single):
+            column = cells[feature.name]
+            if isinstance(feature, RawId):
+                ids[:, position] = column.to_numpy()
+            else:
+                ids[:, position] = self._look_up(column, feature, MISSING_ID, counts)
+            self._count(counts, feature, ids[:, position])
+        ragged = {}
+        for listed in self._lists:
+            ragged[listed.name] = found = self._look_up_lists(cells[listed.name], listed, counts)
+            self._count(counts, listed, found.values, np.diff(found.offsets))
+        floats = self._floats(cells.height)
+        for position, dense in enumerate(schema.dense):
+            floats[:, position] = cells[dense.name].to_numpy()
+        group = self._groups(cells.height)
+        if with_labels:
+            for position, name in enumerate(schema.labels, start=len(schema.dense)):
+                floats[:, position] = cells[f"label {name}"].to_numpy()
+            if schema.weight is not None:
+                floats[:, -1] = cells["weight "].to_numpy()
+            if group is not None:
+                numbers = groups if groups is not None else {}
+                group[:] = [numbers.setdefault(value, len(numbers)) for value in cells["group "].to_list()]
+        return Columns(ids, ragged, floats, group), counts
+
+    def _look_up(
+        self, texts: pl.Series, feature: VocabularyFeature, null: int, counts: Counts
+    ) -> npt.NDArray[np.int32]:
+        """The id of each text, each distinct one looked up once; `null` for nulls."""
+        encoded = texts.to_arrow().dictionary_encode()
+        get = self._known[vocabulary_of(feature)].get
+        distinct = encoded.dictionary.to_pylist()
+        ids = np.fromiter((get(value, OOV_ID) for value in distinct), np.int32, len(distinct))
+        unseen = np.flatnonzero(ids == OOV_ID)[:NUM_EXAMPLES]
+        if len(unseen):
+            counts.examples[feature.name] = [distinct[position] for position in unseen]
+        codes = encoded.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False)
+        found: npt.NDArray[np.int32] = np.append(ids, np.int32(null)).take(codes)
+        return found
+
+    def _look_up_lists(self, lists: pl.Series, feature: VocabularyFeature, counts: Counts) -> Ragged:
+        lengths = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
+        values = self._look_up(lists.drop_nulls().explode(), feature, OOV_ID, counts)
+        if isinstance(feature, MultiValued) and (lengths == 0).any():  # a bag without values is that of the missing id
+            filled = np.maximum(lengths, 1)
+            ids = np.full(int(filled.sum()), MISSING_ID, np.int32)
+            ids[np.repeat(lengths > 0, filled)] = values
+            return Ragged(ids, offsets_of(filled))
+        return Ragged(values, offsets_of(lengths))
+
+    # ------------------------------------------------------------------------------------------------- cell by cell
+
+    def _quick(self, cells: Mapping[str, list[Any]], given: Iterable[str]) -> tuple[Columns, Counts]:
+        num_rows = len(next(iter(cells.values())))
+        counts = Counts(num_rows)
+        counts.ignored = [name for name in given if name not in cells and name not in self._not_inputs]
+        ids = np.empty((num_rows, len(self._single)), self._id_type)
+        for position, feature in enumerate(self._single):
+            name = feature.name
+            counts.ids[name] = num_rows
+            if isinstance(feature, RawId):
+                found = [raw_id_of_cell(feature, cell) for cell in cells[name]]
+                counts.unseen[name], counts.missing[name] = 0, found.count(MISSING_RAW_ID)
+            else:
+                text_of, get = self._text_of[name], self._known[vocabulary_of(feature)].get
+                texts = [text_of(cell) for cell in cells[name]]
+                found = [MISSING_ID if one is None else get(one, OOV_ID) for one in texts]
+                counts.unseen[name], counts.missing[name] = found.count(OOV_ID), found.count(MISSING_ID)
+                if counts.unseen[name]:
+                    self._note(counts, feature, texts)
+            ids[:, position] = found
+        ragged = {}
+        for listed in self._lists:
+            texts_of, get = self._texts_of[listed.name], self._known[vocabulary_of(listed)].get
+            lists = [texts_of(cell) for cell in cells[listed.name]]
+            empty = [MISSING_ID] if isinstance(listed, MultiValued) else []
+            of_rows = [[get(one, OOV_ID) for one in texts] or empty for texts in lists]
+            values = [one for row in of_rows for one in row]
+            lengths = np.array([len(row) for row in of_rows], np.int64)
+            ragged[listed.name] = Ragged(np.array(values, np.int32), offsets_of(lengths))
+            counts.ids[listed.name], counts.unseen[listed.name] = len(values), values.count(OOV_ID)
+            counts.missing[listed.name] = values.count(MISSING_ID) if empty else sum(not row for row in of_rows)
+            if counts.unseen[listed.name]:
+                self._note(counts, listed, [one for texts in lists for one in texts])
+        floats = self._floats(num_rows)
+        for position, dense in enumerate(self.schema.dense):
+            number_of = self._number_of[dense.name]
+            floats[:, position] = [number_of(cell) for cell in cells[dense.name]]
+        return Columns(ids, ragged, floats, self._groups(num_rows)), counts
+
+    def _note(self, counts: Counts, feature: VocabularyFeature, texts: list[str | None] | list[str]) -> None:
+        """Keep some of the unseen values."""
+        known = self._known[vocabulary_of(feature)]
+        unseen = dict.fromkeys(one for one in texts if one is not None and one not in known)
+        counts.examples[feature.name] = list(unseen)[:NUM_EXAMPLES]
+
+    # ------------------------------------------------------------------------------------------------------- common
+
+    def _count(
+        self, counts: Counts, feature: Feature, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        missing, unseen = (MISSING_RAW_ID, None) if isinstance(feature, RawId) else (MISSING_ID, OOV_ID)
+        counts.ids[feature.name] = len(ids)
+        counts.unseen[feature.name] = 0 if unseen is None else int((ids == unseen).sum())
+        counts.missing[feature.name] = int((ids == missing).sum())
+        if isinstance(feature, History) and lengths is not None:
+            counts.missing[feature.name] = int((lengths == 0).sum())
+
+    def _floats(self, num_rows: int) -> npt.NDArray[np.float32]:
+        """Room for numbers, labels that are not known, and weights of 1."""
+        schema = self.schema
+        floats = np.full(
+            (num_rows, len(schema.dense) + len(schema.labels) + (schema.weight is not None)), np.nan, np.float32
+        )
+        if schema.weight is not None:
+            floats[:, -1] = 1
+        return floats
+
+    def _groups(self, num_rows: int) -> npt.NDArray[np.int64] | None:
+        return np.zeros(num_rows, np.int64) if self.schema.group is not None else None
+
+
+def _expression(feature: Feature, dtype: pl.DataType) -> pl.Expr:
+    """Canonical texts of what is looked up, numbers of what is not."""
+    if isinstance(feature, Numeric):
+        return fitted_number(feature, dtype).cast(pl.Float32).alias(feature.name)
+    if isinstance(feature, RawId):
+        return raw_id(feature).fill_null(MISSING_RAW_ID).alias(feature.name)
+    return text(feature, dtype).alias(feature.name)
+
+
+def _cells(column: pl.Series) -> list[Any]:
+    """The cells of a column in Python; `Careful` is raised where they are not of usual types."""
+    dtype = column.dtype
+    inner = dtype.inner if isinstance(dtype, pl.List) else dtype
+    usual = (pl.String, pl.Boolean, pl.Null)
+    whole = (pl.Categorical, pl.Enum, pl.Float64)  # a float32's digits are not those of a float64
+    if not (inner.is_integer() or inner in usual or dtype in whole):
+        raise Careful
+    return column.to_list()
+
+
+def as_frame(rows: Any, name: str) -> pl.DataFrame:
+    """A table of any usual kind as a polars frame.
+
+    Raises:
+        TypeError: it is of none.
+        DataError: polars cannot take it over.
+    """
+    with naming(name):
+        if isinstance(rows, pl.DataFrame):
+            return rows
+        if isinstance(rows, pl.LazyFrame):
+            return rows.collect()
+        if isinstance(rows, pa.Table | pa.RecordBatch):
+            return pl.DataFrame(pl.from_arrow(rows))
+        if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
+            return pl.from_pandas(rows)
+    raise TypeError(
+        f"{name} is a {type(rows).__name__}, expected a dictionary of cells, a list of such rows, a polars or pandas "
+        "frame, an Arrow table, or the path of a file"
+    )
+
+
+def _frame_of(rows: Sequence[Mapping[str, Any]], name: str) -> pl.DataFrame:
+    if not rows:
+        raise DataError(f"{name} has no rows: expected at least one")
+    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
+        raise TypeError(f"{name}: a row is a {type(wrong[0]).__name__}, expected a dictionary of cells")
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    columns = {}
+    for key in names:
+        try:
+            columns[key] = pl.Series(key, [row.get(key) for row in rows], strict=True)
+        except (TypeError, OverflowError, pl.exceptions.PolarsError) as error:
+            raise DataError(
+                f"{name}: column {key!r} holds cells of several types ({str(error).splitlines()[0]}): give all one type"
+            ) from error
+    return pl.DataFrame(columns)

@@ -1,0 +1,140 @@
+"""What a single cell means, in Python: the same as `ctrlib.data.cells` says of columns, for cells of usual types.
+
+A loop over a few cells is sooner done than a query is planned. `Careful` is raised for what is not known at sight.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ctrlib.data.cells import FLOAT32_MAX
+from ctrlib.schema import MISSING_RAW_ID, Categorical, MultiValued, Numeric, RawId, Sequence, VocabularyFeature
+
+BLANKS = " \t\r\n"  # cut around a cell
+# Cut around a value inside a cell: Unicode's White_Space, as polars does. (Python's own strip cuts more.)
+SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+class Careful(Exception):
+    """A cell that the quick road does not know at sight."""
+
+
+def text_of_cell(feature: VocabularyFeature, fitted: str, missing: frozenset[str]) -> Callable[[Any], str | None]:
+    """Cell -> canonical text, None where it is missing: `ctrlib.data.cells.text` of a cell of a usual type.
+
+    `fitted` is the kind of values that train had (`ctrlib.data.raw.family`).
+    """
+    texts, integers, booleans = (fitted in ("parsed", "null", kind) for kind in ("text", "integer", "boolean"))
+    if isinstance(feature, Categorical) and feature.bucket is not None:
+        number_of = functools.partial(number_in, missing)
+
+        def bucket_of(cell: Any) -> str | None:
+            x = number_of(cell)
+            return None if x is None else str(math.floor(math.pow(math.log(x), 2) if x > 2 else x))
+
+        return bucket_of
+
+    def text_of(cell: Any) -> str | None:
+        kind = type(cell)
+        if kind is str:
+            stripped: str = cell.strip(BLANKS)
+            if stripped in missing:
+                return None
+            if texts:
+                return stripped
+        elif cell is None:
+            return None
+        elif kind is int:
+            if integers:
+                return str(cell)
+        elif kind is bool:
+            if booleans:
+                return "true" if cell else "false"
+        elif kind is float:
+            if cell != cell:
+                return None
+            if integers and cell.is_integer() and -(2.0**63) <= cell < 2.0**63:
+                return str(int(cell))
+        raise Careful
+
+    return text_of
+
+
+def texts_of_cell(feature: MultiValued | Sequence, fitted: str, missing: frozenset[str]) -> Callable[[Any], list[str]]:
+    """Cell -> canonical texts of its values."""
+    text_of, separator = text_of_cell(feature, fitted, missing), feature.separator
+    kept = slice(feature.max_length) if isinstance(feature, MultiValued) else slice(-feature.max_length, None)
+
+    def texts_of(cell: Any) -> list[str]:
+        if type(cell) is list:
+            # Missing tokens mean a cell, not a value inside of one.
+            parts = [one.strip(SPACES) if type(one) is str else text_of(one) for one in cell]
+        elif (whole := text_of(cell)) is None:
+            return []
+        else:
+            parts = [part.strip(SPACES) for part in whole.split(separator)]
+        return [part for part in parts if part][kept]
+
+    return texts_of
+
+
+def number_of_cell(feature: Numeric, missing: frozenset[str]) -> Callable[[Any], float]:
+    """Cell -> number as the model sees it: `ctrlib.data.cells.fitted_number` of a cell of a usual type."""
+    parameters, transform = feature.parameters or {}, feature.transform
+    fill, mean, sd = parameters["fill"], parameters.get("mean", 0.0), parameters.get("sd", 1.0)
+    low = parameters.get("min", 0.0)
+    span = (parameters.get("max", 0.0) - low) or 1.0
+
+    def number_of(cell: Any) -> float:
+        x = number_in(missing, cell)
+        if x is None:
+            return fill
+        if transform in ("log", "log_standard"):
+            x = math.copysign(math.log1p(abs(x)), x)
+        elif transform == "log_squared" and x > 2:
+            x = math.pow(math.log(x), 2)
+        if transform in ("standard", "log_standard"):
+            x = (x - mean) / sd
+        elif transform == "minmax":
+            x = (x - low) / span
+        if not abs(x) <= FLOAT32_MAX:
+            raise Careful
+        return x
+
+    return number_of
+
+
+def raw_id_of_cell(feature: RawId, cell: Any) -> int:
+    """The id in a cell."""
+    if cell is None:
+        return MISSING_RAW_ID
+    if type(cell) is int and feature.form == "integer" and -(2**63) <= cell < 2**63:
+        return cell
+    raise Careful
+
+
+def number_in(missing: frozenset[str], cell: Any) -> float | None:
+    """The number in a cell, None where it is missing."""
+    kind = type(cell)
+    if cell is None:
+        return None
+    if kind is float:
+        if cell != cell:
+            return None
+        if abs(cell) <= FLOAT32_MAX:
+            return float(cell)
+    elif kind is int or kind is bool:
+        if -(2**63) <= cell < 2**63:
+            return float(cell)
+    elif kind is str:
+        stripped = cell.strip(BLANKS)
+        if stripped in missing:
+            return None
+        if _NUMBER.fullmatch(stripped) and abs(x := float(stripped)) <= FLOAT32_MAX:
+            return x
+    raise Careful

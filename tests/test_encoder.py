@@ -1,0 +1,451 @@
+"""The encoder: one text for one value whatever its type, two roads with the same bits, and those of preparation."""
+
+from __future__ import annotations
+
+import datetime
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ctrlib as ctr
+from ctrlib import models
+from ctrlib.data import stream
+from ctrlib.data.collate import collate
+from ctrlib.data.columns import Columns, Ragged, decode, find_row_groups, offsets_of
+from ctrlib.data.encoder import FEW_CELLS, Encoder, _frame_of
+from ctrlib.data.quick import Careful
+from ctrlib.data.raw import RawTable, clean, numbered
+from ctrlib.data.scan import DataError
+from ctrlib.data.stream import blocks
+from ctrlib.data.synthetic import Teacher, generate
+from ctrlib.models import MODELS
+from ctrlib.schema import (
+    MISSING_ID,
+    NUM_RESERVED_IDS,
+    Categorical,
+    Feature,
+    MultiValued,
+    Numeric,
+    Schema,
+    SchemaError,
+    Sequence,
+)
+from ctrlib.serving.direct import Rows, direct
+from ctrlib.testing import example_schema
+
+MOMENT = datetime.datetime(2024, 3, 5, 8, 15, 30, 250_000)
+TEXT = ["b", "a", "c"]
+MIDNIGHT, MORNING = datetime.datetime(2024, 3, 10), datetime.datetime(2024, 1, 1, 10)
+DECIMALS = [Decimal("5.00"), Decimal("100.00"), Decimal("-7.00")]
+DATES = [datetime.date(2024, 3, 5), datetime.date(1969, 12, 31), datetime.date(2024, 10, 10)]
+TIMES = ["2024-03-05 08:15:30.25", "2024-03-10", "2024-01-01 10:00:00"]
+IN_PARIS = pl.Series([MOMENT, MIDNIGHT, MOMENT], dtype=pl.Datetime("us")).dt.replace_time_zone("Europe/Paris")
+# Raw type -> three cells of it, and the texts of their ids.
+KINDS: dict[str, tuple[pl.Series, list[str]]] = {
+    "int8": (pl.Series([3, -1, 2], dtype=pl.Int8), ["3", "-1", "2"]),
+    "int64": (pl.Series([2**62, 0, -(2**62)]), [str(2**62), "0", str(-(2**62))]),
+    "uint64": (pl.Series([2**63 + 5, 1, 2], dtype=pl.UInt64), [str(2**63 + 5), "1", "2"]),
+    "float32": (pl.Series([3.0, -1.0, 16_777_216.0], dtype=pl.Float32), ["3", "-1", "16777216"]),
+    "float64": (pl.Series([3.0, -0.0, 2.0**53]), ["3", "0", str(2**53)]),
+    "decimal": (pl.Series(DECIMALS, dtype=pl.Decimal(18, 2)), ["5", "100", "-7"]),
+    "boolean": (pl.Series([True, False, True]), ["true", "false", "true"]),
+    "text": (pl.Series(["x", "Y", "é"]), ["x", "Y", "é"]),
+    "text with blanks": (pl.Series([" b", "c ", "\td"]), ["b", "c", "d"]),
+    "text with zeros": (pl.Series(["02139", "2139", "0"]), ["02139", "2139", "0"]),
+    "text like floats": (pl.Series(["1.0", "1", "1.5"]), ["1.0", "1", "1.5"]),
+    "categorical": (pl.Series(TEXT, dtype=pl.Categorical), TEXT),
+    "categorical with blanks": (pl.Series([" b", "a", "c"], dtype=pl.Categorical), TEXT),
+    "enum": (pl.Series(TEXT, dtype=pl.Enum(["a", "b", "c"])), TEXT),
+    "date": (pl.Series(DATES), [str(date) for date in DATES]),
+    "datetime in ms": (pl.Series([MOMENT, MIDNIGHT, MORNING], dtype=pl.Datetime("ms")), TIMES),
+    "datetime in us": (pl.Series([MOMENT, MIDNIGHT, MORNING], dtype=pl.Datetime("us")), TIMES),
+    "datetime in ns": (pl.Series([MOMENT, MIDNIGHT, MORNING], dtype=pl.Datetime("ns")), TIMES),
+    "datetime with zone": (IN_PARIS, ["2024-03-05 07:15:30.25", "2024-03-09 23:00:00", "2024-03-05 07:15:30.25"]),
+    "null": (pl.Series([None, None, None]), []),
+}
+WAYS = ("one", "bag", "history", "fixed bag")
+
+
+def column_of(way: str, values: pl.Series) -> pl.Series:
+    """A cell for each value; in lists with an empty one and a missing event beside it, where there can be."""
+    if way == "one":
+        return values
+    lists = values.reshape((-1, 1))
+    return lists if way == "fixed bag" else lists.arr.to_list()
+
+
+def feature_of(way: str, name: str) -> Feature:
+    return {"one": Categorical, "history": Sequence}.get(way, MultiValued)(name)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All types as columns of one table, train and valid alike, and what every road makes of them."""
+
+    way: str
+    folder: Path
+    schema: Schema
+    found: list[Columns]
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    way = request.param
+    columns = {name: column_of(way, values) for name, (values, _) in KINDS.items()}
+    frame = pl.DataFrame(columns).with_columns(label=pl.Series([0, 1, 1]))
+    folder = tmp_path_factory.mktemp("kinds") / "p"
+    features = [feature_of(way, name) for name in KINDS]
+    ctr.prepare({"train": frame, "valid": frame}, folder, features=features, labels="label", log=None)
+    encoder = Encoder.load(folder)
+    one_by_one = Columns.concatenate([encoder.transform(row)[0] for row in frame.to_dicts()])
+    many = pl.concat([frame] * (FEW_CELLS // len(KINDS)))  # too many to go cell by cell
+    roads = [encoder.transform(rows)[0] for rows in (frame, frame.to_dicts(), frame.to_arrow(), many)]
+    return Prepared(way, folder, encoder.schema, [one_by_one, *roads])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_text_for_one_value(prepared: Prepared, kind: str) -> None:
+    texts = KINDS[kind][1]
+    known = pl.read_parquet(prepared.folder / "vocab" / f"{kind}.parquet")["value"].to_list()
+    assert set(known) == set(texts)
+    missing: list[int] = [] if prepared.way == "history" else [MISSING_ID]
+    expected = [[known.index(text) + NUM_RESERVED_IDS] for text in texts] or [missing] * 3
+    for split in ("train", "valid"):
+        found = pl.read_parquet(prepared.folder / split / "*.parquet")[kind].to_list()
+        assert [ids if isinstance(ids, list) else [ids] for ids in found] == expected
+    for columns in prepared.found:
+        assert ids_of(columns, prepared.schema, kind)[:3] == expected
+
+
+def ids_of(columns: Columns, schema: Schema, name: str) -> list[list[int]]:
+    if name in columns.ragged:
+        ragged = columns.ragged[name]
+        return [part.tolist() for part in np.split(ragged.values, ragged.offsets[1:-1])]
+    single = [feature.name for feature in schema.sparse if feature.name not in columns.ragged]
+    return columns.ids[:, single.index(name)].reshape(-1, 1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------ the two roads
+
+FEATURES: tuple[Feature, ...] = (
+    Categorical("id", num_embeddings=9),
+    Categorical("bucket", bucket="log_squared", num_embeddings=9),
+    MultiValued("bag", max_length=2, num_embeddings=9),
+    Sequence("history", vocabulary="id", max_length=2, num_embeddings=9),
+    *(
+        Numeric(transform, transform, {"fill": 0.25, "mean": 0.5, "sd": 3.0, "min": -1.0, "max": 5.0})
+        for transform in ("none", "log", "log_standard", "log_squared", "minmax", "standard")
+    ),
+)
+VALUES = ["a", "b", "1", "-1", "true", "2"]
+NAMES = [feature.name for feature in FEATURES]
+
+
+def encoder_for(kind: str) -> Encoder:
+    """Fitted on columns of that kind."""
+    types = dict.fromkeys(("id", "bucket", "bag", "history"), kind)
+    raw_format = {"missing_values": ["", "NA"], "types": types}
+    hashes = dict.fromkeys(("id", "bucket", "bag"), "")
+    schema = Schema(FEATURES, ("label",), vocabulary_hashes=hashes, raw_format=raw_format)
+    return Encoder(schema, dict.fromkeys(("id", "bucket", "bag"), VALUES))
+
+
+NUMBERS = st.one_of(
+    st.integers(-(2**63), 2**63 - 1), st.floats(), st.integers(-5, 5), st.sampled_from([1e30, -1e39, 0.1, 2.0, 2.5])
+)
+ODD = ["nan", "NA", "inf", "-Infinity", "1e3", "+5", "5.", ".5", "1_000", "0x1", "\u0661", "1.0", "1e400", "true"]
+WORDS = st.one_of(st.text("ab1-|. \t\x85\u2003\x1cNé", max_size=5), st.sampled_from(ODD), st.floats().map(str))
+CELLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "text": {"id": WORDS, "bucket": WORDS, "bag": WORDS, "history": WORDS, **dict.fromkeys(NAMES[4:], WORDS)},
+    "integer": {
+        "id": st.integers(-3, 3),
+        "bucket": NUMBERS.filter(lambda x: abs(x) < 1e9),
+        "bag": st.lists(st.one_of(st.none(), st.integers(-3, 3)), max_size=4),
+        "history": st.lists(st.integers(-3, 3), max_size=4),
+        **dict.fromkeys(NAMES[4:], NUMBERS),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_the_roads_agree_cell_by_cell(kind: str, data: st.DataObject) -> None:
+    """Either both give the same bits, or the quick one leaves the cell to the other."""
+    encoder = encoder_for("parsed" if kind == "text" else kind)
+    name = data.draw(st.sampled_from(NAMES), "feature")
+    row = {**dict.fromkeys(NAMES), name: data.draw(st.one_of(st.none(), CELLS[kind][name]), "cell")}
+    try:
+        quick, counts = encoder._quick({key: [item] for key, item in row.items()}, NAMES)
+    except Careful:
+        return
+    raw = RawTable((numbered(clean(_frame_of([row], "rows").lazy(), encoder._missing)),), "rows")
+    careful, counts_too = encoder.transform_table(raw)
+    assert_same(quick, careful, encoder.schema)
+    assert counts == counts_too
+
+
+def assert_same(a: Columns, b: Columns, schema: Schema) -> None:
+    """To the bit."""
+    assert a.ids.dtype == b.ids.dtype
+    assert np.array_equal(a.ids, b.ids)
+    assert a.ragged.keys() == b.ragged.keys()
+    for name in a.ragged:
+        assert np.array_equal(a.ragged[name].values, b.ragged[name].values)
+        assert np.array_equal(a.ragged[name].offsets, b.ragged[name].offsets)
+    count = len(schema.dense)
+    numbers = [np.ascontiguousarray(columns.floats[:, :count]).view(np.int32) for columns in (a, b)]
+    assert np.array_equal(*numbers), (a.floats, b.floats)
+
+
+# -------------------------------------------------------------------------------------------------- as preparation does
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.DataFrame, Path]:
+    """Rows with every kind of column, missing cells too, prepared as train and as valid."""
+    teacher = Teacher(2_000, cardinalities=(400, 50, 10), num_numeric=5, max_history=4, missing_rate=0.1, seed=3)
+    frame, _ = generate(teacher)
+    frame = frame.with_columns(day=pl.lit(datetime.date(2024, 1, 1)) + pl.duration(days=pl.int_range(pl.len()) % 9))
+    transforms = ("log", "log_standard", "log_squared", "minmax", "standard")
+    features = [Numeric(f"I{n}", transform) for n, transform in enumerate(transforms, start=1)]
+    folder = tmp_path_factory.mktemp("teacher") / "p"
+    features.append(Sequence("history", vocabulary="C1", max_length=3))  # type: ignore[arg-type]
+    ctr.prepare({"train": frame, "valid": frame}, folder, features=features, labels="label", log=None)
+    return frame, folder
+
+
+def test_all_roads_give_the_bits_of_the_prepared_folder(teacher: tuple[pl.DataFrame, Path], tmp_path: Path) -> None:
+    frame, folder = teacher
+    encoder = Encoder.load(folder)
+    expected = decode(find_row_groups(folder, "valid", encoder.schema), encoder.schema)
+    some = np.arange(0, 2_000, 7)
+    shuffled = np.random.default_rng(0).permutation(2_000)
+    for rows, order in (
+        (frame, np.arange(2_000)),
+        (frame[shuffled.tolist()].to_arrow(), shuffled),
+        (frame.to_pandas(), np.arange(2_000)),
+        (frame.select(reversed(frame.columns)).lazy(), np.arange(2_000)),
+        (frame[some.tolist()].to_dicts(), some),
+        (frame[5:8], np.arange(5, 8)),
+    ):
+        assert_same(encoder.transform(rows)[0], expected.take(order), encoder.schema)
+    for row in some.tolist():
+        assert_same(encoder.transform(frame.row(row, named=True))[0], expected.take(np.array([row])), encoder.schema)
+    frame.write_csv(tmp_path / "rows.csv")
+    (table,) = blocks(tmp_path / "rows.csv")
+    assert_same(encoder.transform_table(table)[0], expected, encoder.schema)
+
+
+def test_pandas_columns_of_any_kind(teacher: tuple[pl.DataFrame, Path]) -> None:
+    frame, folder = teacher
+    encoder = Encoder.load(folder)
+    rows = frame.to_pandas()
+    nullable = rows.convert_dtypes().astype({"C1": "category", "C2": "string"})
+    assert_same(encoder.transform(nullable)[0], encoder.transform(frame)[0], encoder.schema)
+    assert isinstance(nullable["C1"].dtype, pd.CategoricalDtype)
+
+
+def test_threads_share_an_encoder(teacher: tuple[pl.DataFrame, Path]) -> None:
+    frame, folder = teacher
+    encoder = Encoder.load(folder)
+    expected = encoder.transform(frame)[0]
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda row: encoder.transform(row)[0], frame[:300].to_dicts()))
+        wholes = list(pool.map(lambda _: encoder.transform(frame)[0], range(4)))
+    assert_same(Columns.concatenate(parts), expected.take(np.arange(300)), encoder.schema)
+    for whole in wholes:
+        assert_same(whole, expected, encoder.schema)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ({"C1": "a"}, SchemaError, r"columns \['I1', .*are missing"),
+        ([], DataError, "no rows"),
+        ([{"C1": "a"}, 3], TypeError, "a row is a int"),
+        (3, TypeError, "rows is a int, expected a dictionary"),
+        ([{"C1": 1}, {"C1": "a"}], DataError, "column 'C1' holds cells of several types"),
+        (pl.DataFrame({"C1": []}), DataError, "no rows"),
+    ],
+)
+def test_rows_of_another_kind_are_refused(
+    teacher: tuple[pl.DataFrame, Path], rows: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Encoder.load(teacher[1]).transform(rows)
+
+
+def test_a_bad_cell_is_named(teacher: tuple[pl.DataFrame, Path]) -> None:
+    frame, folder = teacher
+    encoder = Encoder.load(folder)
+    row = frame.row(0, named=True)
+    with pytest.raises(DataError, match=r"row 1, column 'I1' holds inf; expected a finite number"):
+        encoder.transform({**row, "I1": float("inf")})
+    with pytest.raises(SchemaError, match="'C1' holds values of kind integer"):
+        encoder.transform([{**row, "C1": 5}] * 2)
+
+
+# ---------------------------------------------------------------------------------------------------- written otherwise
+
+OTHERWISE: dict[str, tuple[list[Any], list[Any]]] = {
+    "integers as floats": (["1", "2", "3"], ["1.0", "2.0", "3.0"]),
+    "floats as integers": (["1.0", "2.0", "3.0"], ["1", "2", "3"]),
+    "capitals": (["true", "false", "true"], ["True", "False", "True"]),
+    "booleans as numbers": (["true", "false", "true"], ["1", "0", "1"]),
+    "leading zeros": (["7", "8", "9"], ["007", "008", "009"]),
+    "upper case": (["de", "fr", "at"], ["DE", "FR", "AT"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_column_written_otherwise_is_refused(tmp_path: Path, way: str, name: str) -> None:
+    """However few its rows are, and wherever it comes: in valid, and at prediction."""
+    train, other = (column_of(way, pl.Series("x", cells)) for cells in OTHERWISE[name])
+    label = pl.Series("label", [0, 1, 1])
+    frames = [pl.DataFrame([column.alias("x"), label]) for column in (train, other)]
+    options: dict[str, Any] = {"features": [feature_of(way, "x")], "labels": "label", "log": None}
+    with pytest.raises(SchemaError, match=r"column 'x' holds .*(train knew none|look like floats).*write the column"):
+        ctr.prepare({"train": frames[0], "valid": frames[1]}, tmp_path / "a", **options)
+    schema = ctr.prepare({"train": frames[0], "valid": frames[0]}, tmp_path / "b", **options)
+    config = {"model": "mlp", "embedding_dim": 4, "hidden": [4]}
+    predictor = ctr.Predictor(ctr.models.build(config, schema).eval(), schema, tmp_path / "b")
+    for rows in (frames[1].drop("label"), frames[1].drop("label")[:1].to_dicts()):
+        with pytest.raises(SchemaError, match="write the column as in training"):
+            predictor.predict(rows)
+    assert predictor.predict(frames[0].drop("label"))[1]["remarks"] == []
+
+
+def test_what_is_merely_new_is_remarked_on(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"x": [f"v{n % 5}" for n in range(40)], "label": [0, 1] * 20})
+    new = frame.with_columns(x=pl.format("new{}", pl.int_range(pl.len())))
+    said: list[str] = []
+    ctr.prepare(
+        {"train": frame, "valid": new},
+        tmp_path / "p",
+        features=[Categorical("x")],
+        labels="label",
+        log=lambda line: said.append(str(line)),
+    )
+    assert any("'x' holds 40 values and train knew none of them" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("train", "valid"),
+    [
+        (pl.Datetime("ns"), pl.Datetime("ms")),
+        (pl.Datetime("us"), pl.Date()),
+        (pl.Int64(), pl.Decimal(18, 2)),
+        (pl.Int32(), pl.Float64()),
+        (pl.Categorical(), pl.String()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_types_that_lose_nothing_may_differ_between_splits(
+    tmp_path: Path, way: str, train: pl.DataType, valid: pl.DataType
+) -> None:
+    cells = pl.Series("x", [datetime.datetime(2024, 3, day) for day in (1, 2, 3)]) if train.is_temporal() else None
+    cells = pl.Series("x", ["a", "b", "c"] if valid == pl.String else [1, 2, 3]) if cells is None else cells
+    frames = {
+        split: pl.DataFrame([column_of(way, cells.cast(dtype)).alias("x"), pl.Series("label", [0, 1, 1])])
+        for split, dtype in (("train", train), ("valid", valid))
+    }
+    ctr.prepare(frames, tmp_path / "p", features=[feature_of(way, "x")], labels="label", log=None)
+    train_ids, valid_ids = (pl.read_parquet(tmp_path / "p" / split / "*.parquet")["x"].to_list() for split in frames)
+    assert train_ids == valid_ids
+
+
+def test_times_with_a_zone_are_not_those_without(tmp_path: Path) -> None:
+    times = pl.Series("x", [datetime.datetime(2024, 3, day) for day in (1, 2, 3)])
+    frames = {
+        split: pl.DataFrame([column, pl.Series("label", [0, 1, 1])])
+        for split, column in (("train", times), ("valid", times.dt.replace_time_zone("UTC")))
+    }
+    with pytest.raises(SchemaError, match="'x' holds values of kind zoned time"):
+        ctr.prepare(frames, tmp_path / "p", features=[Categorical("x")], labels="label", log=None)
+
+
+# ------------------------------------------------------------------------------------------------ scoring without files
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("stacked", [0, 2])
+def test_direct_look_ups_are_those_of_the_model(name: str, stacked: int) -> None:
+    schema = example_schema(num_tasks=2)
+    config = {"model": name, "embedding_dim": 8, "stacked": stacked}
+    config |= {"head_dim": 4} if name.startswith("autoint") else {}
+    torch.manual_seed(0)
+    model = models.build(config, schema).eval()
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(1, f.num_embeddings, 9) for f in schema.sparse if isinstance(f, Categorical)]
+    ragged = {}
+    for feature in schema.sparse:
+        if not isinstance(feature, Categorical):
+            lengths = rng.integers(0, 4, 9)
+            values = rng.integers(1, feature.num_embeddings, lengths.sum())
+            ragged[feature.name] = Ragged(values.astype(np.int32), offsets_of(lengths))
+    floats = rng.normal(size=(9, len(schema.dense) + 2 + (schema.weight is not None))).astype(np.float32)
+    columns = Columns(np.stack(ids, 1).astype(np.int32), ragged, floats, None)
+    with torch.no_grad():
+        expected = model(collate(columns, schema, 9))
+        quick = direct(model, schema)
+        # The order in which first-order weights are added up may differ.
+        torch.testing.assert_close(quick(Rows(columns, schema)), expected, rtol=0, atol=1e-6)
+        assert torch.equal(model(collate(columns, schema, 9)), expected)
+    shared = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert {p.untyped_storage().data_ptr() for p in quick.parameters()} <= shared
+
+
+def test_a_file_is_scored_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame, _ = generate(Teacher(700, cardinalities=(40, 9), num_numeric=1, seed=3))
+    ctr.prepare(frame, tmp_path / "p", labels="label", log=None)
+    schema = ctr.Schema.load(tmp_path / "p")
+    config = {"model": "deepfm", "embedding_dim": 4, "hidden": [8]}
+    model = models.build(config, schema)
+    ctr.save_model(model, config, tmp_path / "p", tmp_path / "m")
+    predictor = ctr.Predictor.load(str(tmp_path / "m"))
+    expected, counts = predictor.predict(frame)
+    monkeypatch.setattr(stream, "BLOCK_ROWS", 64)
+    rows = frame.with_columns(row=pl.int_range(pl.len()))
+    rows.write_parquet(tmp_path / "rows.parquet")
+    rows.write_csv(tmp_path / "rows.csv")
+    for source in ("rows.parquet", "rows.csv"):
+        for target in ("out.parquet", "out.csv"):
+            seen: list[int] = []
+            found = predictor.predict_to(tmp_path / source, tmp_path / target, keep=["row"], progress=seen.append)
+            read = (pl.read_parquet if target == "out.parquet" else pl.read_csv)(tmp_path / target)
+            assert read["row"].cast(pl.Int64).to_list() == list(range(700))  # cells of a text file are kept as text
+            np.testing.assert_allclose(read["label"], expected["label"], rtol=0, atol=1e-6)
+            assert seen == sorted(seen)
+            assert seen[-1] == 700
+            assert {**found, "ignored": []} == {**counts, "ignored": []}
+            assert found["ignored"] == ["row"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
+    with pytest.raises(SchemaError, match=r"no columns \['rwo'\] to keep; the closest are row"):
+        predictor.predict_to(tmp_path / "rows.csv", tmp_path / "out.csv", keep=["rwo"])
+    with pytest.raises(ValueError, match=r"columns \['label'\] cannot be kept"):
+        predictor.predict_to(tmp_path / "rows.csv", tmp_path / "out.csv", keep=["label"])
+    # A model that has scored, whose tables are views by then, is saved as before.
+    ctr.save_model(predictor.model, config, tmp_path / "p", tmp_path / "again")
+    assert ctr.Predictor.load(tmp_path / "again").predict(frame)[0].equals(expected)
+
+
+def test_a_score_that_is_no_number_is_an_error(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"age": [float(n % 50) for n in range(100)], "label": [0, 1] * 50})
+    schema = ctr.prepare({"train": frame}, tmp_path / "p", features=[Numeric("age")], labels="label", log=None)
+    model = models.build({"model": "dcnv2", "embedding_dim": 4, "hidden": [8], "num_cross_layers": 4}, schema)
+    predictor = ctr.Predictor(model.eval(), schema, tmp_path / "p")
+    with pytest.raises(DataError, match=r"row 2: the model gives .* is one of them far outside"):
+        predictor.predict([{"age": 1.0}, {"age": 1e30}])
