@@ -16,7 +16,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_inf
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: help setup install dev test faults check format demo clean
+.PHONY: help setup install dev test numeric faults check format demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -69,7 +69,14 @@ dev: setup
 	fi
 
 test: dev  ## the whole suite: tests/ and the examples in the docstrings (ARGS='-k name' narrows it)
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal --durations=15 $(ARGS)
+
+NUMERIC := conformance towers autoint cin crossnet dlrm eulernet fgcnn fibinet finalmlp finalnet gdcn ipnn masknet apem \
+	dtrn numeric engines
+
+numeric: dev  ## the numeric tests as a processor without AVX-512 computes
+	ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 \
+	    $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(NUMERIC:%=tests/test_%.py) $(ARGS)
 
 faults: dev  ## hundreds of small runs, killed, stopped and damaged: each must end as if nothing was (ARGS='--help')
 	$(PY) tests/faults.py $(ARGS)
