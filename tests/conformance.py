@@ -222,16 +222,16 @@ def autocast_shares(make: Make, in_shape: tuple[int, ...], head: bool, *, seed: 
     out, such as the sum of a number's gradients from all its readers: two or three roundings of 2^-9.4, say 2^-8 of the
     whole. A part without a product rounds nothing, and has to be float32's to its last digits.
 
-    The share is the median over 9 draws of weights and inputs: a single one may be near an edge. Over 20 times 9 draws
-    the largest median of any part was 0.61. A step inside that is 3 % off brings most parts beyond 1.
+    The share is the median over 7 draws of weights and inputs: a single one may be near an edge. Over 20 times 7 draws
+    the largest median of any part was 0.65. A step inside that is 3 % off brings most parts beyond 1.
     """
     shares: dict[str, list[float]] = {}
-    for number in range(9 * seed, 9 * seed + 9):
+    for number in range(7 * seed, 7 * seed + 7):
         torch.manual_seed(number)
         part = make(in_shape)
-        x = inputs(in_shape, 8, head)[0].requires_grad_()
+        x = inputs(in_shape, 32, head)[0].requires_grad_()
+        exact = _run(part, x, contextlib.nullcontext(), number)
         for backward_inside in (True, False):
-            exact = _run(part, x, contextlib.nullcontext(), number)
             record = _Recorded()
             got = _run(part, x, record, number, autocast=True, backward_inside=backward_inside)
             rounding = _Rounded(record.calls)

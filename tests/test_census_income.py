@@ -74,16 +74,18 @@ def test_each_protocol_has_its_columns(script: ModuleType, raw: Path) -> None:
 
 def test_halves_are_the_test_file_and_the_same_for_each_label_and_protocol(script: ModuleType, raw: Path) -> None:
     names: tuple[Label, ...] = ("income", "never_married")
-    both = {split: pl.read_parquet(prepared(script, raw) / split).select(names) for split in ("train", "valid", "test")}
+    out = prepared(script, raw)
+    both = {split: pl.read_parquet(out / split).select(names) for split in ("train", "valid", "test")}
     assert [len(rows) for rows in both.values()] == [400, 100, 100]
     whole = script.read(raw / "census-income.test.gz").select(names)
     halves = pl.concat([both["valid"], both["test"]]).cast(whole.schema)
     assert halves.group_by(names).len().sort(names).equals(whole.group_by(names).len().sort(names))
+    of_label = {name: prepared(script, raw, label=name) for name in names}
+    leaked = prepared(script, raw, "leaked")
     for split, rows in both.items():
         for name in names:
-            assert pl.read_parquet(prepared(script, raw, label=name) / split)[name].equals(rows[name])
-        leaked = pl.read_parquet(prepared(script, raw, "leaked") / split)
-        assert leaked.select(names).equals(rows)
+            assert pl.read_parquet(of_label[name] / split)[name].equals(rows[name])
+        assert pl.read_parquet(leaked / split).select(names).equals(rows)
     assert not pl.read_parquet(prepared(script, raw, seed=1) / "test").select(names).equals(both["test"])
 
 
@@ -92,8 +94,9 @@ def test_a_number_is_itself_and_the_leak_is_both_labels(script: ModuleType, raw:
     age = np.log1p(script.read(raw / "census-income.data.gz")["age"].cast(pl.Float64).to_numpy())
     found = pl.read_parquet(out / "train")["age_number"].to_numpy()
     assert found == pytest.approx((age - age.mean()) / age.std(), abs=1e-5)
+    leaked = prepared(script, raw, "leaked")
     for split in ("train", "valid", "test"):
-        rows = pl.read_parquet(prepared(script, raw, "leaked") / split)
+        rows = pl.read_parquet(leaked / split)
         told = rows["both_labels"] == rows.filter(pl.col("income") * pl.col("never_married") == 1)["both_labels"][0]
         assert told.equals(rows["income"] * rows["never_married"] == 1)
 

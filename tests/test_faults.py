@@ -12,10 +12,10 @@ NONE = {
     **dict.fromkeys(("kills", "terminations", "flips", "truncations", "swaps", "resumed", "full-disks"), 0),
     **dict.fromkeys(("lost", "stopped", "torchruns", "rank-changes"), 0),
 }
-# Two runs of each setup are killed one to three times each.
+# A run of each setup is killed one to three times. What torchrun starts again by itself is left to `make faults`.
 SHORT = {
-    **{"kills": 8, "terminations": 1, "flips": 3, "truncations": 3, "swaps": 3, "resumed": 3, "full-disks": 1},
-    **{"lost": 1, "stopped": 1, "torchruns": 1, "suicides": 1, "rank-changes": 1},
+    **{"kills": 4, "terminations": 1, "flips": 3, "truncations": 3, "swaps": 3, "resumed": 3, "full-disks": 1},
+    **{"lost": 1, "stopped": 1, "torchruns": 0, "rank-changes": 1},
 }
 
 
@@ -32,9 +32,9 @@ def test_every_fault_is_survived(tmp_path: Path) -> None:
     lines = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     counts = {cells[1].strip(): [int(cells[place]) for place in (2, 3, 4)] for cells in lines}
     kills = [numbers for fault, numbers in counts.items() if fault.startswith("kill -9: ")]
-    assert [runs for runs, _, _ in kills] == [2, 2, 2, 2]
-    assert sum(injected for _, injected, _ in kills) >= 8
-    assert len(counts) == 4 + 1 + 3 + 5
+    assert [runs for runs, _, _ in kills] == [1, 1, 1, 1]
+    assert sum(injected for _, injected, _ in kills) >= 4
+    assert len(counts) == 4 + 1 + 3 + 4
     assert all(survived == runs <= injected for runs, injected, survived in counts.values())
     left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("torch")]  # torch's own are torch's
     assert not left

@@ -558,10 +558,10 @@ class FirstCome:
         return torch.tensor([self.rows.get(raw, ROWS - 1) for raw in ids.tolist()])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_eviction_pays_where_popularity_drifts(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AUC over three seeds: managed 0.736 to 0.752, hashed 0.712 to 0.718, first come 0.50 to 0.51, and managed as
-    TorchRec leaves it, with inherited vectors and moments, 0.687 to 0.703."""
+def test_eviction_pays_where_popularity_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AUC over three seeds, of which this is the first: managed 0.736 to 0.752, hashed 0.712 to 0.718, first come 0.50
+    to 0.51, and managed as TorchRec leaves it, with inherited vectors and moments, 0.687 to 0.703."""
+    seed = 0
     torch.manual_seed(seed)
     managed_embedding = make_embedding(ROWS, init_std=0.01)
     inheriting = copy.deepcopy(managed_embedding)

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import runpy
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -29,8 +28,10 @@ def raw(name: str) -> Path:
 
 
 def prepare(script: str, name: str, out: Path, *flags: str) -> dict[str, dict[str, Any]]:
-    command = [sys.executable, str(ROOT / "datasets" / script), "--raw", str(raw(name)), "--out", str(out), *flags]
-    subprocess.run(command, check=True, capture_output=True)
+    path = str(ROOT / "datasets" / script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path, "--raw", str(raw(name)), "--out", str(out), *flags])
+        runpy.run_path(path, run_name="__main__")
     report: dict[str, dict[str, Any]] = json.loads((out / "report.json").read_text())
     return report
 
@@ -199,6 +200,7 @@ def test_package_wheel_holds_what_the_script_takes(tmp_path: Path) -> None:
 
 def test_a_model_on_movielens_100k_ranks_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare("movielens_100k.py", "movielens_100k", tmp_path / "d")
+    capsys.readouterr()
     flags = ["--model", "fm", "--dim", "8", "--l2", "1e-4", "--batch-size", "1024", "--learning-rate", "0.01", "--json"]
     assert cli.main(["train", str(tmp_path / "d"), "--out", str(tmp_path / "m"), "--epochs", "4", *flags]) == 0
     assert json.loads(capsys.readouterr().out)["test_auc"] > 0.765
