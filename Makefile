@@ -71,12 +71,13 @@ dev: setup
 test: dev  ## the whole suite: tests/ and the examples in the docstrings (ARGS='-k name' narrows it)
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal --durations=15 $(ARGS)
 
-NUMERIC := conformance towers autoint cin crossnet dlrm eulernet fgcnn fibinet finalmlp finalnet gdcn ipnn masknet apem \
-	dtrn numeric engines
+# Every part, the tests of each tower by its name, encoders of numbers, and both engines.
+NUMERIC := $(wildcard $(patsubst ctrlib/towers/%,tests/test_%,$(wildcard ctrlib/towers/*.py))) \
+	$(patsubst %,tests/test_%.py,conformance towers numeric engines)
 
 numeric: dev  ## the numeric tests as a processor without AVX-512 computes
 	ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 \
-	    $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(NUMERIC:%=tests/test_%.py) $(ARGS)
+	    $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(NUMERIC) $(ARGS)
 
 faults: dev  ## hundreds of small runs, killed, stopped and damaged: each must end as if nothing was (ARGS='--help')
 	$(PY) tests/faults.py $(ARGS)
