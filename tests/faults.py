@@ -339,7 +339,7 @@ class Suite:
         preparing.join()
         self.references: dict[Setup, dict[str, Any]] = {}
         self.seconds: dict[Setup, float] = {}  # of a run with its checkpoints
-        self.snapshots: list[Path] = []
+        self.snapshots: dict[int, Path] = {}  # by the step in which the run was killed
 
     def life(self, setup: Setup, name: str, **options: Any) -> Life:
         return Life(setup, self.data, self.folder / name, **options)
@@ -542,9 +542,10 @@ class Suite:
 
     def damage(self, kind: str, chance: random.Random, life: Life, row: Row) -> None:
         """The damaged file is named, and the newest checkpoint that does not need it is read."""
-        if not self.snapshots:
-            self.snapshots = [self.snapshot(step) for step in (STEPS // 2, STEPS + 4, 2 * STEPS + 2, 2 * STEPS + 6)]
-        snapshot = chance.choice(self.snapshots)
+        step = chance.choice((STEPS // 2, STEPS + 4, 2 * STEPS + 2, 2 * STEPS + 6))
+        if step not in self.snapshots:
+            self.snapshots[step] = self.snapshot(step)
+        snapshot = self.snapshots[step]
         folder = life.folder / "checkpoints"
         shutil.copytree(snapshot, folder)
         manifests = sorted(map(read_manifest, folder.glob("step-*/MANIFEST")), key=lambda manifest: -manifest["save"])

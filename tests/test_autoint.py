@@ -270,7 +270,10 @@ def with_dropout(options: dict[str, Any]) -> Callable[[tuple[int, int]], AutoInt
     return lambda shape: AutoInt(shape, dropout=0.2, **options)
 
 
-test_variants = conforms({name: with_dropout(options) for name, options in VARIANTS.items()})
+# The others are the default, or differ from it in a number only.
+test_variants = conforms(
+    {name: with_dropout(VARIANTS[name]) for name in ("tensorflow", "fuxictr", "no_residual", "five_heads")}
+)
 
 
 @pytest.mark.parametrize(
@@ -343,9 +346,8 @@ def test_finds_a_planted_sign_table() -> None:
     assert 0.80 < bayes < 0.83
     linear = fit(Net(4, 16, None), ids, labels, 2)
     assert 0.47 < evaluate(linear, test_ids, test_labels) < 0.53
-    for num_layers in (1, 2):
-        tower = AutoInt((4, 8), num_layers=num_layers, num_heads=2, head_dim=16)
-        assert evaluate(fit(Net(4, 16, tower), ids, labels, 10), test_ids, test_labels) > bayes - 0.01
+    tower = AutoInt((4, 8), num_layers=2, num_heads=2, head_dim=16)
+    assert evaluate(fit(Net(4, 16, tower), ids, labels, 7), test_ids, test_labels) > bayes - 0.01
 
 
 def test_finds_a_parity_of_three_fields() -> None:
@@ -361,4 +363,4 @@ def test_finds_a_parity_of_three_fields() -> None:
     pairs = fit(Net(4, 8, FM((4, 8)), unweighted=1), ids, labels, 3)
     assert evaluate(pairs, test_ids, test_labels) < 0.53
     tower = AutoInt((4, 8), num_layers=2, num_heads=2, head_dim=16)
-    assert evaluate(fit(Net(4, 8, tower), ids, labels, 10), test_ids, test_labels) > bayes - 0.01
+    assert evaluate(fit(Net(4, 8, tower), ids, labels, 4), test_ids, test_labels) > bayes - 0.01

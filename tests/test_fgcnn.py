@@ -253,7 +253,7 @@ def test_new_fields_alone_learn_what_raw_fields_alone_cannot() -> None:
         fields = torch.tensor([raw] * 2 + [new] * 3).float().unsqueeze(1)
         kept = torch.tensor([True] * (5 * 8) + [products] * 10).float()
         optimiser = torch.optim.Adam([tables, *fgcnn.parameters(), *head.parameters()], lr=0.02)
-        for _ in range(300):
+        for _ in range(150):
             optimiser.zero_grad()
             x = torch.stack([tables[0, ids[:, 0]], tables[1, ids[:, 1]]], dim=1)
             logits = head(pairs(fgcnn(x) * fields) * kept)[:, 0]

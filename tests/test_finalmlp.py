@@ -24,7 +24,6 @@ from ctrlib.towers.mlp import MLP
 SMALL = {"hidden_1": (6, 4), "hidden_2": (8,), "gate_hidden": (7,), "num_heads": 2}
 test_variants = conforms(
     {
-        "learnable_contexts": lambda s: FinalMLP(s, **SMALL),  # type: ignore[arg-type]
         "appended_contexts": lambda s: FinalMLP(s, num_fields=s[0] - 2, contexts=((s[0] - 1,), (s[0] - 2,)), **SMALL),  # type: ignore[arg-type]
         "shared_fields": lambda s: FinalMLP(s, contexts=((0, 2), ()), **SMALL),  # type: ignore[arg-type]
         "no_gates": lambda s: FinalMLP(s, contexts=None, **SMALL),  # type: ignore[arg-type]

@@ -89,7 +89,7 @@ def test_a_linear_head_on_the_products_learns_signs_that_no_field_shows_alone() 
         mask = torch.ones(17)
         mask[16] = float(keep_products)
         optimiser = torch.optim.Adam([tables, *head.parameters()], lr=0.02)
-        for _ in range(400):
+        for _ in range(200):
             optimiser.zero_grad()
             logits = head(products(torch.stack([tables[0, left], tables[1, right]], dim=1)) * mask)[:, 0]
             torch.autograd.backward(nn.functional.binary_cross_entropy_with_logits(logits, chance))

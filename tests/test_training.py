@@ -367,7 +367,7 @@ def test_command_line_from_csv_to_scores(csv_file: Path, tmp_path: Path, capsys:
 
 def test_command_line_on_the_fused_engine(csv_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("prepare", csv_file, "--out", tmp_path / "p") == 0
-    flags = ["--model", "deepfm", "--engine", "fused", "--precision", "bf16", "--dim", "8", "--epochs", "2", "--json"]
+    flags = ["--model", "deepfm", "--engine", "fused", "--precision", "bf16", "--dim", "8", "--epochs", "1", "--json"]
     assert command("train", tmp_path / "p", "--out", tmp_path / "m", "--batch-size", "256", *flags) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["engine"] == "fused"
