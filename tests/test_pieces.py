@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 from every_kind import EVERY_KIND, every_kind
+from plans import Plans
 
 from ctrlib.data.fingerprint import fingerprint
 from ctrlib.data.infer import infer_features
@@ -22,6 +23,8 @@ from ctrlib.data.scan import DataError
 from ctrlib.data.vocabulary import hash_values
 from ctrlib.data.workers import ThisMachine
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema, SchemaError
+
+X = {"x": pl.col("x")}
 
 
 def pieces(values: Any, ends: list[int]) -> RawTable:
@@ -34,9 +37,9 @@ def pieces(values: Any, ends: list[int]) -> RawTable:
 def test_moments_do_not_depend_on_order_or_pieces(scale):
     rng = np.random.default_rng(0)
     x = rng.lognormal(0, 3, 5000) * scale * rng.choice([-1, 1], 5000)
-    expected = moments(pieces(x, []))["x"]
+    expected = moments(pieces(x, []), X)["x"]
     for ends in ([1], [17, 17, 4999], [2500, 5000]):
-        assert moments(pieces(rng.permutation(x), ends))["x"] == expected
+        assert moments(pieces(rng.permutation(x), ends), X)["x"] == expected
     mean = sum(map(Fraction, x.tolist())) / len(x)
     sd = math.sqrt(sum((Fraction(value) - mean) ** 2 for value in x.tolist()) / len(x))
     assert expected.mean == pytest.approx(float(mean), rel=1e-10, abs=2**-46 * (x.max() - x.min()))
@@ -48,33 +51,42 @@ def test_moments_do_not_depend_on_order_or_pieces(scale):
 
 def test_moments_of_whole_numbers_are_exact():
     x = np.random.default_rng(0).integers(978_000_000, 1_046_000_000, 10_000)  # seconds
-    found = moments(pieces(x, [3000]))["x"]
+    found = moments(pieces(x, [3000]), X)["x"]
     assert found.mean == float(Fraction(int(x.sum()), len(x)))
-    assert moments(pieces([2.0**60, 2.0**60 + 2**20], []))["x"] == (2.0**60 + 2**19, 2.0**19, 2.0**60, 2.0**60 + 2**20)
+    assert moments(pieces([2.0**60, 2.0**60 + 2**20], []), X)["x"] == (
+        2.0**60 + 2**19,
+        2.0**19,
+        2.0**60,
+        2.0**60 + 2**20,
+    )
 
 
 def test_moments_of_columns_without_spread_or_numbers():
-    assert moments(pieces([0.1, None, 0.1], [1]))["x"] == (0.1, 0.0, 0.1, 0.1)
-    assert moments(pieces([None, None], [1]))["x"] == (0.0, 0.0, 0.0, 0.0)
-    assert moments(pieces([5e-324, 0.0], []))["x"][:2] == pytest.approx((0.0, 0.0), abs=5e-324)
+    assert moments(pieces([0.1, None, 0.1], [1]), X)["x"] == (0.1, 0.0, 0.1, 0.1)
+    assert moments(pieces([None, None], [1]), X)["x"] == (0.0, 0.0, 0.0, 0.0)
+    assert moments(pieces([5e-324, 0.0], []), X)["x"][:2] == pytest.approx((0.0, 0.0), abs=5e-324)
 
 
-def prepared(data: Any, out: Path, piece_rows: int | None, monkeypatch: Any, **options: Any) -> Schema:
-    read = staticmethod(functools.partial(read_raw, piece_rows=piece_rows))
-    monkeypatch.setattr(ThisMachine, "read", read)
+ROADS = {"coded": ThisMachine, "whole": Plans, "41": partial(Plans, 41), "200": partial(Plans, 200)}
+
+
+def prepared(data: Any, out: Path, road: str, monkeypatch: Any, **options: Any) -> Schema:
+    monkeypatch.setattr("ctrlib.data.prepare.ThisMachine", ROADS[road])
     return prepare(data, out, log=None, overwrite=True, **options)
 
 
 @pytest.mark.parametrize("options", EVERY_KIND.values(), ids=EVERY_KIND)
-def test_prepared_folders_do_not_depend_on_pieces(tmp_path, monkeypatch, options):
+def test_prepared_folders_do_not_depend_on_the_road(tmp_path, monkeypatch, options):
     path = every_kind(tmp_path)
-    prepared(path, tmp_path / "whole", None, monkeypatch, **options)
-    assert set(fingerprint(tmp_path / "whole")) >= {"schema", "vocab/item", "vocab/tags", "train", "test"}
-    for piece_rows in (41, 200):
-        prepared(path, tmp_path / "pieces", piece_rows, monkeypatch, **options)
-        assert fingerprint(tmp_path / "pieces") == fingerprint(tmp_path / "whole")
-        reports = [(tmp_path / name / "report.json").read_text() for name in ("pieces", "whole")]
-        assert reports[0] == reports[1]
+    monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("ctrlib.data.coded.BLOCK_ROWS", 37)
+    for road in ROADS:
+        prepared(path, tmp_path / road, road, monkeypatch, **options)
+    whole = fingerprint(tmp_path / "whole")
+    assert set(whole) >= {"schema", "vocab/item", "vocab/tags", "train", "test"}
+    for road in ROADS:
+        assert fingerprint(tmp_path / road) == whole, road
+        assert (tmp_path / road / "report.json").read_text() == (tmp_path / "whole" / "report.json").read_text(), road
 
 
 @pytest.mark.parametrize(
@@ -96,11 +108,12 @@ def test_errors_do_not_depend_on_pieces(tmp_path, monkeypatch, change, options):
     (tmp_path / "raw.csv").write_text("\n".join(lines))
     options = {"features": [Categorical("item"), Numeric("price")], **options}
     messages = []
-    for piece_rows in (None, 30):
+    monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 1000)
+    for road in ("coded", "whole", "41"):
         with pytest.raises((DataError, SchemaError)) as error:
-            prepared(tmp_path / "raw.csv", tmp_path / "out", piece_rows, monkeypatch, **options)
+            prepared(tmp_path / "raw.csv", tmp_path / "out", road, monkeypatch, **options)
         messages.append((type(error.value), str(error.value)))
-    assert messages[0] == messages[1]
+    assert messages[0] == messages[1] == messages[2]
 
 
 def test_guesses_do_not_depend_on_pieces(monkeypatch):

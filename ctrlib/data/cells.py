@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from ctrlib.data.raw import ROW, RawTable
+from ctrlib.data.raw import ROW, RawTable, Total
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.schema import (
     Categorical,
@@ -302,7 +302,8 @@ def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) ->
     """
     if not found:
         return raw
-    totals = raw.gather(lambda piece: piece.select(check.bad.sum().alias(str(i)) for i, check in enumerate(found)))
+    wanted = {str(i): Total(check.column, check.bad, _sum) for i, check in enumerate(found)}
+    totals = raw.totals(wanted)
     failed = {check: total for check, total in zip(found, totals.sum().row(0)) if total}
     for check, total in failed.items():
         retyped = check.retyped
@@ -322,7 +323,11 @@ def without_bad_rows(raw: RawTable, found: list[Check], on_bad_row: OnBadRow) ->
         check = list(failed)[i]
         raw.skipped[f"{check.column}: {check.reason}"] += count
     raw.unfit = unfit[ROW].to_numpy().astype(np.int64)
-    return raw.map(lambda piece: piece.filter(~pl.any_horizontal(check.bad for check in failed)))
+    return raw.only(~pl.any_horizontal(check.bad for check in failed))
+
+
+def _sum(bad: pl.Expr, rows: pl.Expr) -> pl.Expr:
+    return (bad.cast(pl.Int64) * rows).sum()
 
 
 def holds(raw: RawTable, condition: pl.Expr) -> bool:

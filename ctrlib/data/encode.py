@@ -22,11 +22,10 @@ from ctrlib.data.cells import (
     text,
 )
 from ctrlib.data.columns import GROUP_COLUMN
-from ctrlib.data.raw import RawTable
+from ctrlib.data.raw import RawTable, Total
 from ctrlib.data.unknown import judge, knows_none
 from ctrlib.data.vocabulary import (
     Count,
-    count_here,
     values_of,
     vocabulary_path,
 )
@@ -113,7 +112,7 @@ def _group(name: str, dtype: pl.DataType, known: pl.DataFrame | None) -> pl.Expr
     return _id(text(Categorical(name), dtype), known, -1).cast(pl.Int64)
 
 
-def fit_groups(tables: Sequence[RawTable], group: str | None, count: Count = count_here) -> pl.DataFrame | None:
+def fit_groups(tables: Sequence[RawTable], group: str | None, count: Count) -> pl.DataFrame | None:
     """None if all groups are integers; else their texts over all tables, sorted: value, id. Rows without group form
     one group.
 
@@ -126,7 +125,7 @@ def fit_groups(tables: Sequence[RawTable], group: str | None, count: Count = cou
     texts = [table.map(values_of((Categorical(group),), table.dtypes)) for table in tables]
     if not any(holds(table, ~integer) for table in texts):
         return None
-    counts = count(texts, {GROUP_COLUMN: lambda piece: piece})[GROUP_COLUMN]
+    ((_, counts),) = count(tables, {GROUP_COLUMN: (Categorical(group),)})
     values = counts.select("value").drop_nulls().collect(engine="streaming")
     return values.sort("value").with_columns(id=pl.int_range(pl.len(), dtype=pl.Int64))
 
@@ -141,14 +140,18 @@ def write_part(
     """Encode rows without bad ones into a file, and count what it holds; arguments as in `encode_checked`."""
     encoded = encode_checked(rows, schema, known, with_labels=True, label_positive=label_positive)
     encoded.sink_parquet(path, compression="snappy", row_group_size=ROWS_PER_GROUP)
-    written = pl.scan_parquet(path, glob=False)
+    return totals_of(pl.scan_parquet(path, glob=False), schema)
+
+
+def totals_of(encoded: pl.LazyFrame, schema: Schema) -> Totals:
+    """Count what encoded rows hold."""
     labels = [(pl.col(name) == 1).sum().alias(f"{name} positive") for name in schema.labels]
     labels += [pl.col(name).is_not_nan().sum().alias(f"{name} present") for name in schema.labels]
-    found = written.select(pl.len().alias("rows"), *labels).collect(engine="streaming").row(0, named=True)
+    found = encoded.select(pl.len().alias("rows"), *labels).collect(engine="streaming").row(0, named=True)
     return Totals(
         int(found["rows"]),
         {name: {what: int(found[f"{name} {what}"]) for what in ("positive", "present")} for name in schema.labels},
-        count_ids(written, schema),
+        count_ids(encoded, schema),
     )
 
 
@@ -190,20 +193,22 @@ def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocab_folder: Path) -> 
             if not head.str.ends_with(".0").any():
                 suspects.append(feature.name)
 
-    def like_floats(table: RawTable, columns: list[str]) -> list[str]:
-        if not columns:
-            return []
-        like = [pl.col(column).str.contains(r"^-?\d+\.0$").all(ignore_nulls=True) for column in columns]
-        present = [pl.col(column).is_not_null().any().name.suffix(" present") for column in columns]
-        found = table.gather(lambda piece: piece.select([one.name.suffix(" like") for one in like] + present))
-        return [column for column in columns if found[f"{column} like"].all() and found[f"{column} present"].any()]
-
+    if not suspects:
+        return
+    like = {column: pl.col(column).str.contains(r"^-?\d+\.0$") for column in suspects}
     # The first rows acquit nearly every column; only what is left is read in full.
-    for column in like_floats(raw, like_floats(raw.map(lambda piece: piece.head(1000)), suspects)):
-        raise SchemaError(
-            f"{raw.name}: column {column!r} holds ids that look like floats (such as 17.0), expected the text that "
-            "train has (such as 17): write the column as integers"
-        )
+    first = raw.pieces[0].head(1000).select(one.all(ignore_nulls=True) for one in like.values())
+    (alike,) = raw.run([first], raw.name)
+    suspects = [column for column in suspects if alike[column][0]]
+    wanted = {f"{column} like": Total(column, like[column], lambda x, rows: (x * rows).sum()) for column in suspects}
+    wanted |= {f"{column} all": Total(column, like[column], lambda _, rows: rows.sum()) for column in suspects}
+    found = raw.totals(wanted).sum().row(0, named=True) if suspects else {}
+    for column in suspects:
+        if 0 < found[f"{column} all"] == found[f"{column} like"]:
+            raise SchemaError(
+                f"{raw.name}: column {column!r} holds ids that look like floats (such as 17.0), expected the text that "
+                "train has (such as 17): write the column as integers"
+            )
 
 
 def refuse_retyped(raw: RawTable, schema: Schema) -> None:

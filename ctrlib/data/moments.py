@@ -10,12 +10,13 @@ is off by less than 2^-46 of the range, the rounding of doubles by 2^-53 of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import polars as pl
 
-from ctrlib.data.raw import RawTable
+from ctrlib.data.raw import RawTable, Total
 
 
 class Moments(NamedTuple):
@@ -27,27 +28,30 @@ class Moments(NamedTuple):
     high: float
 
 
-def moments(table: RawTable) -> dict[str, Moments]:
-    """Column -> its moments, all zero where it holds nulls only. All columns are finite float64.
+def moments(table: RawTable, columns: Mapping[str, pl.Expr]) -> dict[str, Moments]:
+    """Column -> moments of what an expression makes of its cells, finite float64; all zero where that is nulls only.
 
     >>> table = RawTable((pl.LazyFrame({"x": [1.0, None, 2.0]}), pl.LazyFrame({"x": [6.0]})), "demo")
-    >>> moments(table)["x"]
+    >>> moments(table, {"x": pl.col("x")})["x"]
     Moments(mean=3.0, sd=2.160246899469287, low=1.0, high=6.0)
     """
-    lowest, highest = pl.all().min().name.suffix(" low"), pl.all().max().name.suffix(" high")
-    bounds = table.gather(lambda piece: piece.select(lowest, highest))
+    bounds = table.totals(
+        {f"{name} low": Total(name, x, lambda x, _: x.min()) for name, x in columns.items()}
+        | {f"{name} high": Total(name, x, lambda x, _: x.max()) for name, x in columns.items()}
+    )
     low, high = bounds.min().row(0, named=True), bounds.max().row(0, named=True)
     ranges: dict[str, tuple[float, float]] = {
-        name: (low[f"{name} low"], high[f"{name} high"]) for name in table.dtypes if low[f"{name} low"] is not None
+        name: (low[f"{name} low"], high[f"{name} high"]) for name in columns if low[f"{name} low"] is not None
     }
-    sums = []
+    sums = {}
     for name, (lowest_value, highest_value) in ranges.items():
         step = _step(lowest_value, highest_value)
-        place = ((pl.col(name) - lowest_value) / step).round().cast(pl.Int128)
-        sums += [place.sum().alias(f"{name} sum"), (place * place).sum().alias(f"{name} squares")]
-        sums.append(place.count().cast(pl.Int128).alias(f"{name} count"))
-    totals = table.gather(lambda piece: piece.select(sums)) if sums else pl.DataFrame()
-    found = dict.fromkeys(table.dtypes, Moments(0.0, 0.0, 0.0, 0.0))
+        place = ((columns[name] - lowest_value) / step).round().cast(pl.Int128)
+        sums[f"{name} sum"] = Total(name, place, lambda place, rows: (place * rows).sum())
+        sums[f"{name} squares"] = Total(name, place, lambda place, rows: (place * place * rows).sum())
+        sums[f"{name} count"] = Total(name, place, lambda _, rows: rows.sum().cast(pl.Int128))
+    totals = table.totals(sums) if sums else pl.DataFrame()
+    found = dict.fromkeys(columns, Moments(0.0, 0.0, 0.0, 0.0))
     for name, (lowest_value, highest_value) in ranges.items():
         step = _step(lowest_value, highest_value)
         total, squares, count = (_integer_sum(totals[f"{name} {what}"]) for what in ("sum", "squares", "count"))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import polars as pl
 import rich
 from rich import box
 from rich.table import Table
@@ -96,6 +95,7 @@ def prepare(
         DataError: the data is damaged; the message names file, row and column.
 
     >>> import tempfile
+    >>> import polars as pl
     >>> from ctrlib.schema import Categorical
     >>> frame = pl.DataFrame({"item": ["a", "b", "a", None], "price": [1.0, 2.5, 4.0, 2.5], "click": [1, 0, 0, 1]})
     >>> folder = Path(tempfile.mkdtemp()) / "prepared"
@@ -132,7 +132,7 @@ def prepare(
         else:
             # Before anything is looked at: types, too, are inferred from train alone.
             rows_of = split_table(tables["data"], split, split_by=split_by, seed=seed)
-            train = _part(tables["data"], rows_of["train"])
+            train = tables["data"].only(rows_of["train"])
         schema, reasons = describe(train, given, labels, weight, group, split_by, ignore, rare)
         _refuse_other_columns(tables, reasons)
         for name, table in tables.items():
@@ -141,7 +141,7 @@ def prepare(
             tables[name] = without_bad_rows(table, found, on_bad_row)
         skipped = {name: dict(table.skipped) for name, table in tables.items() if table.skipped}
         if rows_of:
-            tables = {name: _part(tables["data"], rows) for name, rows in rows_of.items()}
+            tables = {name: tables["data"].only(rows) for name, rows in rows_of.items()}
 
         with naming(tables["train"].name):
             schema = fit(tables["train"], schema, folder / "vocab", workers.count)
@@ -223,10 +223,6 @@ def _refuse_other_columns(tables: Mapping[str, RawTable], reasons: Mapping[str, 
             raise SchemaError(
                 f"{table.name}: columns {extra} are in {name} but not in train: give all splits the same columns"
             )
-
-
-def _part(table: RawTable, rows: pl.Expr) -> RawTable:
-    return table.map(lambda piece: piece.filter(rows))
 
 
 class _Report:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ctrlib.data.cells import FLOAT32_MAX
+from ctrlib.data.raw import BLANKS
 from ctrlib.schema import MISSING_RAW_ID, Categorical, MultiValued, Numeric, RawId, Sequence, VocabularyFeature
 
-BLANKS = " \t\r\n"  # cut around a cell
 # Cut around a value inside a cell: Unicode's White_Space, as polars does. (Python's own strip cuts more.)
 SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")

@@ -21,11 +21,11 @@ import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
 import polars as pl
@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ctrlib.data.scan import DataError, OnBadRow, RowScanner, find_separator
+from ctrlib.data.scan import BLOCK_BYTES, DataError, OnBadRow, Quick, RowScanner, find_separator
 from ctrlib.schema import SchemaError
 
 ROW = "__row__"  # a row's number in the raw data, counted from 0: for messages and for the random split
@@ -41,12 +41,25 @@ RawData = str | Path | pl.DataFrame | pl.LazyFrame
 Ints = NDArray[np.int64]
 Plan = Callable[[pl.LazyFrame], pl.LazyFrame]
 Run = Callable[[Sequence[pl.LazyFrame], str], list[pl.DataFrame]]
+Rows = TypeVar("Rows")
+BLANKS = " \t\r\n"  # cut around a cell
 
 
 def run_here(plans: Sequence[pl.LazyFrame], name: str) -> list[pl.DataFrame]:
     """What the plans make, one after another, on this machine; `name` is what damaged data is called in messages."""
     with naming(name):
         return [plan.collect(engine="streaming") for plan in plans]
+
+
+class Total(NamedTuple):
+    """Something to add up over a column: `total` of `value`, which is of a cell, and of how many rows have it.
+
+    Rows without value count nothing.
+    """
+
+    column: str
+    value: pl.Expr
+    total: Callable[[pl.Expr, pl.Expr], pl.Expr]
 
 
 @dataclass
@@ -80,6 +93,25 @@ class RawTable:
         [3, 3]
         """
         return pl.concat(self.run([plan(piece) for piece in self.pieces], self.name))
+
+    def only(self, rows: pl.Expr) -> RawTable:
+        """The rows for which a condition is true."""
+        return self.map(lambda piece: piece.filter(rows))
+
+    def totals(self, wanted: Mapping[str, Total]) -> pl.DataFrame:
+        """Totals of columns, one row for each piece.
+
+        >>> table = RawTable((pl.LazyFrame({"x": [1, 5]}), pl.LazyFrame({"x": [3]})), "demo")
+        >>> table.totals({"sum": Total("x", pl.col("x") + 1, lambda x, rows: (x * rows).sum())})["sum"].to_list()
+        [8, 4]
+        """
+
+        def plan(piece: pl.LazyFrame) -> pl.LazyFrame:
+            return piece.select(
+                one.total(one.value, one.value.is_not_null().cast(pl.Int64)).alias(name) for name, one in wanted.items()
+            )
+
+        return self.gather(plan)
 
     def first(self, where: pl.Expr, column: str) -> tuple[int, Any]:
         """The `__row__`, and what `column` holds, of the first row for which `where` is true; there must be one."""
@@ -245,17 +277,17 @@ class TextFile:
     scanner: RowScanner
     stream: io.BufferedReader
 
-    def parse(self, block: bytes) -> pl.DataFrame:
-        """The rows of a block, all columns text."""
-        return _parse(block, self.names, self.mark, self.missing_values)
+    def parse(self, block: bytes, *, cleaned: bool = True) -> pl.DataFrame:
+        """The rows of a block, all columns text; `cleaned` as `clean` does."""
+        return _parse(block, self.names, self.mark, self.missing_values if cleaned else None)
 
-    def blocks(self) -> Iterator[bytes]:
-        """The blocks, one after another.
+    def blocks(self, block_bytes: int = BLOCK_BYTES, quick: Quick[Rows] | None = None) -> Iterator[bytes | Rows]:
+        """The blocks, one after another, as `RowScanner.blocks`.
 
         Raises:
             DataError: there is no row.
         """
-        yield from self.scanner.blocks(self.stream)
+        yield from self.scanner.blocks(self.stream, block_bytes, quick)
         if not self.scanner.num_rows:
             skipped = f" but {dict(self.scanner.skipped)}, which were skipped" if self.scanner.skipped else ""
             raise DataError(f"{self.path} has no rows{skipped}: expected at least one row of {len(self.names)} cells")
@@ -379,7 +411,7 @@ def check_names(source: str, names: list[str], *, has_header: bool = False) -> N
         raise SchemaError(f"{source}: columns {reserved} have names that are kept for other uses: rename them")
 
 
-def _parse(block: bytes, names: list[str], separator: bytes, missing_values: Sequence[str]) -> pl.DataFrame:
+def _parse(block: bytes, names: list[str], separator: bytes, missing_values: Sequence[str] | None) -> pl.DataFrame:
     frame = pl.read_csv(
         block,
         schema=dict.fromkeys(names, pl.String),
@@ -387,6 +419,8 @@ def _parse(block: bytes, names: list[str], separator: bytes, missing_values: Seq
         separator=separator.decode(),
         quote_char='"' if b'"' in block else None,  # faster without
     )
+    if missing_values is None:
+        return frame
     blanks = any(blank in block for blank in (b'"', *(mark for mark in (b" ", b"\t", b"\r") if mark != separator)))
     return frame.select(_clean_text(pl.col(name), missing_values, strip=blanks).alias(name) for name in names)
 
@@ -433,6 +467,10 @@ def clean(frame: pl.LazyFrame, missing_values: Sequence[str]) -> pl.LazyFrame:
 
 
 def _clean_text(text: pl.Expr, missing_values: Sequence[str], *, strip: bool = True) -> pl.Expr:
-    text = text.str.strip_chars(" \t\r\n") if strip else text
-    tokens = list(dict.fromkeys(["", *missing_values]))  # an empty cell is missing, whether it stands in quotes or not
-    return pl.when(~text.is_in(tokens)).then(text)
+    text = text.str.strip_chars(BLANKS) if strip else text
+    return pl.when(~text.is_in(missing_tokens(missing_values))).then(text)
+
+
+def missing_tokens(missing_values: Sequence[str]) -> list[str]:
+    """What cells without value hold; an empty cell is missing, whether it stands in quotes or not."""
+    return list(dict.fromkeys(["", *missing_values]))

@@ -21,9 +21,9 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,9 @@ NEWLINE, QUOTE = ord("\n"), ord('"')
 
 OnBadRow = Literal["raise", "skip"]
 Array = NDArray[Any]
+Rows = TypeVar("Rows")
+# Whole lines -> their number and what they hold, or None if a row may be bad.
+Quick: TypeAlias = Callable[[bytes], tuple[int, Rows] | None]
 
 # Why a row is bad, from the most to the least telling: a row counts once, under the first that applies.
 REASONS = {
@@ -84,8 +87,16 @@ class RowScanner:
         )
         self._quoted = re.compile(rb'"[^"]*"')
 
-    def blocks(self, stream: BinaryIO, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    def blocks(
+        self, stream: BinaryIO, block_bytes: int = BLOCK_BYTES, quick: Quick[Rows] | None = None
+    ) -> Iterator[bytes | Rows]:
         """Blocks of whole good rows, in order.
+
+        Args:
+            stream: the file, after its header.
+            block_bytes: to read at once.
+            quick: a parser that knows well-formed rows at sight; what it makes of a block takes its place, and only
+                blocks that it declines are looked at here.
 
         Raises:
             DataError: at the first bad row, unless they are skipped.
@@ -98,6 +109,10 @@ class RowScanner:
                 cut_newline = b"\r" if block.endswith(b"\r") else b""
                 block = block.removesuffix(cut_newline).replace(b"\r\n", b"\n")
             data = tail + block
+            if (taken := data.rfind(b"\n") + 1) and (rows := self._quick(data[:taken], quick)) is not None:
+                tail = data[taken:]
+                yield rows
+                continue
             waited_enough = len(tail) > MAX_ROW_BYTES
             ends, cells = self._rows(data, at_end=waited_enough)
             taken = int(ends[-1]) if len(ends) else 0
@@ -111,9 +126,21 @@ class RowScanner:
                 yield good
         if tail:
             data = tail if tail.endswith(b"\n") else tail + b"\n"
+            if (rows := self._quick(data, quick)) is not None:
+                yield rows
+                return
             ends, cells = self._rows(data, at_end=True)
             if good := self._good(data, ends, cells):
                 yield good
+
+    def _quick(self, data: bytes, quick: Quick[Rows] | None) -> Rows | None:
+        if quick is None or self._blank_lines or (found := quick(data)) is None:
+            return None
+        num_rows, rows = found
+        self._line += num_rows
+        self._rows_taken += num_rows
+        self.num_rows += num_rows
+        return rows
 
     def _rows(self, data: bytes, at_end: bool) -> tuple[Array, Array]:
         """Where each whole row ends (one past its newline) and how many cells it has (`_STRAY`: quotes are wrong)."""

@@ -39,9 +39,9 @@ import pyarrow.parquet as pq
 
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.encode import Totals, write_part
-from ctrlib.data.raw import Plan, RawTable, check_names, naming, read_parquet, read_raw, run_here
+from ctrlib.data.raw import RawTable, check_names, naming, read_parquet, read_raw, run_here
 from ctrlib.data.scan import DataError, OnBadRow
-from ctrlib.data.vocabulary import counted, values_of
+from ctrlib.data.vocabulary import Vocabularies, counted, values_of
 from ctrlib.schema import Categorical, Schema, SchemaError
 
 if TYPE_CHECKING:
@@ -89,29 +89,32 @@ class SparkWorkers:
         table.run = self._run
         return table
 
-    def count(self, tables: Sequence[RawTable], plans: Mapping[str, Plan]) -> dict[str, pl.LazyFrame]:
-        """As `ctrlib.data.vocabulary.count_here`; Spark adds up what was counted in the pieces."""
+    def count(self, tables: Sequence[RawTable], vocabularies: Vocabularies) -> list[tuple[str, pl.LazyFrame]]:
+        """As `ctrlib.data.vocabulary.Count`; Spark adds up what was counted in the pieces."""
         folder = self._temporary / f"counts-{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
 
-        def count(_: int, piece: pl.LazyFrame) -> Iterator[pl.DataFrame]:
-            for number, plan in enumerate(plans.values()):
+        plans = [[values_of(features, table.dtypes) for features in vocabularies.values()] for table in tables]
+
+        def count(_: int, task: tuple[int, pl.LazyFrame]) -> Iterator[pl.DataFrame]:
+            table, piece = task
+            for number, plan in enumerate(plans[table]):
                 counts = counted(plan(piece)).collect(engine="streaming")
                 yield counts.select(pl.lit(number).alias("vocabulary"), "value", "count")
 
-        tasks = [piece for table in tables for piece in table.pieces]
+        tasks = [(number, piece) for number, table in enumerate(tables) for piece in table.pieces]
         pieces = self._each(tasks, count, "vocabulary long, value string, count long")
         counts = pieces.groupBy("vocabulary", "value").sum("count").withColumnRenamed("sum(count)", "count")
         # Sorted, so that each vocabulary lies in a few row groups.
         _write_partitions(counts.sortWithinPartitions("vocabulary"), folder, "counts")
         files = sorted(folder.glob("*.parquet"))
         if not files:
-            return {name: pl.LazyFrame(schema={"value": pl.String, "count": pl.Int64}) for name in plans}
+            return [(name, pl.LazyFrame(schema={"value": pl.String, "count": pl.Int64})) for name in vocabularies]
         found = pl.scan_parquet(files, glob=False)
-        return {
-            name: found.filter(pl.col("vocabulary") == number).select("value", "count")
-            for number, name in enumerate(plans)
-        }
+        return [
+            (name, found.filter(pl.col("vocabulary") == number).select("value", "count"))
+            for number, name in enumerate(vocabularies)
+        ]
 
     def write(
         self,

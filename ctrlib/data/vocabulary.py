@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -32,14 +32,9 @@ from ctrlib.schema import (
     vocabulary_of,
 )
 
-# Tables, and for each name what makes a column `value` of a piece -> for each name a lazy frame of value and count.
-Count = Callable[[Sequence[RawTable], Mapping[str, Plan]], Mapping[str, pl.LazyFrame]]
-
-
-def count_here(tables: Sequence[RawTable], plans: Mapping[str, Plan]) -> dict[str, pl.LazyFrame]:
-    """How often each value comes up in columns made of the tables, lazily."""
-    pieces = [piece for table in tables for piece in table.pieces]
-    return {name: counted(pl.concat([plan(piece) for piece in pieces])) for name, plan in plans.items()}
+Vocabularies = Mapping[str, tuple[VocabularyFeature, ...]]  # name -> the features whose values it has
+# How often each value comes up in the tables: a name and a lazy frame of value and count, one vocabulary at a time.
+Count = Callable[[Sequence[RawTable], Vocabularies], Iterable[tuple[str, pl.LazyFrame]]]
 
 
 def counted(column: pl.LazyFrame) -> pl.LazyFrame:
@@ -47,7 +42,7 @@ def counted(column: pl.LazyFrame) -> pl.LazyFrame:
     return column.group_by("value").agg(count=pl.len().cast(pl.Int64))
 
 
-def fit(train: RawTable, schema: Schema, folder: Path, count: Count = count_here) -> Schema:
+def fit(train: RawTable, schema: Schema, folder: Path, count: Count) -> Schema:
     """The fitted copy of `schema`; writes the vocabularies into `folder`.
 
     Memory is bounded by the largest vocabulary: one vocabulary is counted at a time.
@@ -57,10 +52,8 @@ def fit(train: RawTable, schema: Schema, folder: Path, count: Count = count_here
     """
     folder.mkdir(parents=True, exist_ok=True)
     sizes, hashes = {}, {}
-    dtypes = train.dtypes
     limits = {name: _limits(features) for name, features in schema.vocabularies.items()}
-    plans = {name: values_of(features, dtypes) for name, features in schema.vocabularies.items()}
-    for name, counts in count([train], plans).items():
+    for name, counts in count([train], schema.vocabularies):
         vocabulary = in_order(counts, *limits[name])
         vocabulary.write_parquet(vocabulary_path(folder, name))
         sizes[name] = len(vocabulary) + NUM_RESERVED_IDS
@@ -142,8 +135,7 @@ def fit_numbers(train: RawTable, features: tuple[Numeric, ...]) -> dict[str, dic
     if not features:
         return {}
     dtypes = train.dtypes
-    columns = [transformed(number(f.name, dtypes[f.name]), f.transform).alias(f.name) for f in features]
-    found = moments(train.map(lambda piece: piece.select(columns)))
+    found = moments(train, {f.name: transformed(number(f.name, dtypes[f.name]), f.transform) for f in features})
     fitted = {}
     for feature in features:
         mean, sd, low, high = found[feature.name]

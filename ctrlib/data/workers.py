@@ -5,16 +5,19 @@ What is done is defined elsewhere, once, as polars expressions; workers only dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import polars as pl
 
-from ctrlib.data.encode import Totals, write_part
-from ctrlib.data.raw import Plan, RawTable, naming, read_raw
+from ctrlib.data.coded import CodedTable, read_coded
+from ctrlib.data.codes import count_values, write_coded
+from ctrlib.data.encode import Totals
+from ctrlib.data.raw import RawTable
 from ctrlib.data.scan import OnBadRow
-from ctrlib.data.vocabulary import count_here
+from ctrlib.data.stream import ahead
+from ctrlib.data.vocabulary import Vocabularies
 from ctrlib.schema import Schema
 
 
@@ -34,8 +37,8 @@ class Workers(Protocol):
     ) -> RawTable:
         """`ctrlib.data.raw.read_raw`."""
 
-    def count(self, tables: Sequence[RawTable], plans: Mapping[str, Plan]) -> Mapping[str, pl.LazyFrame]:
-        """`ctrlib.data.vocabulary.count_here`."""
+    def count(self, tables: Sequence[RawTable], vocabularies: Vocabularies) -> Iterable[tuple[str, pl.LazyFrame]]:
+        """`ctrlib.data.vocabulary.Count`."""
 
     def write(
         self,
@@ -52,10 +55,13 @@ class Workers(Protocol):
 
 
 class ThisMachine:
-    """Polars, on all cores of this machine."""
+    """This machine's cores, which touch every text once (`ctrlib.data.coded`)."""
 
-    read = staticmethod(read_raw)
-    count = staticmethod(count_here)
+    read = staticmethod(read_coded)
+
+    def count(self, tables: Sequence[RawTable], vocabularies: Vocabularies) -> Iterator[tuple[str, pl.LazyFrame]]:
+        """As `ctrlib.data.vocabulary.Count`; the next vocabulary is counted meanwhile."""
+        return ahead((name, count_values(_coded(tables), features)) for name, features in vocabularies.items())
 
     def write(
         self,
@@ -66,10 +72,8 @@ class ThisMachine:
         label_positive: Mapping[str, str] | None,
     ) -> dict[str, Totals]:
         """As in `Workers`, a file for each split."""
-        values = {name: pl.read_parquet(path, columns=["value", "id"], glob=False) for name, path in known.items()}
-        totals = {}
-        for split, table in tables.items():
-            with naming(table.name):
-                path = folder / split / "part-00000.parquet"
-                totals[split] = write_part(table.frame, path, schema, values, label_positive)
-        return totals
+        return write_coded(dict(zip(tables, _coded(tables.values()))), folder, schema, known, label_positive)
+
+
+def _coded(tables: Iterable[RawTable]) -> list[CodedTable]:
+    return [table for table in tables if isinstance(table, CodedTable)]

@@ -1,0 +1,266 @@
+"""Count the values of coded tables and write their rows as ids and numbers, by looking up integers.
+
+What is computed is what `ctrlib.data.encode` says of rows, with the same expressions, once for each distinct cell of a
+block; rows are put together from that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ctrlib.data.cells import fitted_number, label, number, raw_id, text
+from ctrlib.data.coded import Block, Cells, CodedTable
+from ctrlib.data.columns import GROUP_COLUMN
+from ctrlib.data.encode import ROWS_PER_GROUP, Totals, totals_of
+from ctrlib.data.raw import naming
+from ctrlib.schema import (
+    MISSING_ID,
+    MISSING_RAW_ID,
+    OOV_ID,
+    Categorical,
+    Feature,
+    MultiValued,
+    Numeric,
+    RawId,
+    Schema,
+    VocabularyFeature,
+)
+
+_TEXT = pa.large_string()
+
+
+class Texts(NamedTuple):
+    """Canonical texts of the distinct cells of a column: one a cell, null where it is missing; or, of lists, those of
+    all cells one after another and how many each cell has."""
+
+    flat: pa.Array
+    lengths: npt.NDArray[np.int64] | None
+
+
+def texts_of(cells: Cells, feature: VocabularyFeature) -> Texts:
+    """What the distinct cells of a column hold, as `ctrlib.data.cells.text` says."""
+    values = cells.values.alias(feature.name)
+    if not isinstance(feature, Categorical):
+        lists = values.to_frame().select(text(feature, values.dtype)).to_series()
+        lengths = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
+        return Texts(_text_array(lists.drop_nulls().explode()), lengths)
+    if values.dtype != pl.String or feature.bucket is not None:
+        values = values.to_frame().select(text(feature, values.dtype)).to_series()
+    return Texts(_text_array(values), None)
+
+
+def _text_array(values: pl.Series) -> pa.Array:
+    return values.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_TEXT)
+
+
+def count_values(tables: Sequence[CodedTable], features: Sequence[VocabularyFeature]) -> pl.LazyFrame:
+    """The values of features that share a vocabulary in all rows of the tables: value, count."""
+    texts, counts = [], []
+    for table in tables:
+        for block in table.blocks:
+            columns = block.columns()
+            for feature in features:
+                cells = columns[feature.name]
+                rows = table.counts(block, cells)
+                with naming(table.name):
+                    flat, lengths = texts_of(cells, feature)
+                texts.append(flat)
+                counts.append(rows if lengths is None else np.repeat(rows, lengths))
+    numbered, values = _numbered(texts)
+    totals = np.zeros(len(values), np.int64)
+    for numbers, rows in zip(numbered, counts):
+        present = numbers >= 0
+        np.add.at(totals, numbers[present], rows[present])
+    return pl.LazyFrame({"value": _strings(values), "count": totals}).filter(pl.col("count") > 0)
+
+
+def _strings(values: pa.Array) -> pl.Series:
+    series = pl.from_arrow(values)
+    assert isinstance(series, pl.Series)
+    return series
+
+
+def _numbered(texts: Sequence[pa.Array]) -> tuple[list[npt.NDArray[np.int32]], pa.Array]:
+    """Of each array the places of its texts (-1 for null) among all distinct texts, in the order of coming."""
+    # Empty arrays are left out: Arrow drops their chunks.
+    chunks = pa.chunked_array([array for array in texts if len(array)], _TEXT).dictionary_encode().chunks
+    places = iter([chunk.indices.fill_null(-1).to_numpy() for chunk in chunks])
+    nothing = np.empty(0, np.int32)
+    of_arrays = [next(places) if len(array) else nothing for array in texts]
+    return of_arrays, chunks[-1].dictionary if chunks else pa.array([], _TEXT)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_coded(
+    tables: Mapping[str, CodedTable],
+    folder: Path,
+    schema: Schema,
+    known: Mapping[str, Path],
+    label_positive: Mapping[str, str] | None,
+) -> dict[str, Totals]:
+    """As `ctrlib.data.workers.Workers.write`, a file for each split."""
+    # One block may have rows of several splits.
+    blocks = {block: table for table in tables.values() for block in table.blocks}
+    for name, features in schema.vocabularies.items():
+        _look_up(known[name], features, blocks)
+    if GROUP_COLUMN in known:
+        _look_up(known[GROUP_COLUMN], (_Group(schema.group or ""),), blocks)
+    encode = functools.partial(
+        _encoded, schema=schema, positive=label_positive or {}, integer_groups=GROUP_COLUMN not in known
+    )
+    totals: dict[str, Totals] = {}
+    with contextlib.ExitStack() as files, ThreadPoolExecutor(os.cpu_count()) as threads:
+        writers: dict[str, _Writer] = {}
+        for block, rows in _in_order(threads, encode, blocks):
+            for split, table in tables.items():
+                if block not in table.blocks:
+                    continue
+                kept = table.kept(block)
+                part = rows if kept is None else rows.filter(pa.array(kept))
+                if split not in writers:
+                    path = folder / split / "part-00000.parquet"
+                    writers[split] = files.enter_context(_Writer(path, part.schema))
+                    totals[split] = totals_of(pl.LazyFrame(pl.from_arrow(part.slice(0, 0))), schema)
+                writers[split].add(part)
+                totals[split] += totals_of(pl.LazyFrame(pl.from_arrow(part)), schema)
+    return {split: totals[split] for split in tables}
+
+
+def _in_order(
+    threads: ThreadPoolExecutor, encode: Callable[[Block, str], pa.Table], blocks: Mapping[Block, CodedTable]
+) -> Iterator[tuple[Block, pa.Table]]:
+    """The encoded rows of blocks, in order, a few made ahead."""
+    pending: deque[tuple[Block, Future[pa.Table]]] = deque()
+    for block, table in blocks.items():
+        pending.append((block, threads.submit(encode, block, table.name)))
+        if len(pending) > 2:
+            block, rows = pending.popleft()
+            yield block, rows.result()
+    for block, rows in pending:
+        yield block, rows.result()
+
+
+class _Group(Categorical):
+    """The group, which is looked up as a feature is."""
+
+
+def _look_up(known: Path, features: Sequence[VocabularyFeature], blocks: Mapping[Block, CodedTable]) -> None:
+    """Write, for each block, the ids of the distinct cells of features that share a vocabulary."""
+    vocabulary = pl.read_parquet(known, columns=["value", "id"], glob=False)
+    of_cells: list[tuple[Path, VocabularyFeature, npt.NDArray[np.int64] | None]] = []
+    texts = [_text_array(vocabulary["value"])]
+    for block, table in blocks.items():
+        columns = block.columns()
+        for feature in features:
+            with naming(table.name):
+                flat, lengths = texts_of(columns[feature.name], feature)
+            texts.append(flat)
+            of_cells.append((_ids_path(block, feature), feature, lengths))
+    places, distinct = _numbered(texts)
+    is_group = isinstance(features[0], _Group)
+    missing, unseen, kind = (-1, -1, np.int64) if is_group else (MISSING_ID, OOV_ID, np.int32)
+    ids = np.full(len(distinct) + 1, unseen, kind)
+    ids[places[0]] = vocabulary["id"].to_numpy()
+    ids[-1] = missing  # the place of a null is -1
+    for (path, feature, lengths), numbers in zip(of_cells, places[1:]):
+        found = pa.array(ids[numbers])
+        _spill(found if lengths is None else _lists(found, lengths, isinstance(feature, MultiValued)), path)
+
+
+def _lists(ids: pa.Array, lengths: npt.NDArray[np.int64], is_bag: bool) -> pa.Array:
+    if is_bag and (lengths == 0).any():  # a bag without values is that of the missing id
+        filled = np.full(int(np.maximum(lengths, 1).sum()), MISSING_ID, np.int32)
+        lengths, present = np.maximum(lengths, 1), lengths > 0
+        filled[np.repeat(present, lengths)] = ids.to_numpy()
+        ids = pa.array(filled)
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), ids)
+
+
+def _ids_path(block: Block, feature: Feature) -> Path:
+    return block.path.with_suffix(f".{quote(feature.name, safe='')}{'.group' * isinstance(feature, _Group)}")
+
+
+def _spill(values: pa.Array, path: Path) -> None:
+    table = pa.table({"": values})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _encoded(block: Block, name: str, *, schema: Schema, positive: Mapping[str, str], integer_groups: bool) -> pa.Table:
+    """All rows of a block as `ctrlib.data.encode.encode_checked` gives them."""
+    columns = block.columns()
+    made: dict[str, pa.Array] = {}
+
+    def computed(out: str, column: str, meaning: Callable[[pl.DataType], pl.Expr]) -> None:
+        cells = columns[column]
+        values = cells.values.alias(column)
+        with naming(name):
+            found = values.to_frame().select(meaning(values.dtype)).to_series()
+        made[out] = cells.placed(found.to_arrow())
+
+    def looked_up(out: str, feature: VocabularyFeature) -> None:
+        ids = pa.ipc.open_file(pa.memory_map(str(_ids_path(block, feature)))).read_all().column(0).chunk(0)
+        made[out] = columns[feature.name].placed(ids)
+
+    for feature in schema.features:
+        if isinstance(feature, Numeric):
+            computed(feature.name, feature.name, lambda dtype, f=feature: fitted_number(f, dtype).cast(pl.Float32))  # type: ignore[misc]
+        elif isinstance(feature, RawId):
+            computed(feature.name, feature.name, lambda _, f=feature: raw_id(f).fill_null(MISSING_RAW_ID))  # type: ignore[misc]
+        else:
+            looked_up(feature.name, feature)
+    for one in schema.labels:
+        computed(
+            one,
+            one,
+            lambda dtype, n=one: label(n, dtype, positive.get(n)).fill_null(float("nan")).cast(pl.Float32),  # type: ignore[misc]
+        )
+    if schema.weight is not None:
+        weight = schema.weight
+        computed(weight, weight, lambda dtype: number(weight, dtype).cast(pl.Float32))
+    if schema.group is not None and integer_groups:
+        # Rows that are left out may hold what is none.
+        computed(GROUP_COLUMN, schema.group, lambda _: pl.col(schema.group or "").cast(pl.Int64, strict=False))
+    elif schema.group is not None:
+        looked_up(GROUP_COLUMN, _Group(schema.group))
+    return pa.table(made)
+
+
+class _Writer:
+    """A parquet file of row groups of one size."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._file = pq.ParquetWriter(path, schema, compression="snappy", write_statistics=False)
+        self._rest = schema.empty_table()
+
+    def add(self, rows: pa.Table) -> None:
+        """Append rows."""
+        rows = pa.concat_tables([self._rest, rows])
+        whole = rows.num_rows - rows.num_rows % ROWS_PER_GROUP
+        if whole:
+            self._file.write_table(rows.slice(0, whole), row_group_size=ROWS_PER_GROUP)
+        self._rest = rows.slice(whole)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and self._rest.num_rows:
+            self._file.write_table(self._rest)
+        self._file.close()
