@@ -63,8 +63,10 @@ class Categorical:
 class MultiValued:
     """An unordered bag of ids per row, such as genres; `pooling` makes one vector of it.
 
-    Text is split at `separator`; list columns are taken as they are. Only the first `max_length` values are kept.
-    A missing cell is the bag [missing id]. Other arguments as in `Categorical`.
+    Text is split at `separator`; a cell that begins with "[" and ends with "]" is a JSON list instead. List columns are
+    taken as they are. Empty values are dropped, and so are those whose text is `padding`. Of the others the first
+    `max_length` are kept. A cell that is missing, or of which nothing is left, is the bag [missing id]. Other arguments
+    as in `Categorical`.
     """
 
     name: str
@@ -74,6 +76,7 @@ class MultiValued:
     min_count: int = 1
     max_values: int | None = None
     vocabulary: str | None = None
+    padding: str | None = None
     num_embeddings: int | None = None
 
 
@@ -81,8 +84,10 @@ class MultiValued:
 class Sequence:
     """An ordered history of ids per row, oldest first; the *last* `max_length` events are kept.
 
-    Usually shares the `vocabulary` of the item it is compared with. A missing or empty cell is an empty history.
-    Other arguments as in `MultiValued`.
+    Usually shares the `vocabulary` of the item it is compared with. Cells are read as in `MultiValued`, but events keep
+    their places: an empty or null one is the missing id, so that "a||c" goes with "x|y|". Events whose text is
+    `padding` are dropped as if they were not there ("" stands for empty ones). A missing or empty cell is an empty
+    history. Other arguments as in `MultiValued`.
     """
 
     name: str
@@ -92,6 +97,7 @@ class Sequence:
     min_count: int = 1
     max_values: int | None = None
     vocabulary: str | None = None
+    padding: str | None = None
     num_embeddings: int | None = None
 
 
@@ -266,7 +272,7 @@ class Schema:
 
     def _body(self) -> dict[str, Any]:
         return {
-            "features": [{"kind": kind_of(feature), **dataclasses.asdict(feature)} for feature in self.features],
+            "features": [{"kind": kind_of(feature), **_arguments(feature)} for feature in self.features],
             "labels": list(self.labels),
             "weight": self.weight,
             "group": self.group,
@@ -335,7 +341,7 @@ class Schema:
         lines += [f"feature {name!r} is missing" for name in mine if name not in theirs]
         lines += [f"feature {name!r} is extra" for name in theirs if name not in mine]
         for name in (name for name in mine if name in theirs):
-            a, b = ({"kind": kind_of(f), **dataclasses.asdict(f)} for f in (mine[name], theirs[name]))
+            a, b = ({"kind": kind_of(f), **_arguments(f)} for f in (mine[name], theirs[name]))
             keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
             lines += [f"feature {name!r}: {key} is {b.get(key)!r}, expected {a.get(key)!r}" for key in keys]
         if not lines and list(mine) != list(theirs):
@@ -356,12 +362,26 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _COUNTS = ("min_count", "max_values", "max_length")
 
 
+def _arguments(feature: Feature) -> dict[str, Any]:
+    """What schema.json holds, and what is hashed; without a padding that there is not, so that older hashes stay."""
+    return {
+        name: value for name, value in dataclasses.asdict(feature).items() if name != "padding" or value is not None
+    }
+
+
 def _check_arguments(feature: Feature) -> None:
     for name, value in dataclasses.asdict(feature).items():
         if name in _CHOICES and value not in _CHOICES[name]:
             raise SchemaError(f"feature {feature.name!r}: {name} is {value!r}, expected one of {_CHOICES[name]}")
         if name in _COUNTS and value is not None and value < 1:
             raise SchemaError(f"feature {feature.name!r}: {name} is {value}, expected 1 or more")
+        if name == "separator" and not (isinstance(value, str) and value):
+            raise SchemaError(f"feature {feature.name!r}: separator is {value!r}, expected a text such as '|' or ','")
+        if name == "padding" and value is not None and not (isinstance(value, str) and value == value.strip()):
+            raise SchemaError(
+                f"feature {feature.name!r}: padding is {value!r}, expected the text of an event, without blanks around "
+                "it, such as '0'"
+            )
 
 
 def _hash(body: dict[str, Any]) -> str:

@@ -60,7 +60,8 @@ def test_evaluation_counts_as_prediction_does(predictor, tmp_path, capsys):
     odd = rows().with_columns(surplus=pl.lit(1), item=pl.Series(["new", None, *rows()["item"][2:]]))
     scores, counts = predictor.predict(odd)
     assert counts["unseen"] == {"item": 1, "member": 0, "shop": 0, "history": 0}
-    assert counts["missing"] == {"item": 1, "member": 0, "shop": 0, "history": 15}
+    assert counts["missing"] == {"item": 1, "member": 0, "shop": 0, "history": 0}
+    assert counts["empty"] == {"history": 15}
     assert counts["ignored"] == ["surplus"]
     assert counts["rows"] == len(scores) == 60
     metrics = predictor.evaluate(odd)
@@ -68,9 +69,8 @@ def test_evaluation_counts_as_prediction_does(predictor, tmp_path, capsys):
     path = csv_of(tmp_path / "odd.csv", odd)
     assert cli.main(["evaluate", str(tmp_path / "m"), str(path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert {key: printed[key] for key in ("unseen", "missing", "ignored")} == {
-        key: counts[key] for key in ("unseen", "missing", "ignored")
-    }
+    shown = ("unseen", "missing", "empty", "ignored")
+    assert {key: printed[key] for key in shown} == {key: counts[key] for key in shown}
     assert cli.main(["evaluate", str(tmp_path / "m"), str(path)]) == 0
     printed = capsys.readouterr().out
     assert "item: 1 unseen and 1 missing ids" in printed

@@ -86,9 +86,10 @@ def print_scores(scores: dict[str, Any], title: str) -> None:
 def print_counts(counts: dict[str, Any]) -> None:
     """What was odd about raw rows; nothing for a prepared folder."""
     for name, unseen in counts.get("unseen", {}).items():
-        missing = counts["missing"][name]
-        if unseen or missing:
-            print(f"  {name}: {unseen:,} unseen and {missing:,} missing ids")
+        missing, empty = counts["missing"][name], counts["empty"].get(name, 0)
+        if unseen or missing or empty:
+            histories = f", {empty:,} empty histories" if empty else ""
+            print(f"  {name}: {unseen:,} unseen and {missing:,} missing ids{histories}")
     if counts.get("ignored"):
         print(f"  columns that the model does not know were ignored: {', '.join(counts['ignored'])}")
     for remark in counts.get("remarks", ()):

@@ -7,6 +7,7 @@ or as a float (which pandas makes of integers as soon as one is missing).
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,8 @@ def number(name: str, dtype: pl.DataType) -> pl.Expr:
 def text(feature: Feature, dtype: pl.DataType) -> pl.Expr:
     """The canonical text of a categorical column, or list of texts of a multi-valued one; null where it is missing.
 
+    A history's list has a null for each event that is missing, in its place.
+
     Integers are decimal; floats and decimals must be whole, and are as integers; booleans "true" and "false"; dates
     "2024-05-31"; times of any unit "2024-05-31 08:15:30.25", without zeros at the end of the fraction, a midnight as
     its date, with a zone in UTC. Text is as it is.
@@ -54,20 +57,75 @@ def text(feature: Feature, dtype: pl.DataType) -> pl.Expr:
             return bucket.cast(pl.Int64, strict=False).cast(pl.String)
         return _scalar_text(column, dtype)
     assert isinstance(feature, MultiValued | Sequence)
+    event = pl.element()
     if isinstance(dtype, pl.List | pl.Array):
-        inner = dtype.inner
-        assert isinstance(inner, pl.DataType)
         values = column.arr.to_list() if isinstance(dtype, pl.Array) else column
-        element = _scalar_text(pl.element(), inner)
-        if inner in (pl.String, pl.Categorical, pl.Enum):
-            element = element.str.strip_chars()
-        values = values.list.eval(element.filter(element.is_not_null() & (element != "")))
+        event = _scalar_text(event, _inner(dtype))
+    elif dtype == pl.String:
+        cell = pl.when(column.str.strip_chars() != "").then(column)
+        values = pl.when(_is_json(column)).then(_json_lists(column)).otherwise(cell.str.split(feature.separator))
     else:
         values = _scalar_text(column, dtype).str.split(feature.separator)
-        element = pl.element().str.strip_chars()
-        values = values.list.eval(element.filter(element != ""))
-    values = (values.list.head if isinstance(feature, MultiValued) else values.list.tail)(feature.max_length)
+    if not isinstance(dtype, pl.List | pl.Array) or _inner(dtype) in (pl.String, pl.Categorical, pl.Enum):
+        event = event.str.strip_chars()
+    event = event.fill_null("")
+    present, kept = event != "", pl.lit(True) if feature.padding is None else event != feature.padding
+    if isinstance(feature, MultiValued):
+        values = values.list.eval(event.filter(present & kept)).list.head(feature.max_length)
+    else:
+        in_place = pl.when(present).then(event)
+        values = values.list.eval(in_place if feature.padding is None else in_place.filter(kept))
+        values = values.list.tail(feature.max_length)
     return pl.when(values.list.len() > 0).then(values)
+
+
+def json_events(cell: str) -> list[str | None] | None:
+    """The texts of what a JSON list holds, None for null; None in place of the list if it is none, or holds others
+    than texts, whole numbers, booleans and nulls.
+
+    >>> json_events('[7, "7.0", 7.0, true, null]'), json_events("[7.5]"), json_events("[7")
+    (['7', '7.0', '7', 'true', None], None, None)
+    """
+    events: list[str | None] = []
+    try:
+        found = json.loads(cell)
+        for one in found:
+            if isinstance(one, str):
+                one.encode()  # half a surrogate pair is no text
+                events.append(one)
+            elif isinstance(one, bool):
+                events.append("true" if one else "false")
+            elif isinstance(one, int):
+                events.append(str(one))
+            elif one is None or one != one:
+                events.append(None)
+            elif isinstance(one, float) and one.is_integer() and -(2.0**63) <= one < 2.0**63:
+                events.append(str(int(one)))
+            else:
+                return None
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return events if isinstance(found, list) else None
+
+
+def _is_json(column: pl.Expr) -> pl.Expr:
+    return column.str.starts_with("[") & column.str.ends_with("]")
+
+
+def _json_lists(column: pl.Expr) -> pl.Expr:
+    """Lists of texts; null where the cell is no JSON list."""
+    return (
+        pl.when(_is_json(column))
+        .then(column)
+        .map_batches(_json_lists_of, return_dtype=pl.List(pl.String), is_elementwise=True)
+    )
+
+
+def _json_lists_of(cells: pl.Series) -> pl.Series:
+    if cells.null_count() == len(cells):
+        return pl.Series(cells.name, [], dtype=pl.List(pl.String)).clear(len(cells))
+    lists = [None if cell is None else json_events(cell) for cell in cells.to_list()]
+    return pl.Series(cells.name, lists, dtype=pl.List(pl.String))
 
 
 def _scalar_text(column: pl.Expr, dtype: pl.DataType) -> pl.Expr:
@@ -239,6 +297,13 @@ def checks(
             values = pl.col(name).arr.to_list() if isinstance(dtype, pl.Array) else pl.col(name)
             bad = values.list.eval(_not_integral(pl.element(), _inner(dtype))).list.any()
             found.append(Check(name, bad.fill_null(False), "", "lists of integers or text", retyped=True))
+        elif isinstance(feature, MultiValued | Sequence) and dtype == pl.String:
+            bad = (_is_json(pl.col(name)) & _json_lists(pl.col(name)).is_null()).fill_null(False)
+            expected = (
+                'a JSON list of texts (in double quotes) and whole numbers, such as ["a", "b"] or [1, 2], as it begins '
+                "with [ and ends with ]"
+            )
+            found.append(Check(name, bad, "not a JSON list", expected))
     if not with_labels:
         return found
     for name in schema.labels:

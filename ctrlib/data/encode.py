@@ -93,7 +93,9 @@ def _ids(feature: VocabularyFeature, dtype: pl.DataType, known: pl.DataFrame) ->
     if isinstance(feature, Categorical):
         return pl.when(raw_text.is_null()).then(pl.lit(MISSING_ID, pl.Int32)).otherwise(_id(raw_text, known, OOV_ID))
     empty = [MISSING_ID] if isinstance(feature, MultiValued) else []
-    return raw_text.list.eval(_id(pl.element(), known, OOV_ID)).fill_null(pl.lit(empty, pl.List(pl.Int32)))
+    event = pl.element()
+    ids = pl.when(event.is_null()).then(pl.lit(MISSING_ID, pl.Int32)).otherwise(_id(event, known, OOV_ID))
+    return raw_text.list.eval(ids).fill_null(pl.lit(empty, pl.List(pl.Int32)))
 
 
 def _id(value: pl.Expr, known: pl.DataFrame, default: int) -> pl.Expr:
@@ -277,7 +279,7 @@ def judge_table(
 
 
 def count_ids(encoded: pl.LazyFrame, schema: Schema) -> dict[str, dict[str, int]]:
-    """Sparse feature -> numbers of "missing" cells (empty lists too), of "unseen" ids, and of all "ids"."""
+    """Sparse feature -> numbers of "missing" ids, of "empty" histories, of "unseen" ids, and of all "ids"."""
     columns: list[pl.Expr] = []
     for feature in schema.sparse:
         column = pl.col(feature.name)
@@ -286,15 +288,13 @@ def count_ids(encoded: pl.LazyFrame, schema: Schema) -> dict[str, dict[str, int]
             columns += [count.alias(f"{feature.name} {what}") for what, count in counts.items()]
             continue
         ids = column if isinstance(feature, Categorical) else column.list.explode(empty_as_null=False, keep_nulls=False)
-        if isinstance(feature, Categorical | MultiValued):
-            first = column if isinstance(feature, Categorical) else column.list.first()
-            missing = (first == MISSING_ID).sum()
-        else:
-            missing = (column.list.len() == 0).sum()
-        counts = {"missing": missing, "unseen": (ids == OOV_ID).sum(), "ids": ids.len()}
+        counts = {"missing": (ids == MISSING_ID).sum(), "unseen": (ids == OOV_ID).sum(), "ids": ids.len()}
+        if not isinstance(feature, Categorical | MultiValued):
+            counts["empty"] = (column.list.len() == 0).sum()
         columns += [count.alias(f"{feature.name} {what}") for what, count in counts.items()]
     found: dict[str, Any] = encoded.select(columns).collect(engine="streaming").row(0, named=True) if columns else {}
+    whats = ("missing", "empty", "unseen", "ids")
     return {
-        feature.name: {what: int(found[f"{feature.name} {what}"] or 0) for what in ("missing", "unseen", "ids")}
+        feature.name: {what: int(found[key] or 0) for what in whats if (key := f"{feature.name} {what}") in found}
         for feature in schema.sparse
     }

@@ -54,7 +54,8 @@ NUM_EXAMPLES = 10  # unseen values that are kept to be shown
 
 @dataclass
 class Counts:
-    """What was found in rows: feature -> number of "ids" looked up, of those "unseen" in train, of "missing" cells.
+    """What was found in rows: feature -> number of "ids" looked up, of those "unseen" in train, of "missing" ones;
+    history -> number of "empty" ones.
 
     `examples`: a few of the unseen values of each feature. `ignored`: columns that the schema does not know. `skipped`:
     why how many rows were left out.
@@ -64,6 +65,7 @@ class Counts:
     ids: dict[str, int] = field(default_factory=dict)
     unseen: dict[str, int] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
+    empty: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -71,7 +73,8 @@ class Counts:
     def add(self, other: Counts) -> None:
         """Count more rows."""
         self.rows += other.rows
-        for mine, theirs in ((self.ids, other.ids), (self.unseen, other.unseen), (self.missing, other.missing)):
+        for what in ("ids", "unseen", "missing", "empty"):
+            mine, theirs = getattr(self, what), getattr(other, what)
             for name, count in theirs.items():
                 mine[name] = mine.get(name, 0) + count
         for name, values in other.examples.items():
@@ -285,7 +288,7 @@ class Encoder:
 
     def _look_up_lists(self, lists: pl.Series, feature: VocabularyFeature, counts: Counts) -> Ragged:
         lengths = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
-        values = self._look_up(lists.drop_nulls().explode(), feature, OOV_ID, counts)
+        values = self._look_up(lists.drop_nulls().explode(), feature, MISSING_ID, counts)
         if isinstance(feature, MultiValued) and (lengths == 0).any():  # a bag without values is that of the missing id
             filled = np.maximum(lengths, 1)
             ids = np.full(int(filled.sum()), MISSING_ID, np.int32)
@@ -319,12 +322,14 @@ class Encoder:
             texts_of, get = self._texts_of[listed.name], self._known[vocabulary_of(listed)].get
             lists = [texts_of(cell) for cell in cells[listed.name]]
             empty = [MISSING_ID] if isinstance(listed, MultiValued) else []
-            of_rows = [[get(one, OOV_ID) for one in texts] or empty for texts in lists]
+            of_rows = [[MISSING_ID if one is None else get(one, OOV_ID) for one in texts] or empty for texts in lists]
             values = [one for row in of_rows for one in row]
             lengths = np.array([len(row) for row in of_rows], np.int64)
             ragged[listed.name] = Ragged(np.array(values, np.int32), offsets_of(lengths))
             counts.ids[listed.name], counts.unseen[listed.name] = len(values), values.count(OOV_ID)
-            counts.missing[listed.name] = values.count(MISSING_ID) if empty else sum(not row for row in of_rows)
+            counts.missing[listed.name] = values.count(MISSING_ID)
+            if isinstance(listed, History):
+                counts.empty[listed.name] = sum(not row for row in of_rows)
             if counts.unseen[listed.name]:
                 self._note(counts, listed, [one for texts in lists for one in texts])
         floats = self._floats(num_rows)
@@ -333,7 +338,7 @@ class Encoder:
             floats[:, position] = [number_of(cell) for cell in cells[dense.name]]
         return Columns(ids, ragged, floats, self._groups(num_rows)), counts
 
-    def _note(self, counts: Counts, feature: VocabularyFeature, texts: list[str | None] | list[str]) -> None:
+    def _note(self, counts: Counts, feature: VocabularyFeature, texts: list[str | None]) -> None:
         """Keep some of the unseen values."""
         known = self._known[vocabulary_of(feature)]
         unseen = dict.fromkeys(one for one in texts if one is not None and one not in known)
@@ -349,7 +354,7 @@ class Encoder:
         counts.unseen[feature.name] = 0 if unseen is None else int((ids == unseen).sum())
         counts.missing[feature.name] = int((ids == missing).sum())
         if isinstance(feature, History) and lengths is not None:
-            counts.missing[feature.name] = int((lengths == 0).sum())
+            counts.empty[feature.name] = int((lengths == 0).sum())
 
     def _floats(self, num_rows: int) -> npt.NDArray[np.float32]:
         """Room for numbers, labels that are not known, and weights of 1."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ctrlib.data.cells import FLOAT32_MAX
+from ctrlib.data.cells import FLOAT32_MAX, json_events
 from ctrlib.data.raw import BLANKS
 from ctrlib.schema import MISSING_RAW_ID, Categorical, MultiValued, Numeric, RawId, Sequence, VocabularyFeature
 
@@ -65,20 +65,29 @@ def text_of_cell(feature: VocabularyFeature, fitted: str, missing: frozenset[str
     return text_of
 
 
-def texts_of_cell(feature: MultiValued | Sequence, fitted: str, missing: frozenset[str]) -> Callable[[Any], list[str]]:
-    """Cell -> canonical texts of its values."""
-    text_of, separator = text_of_cell(feature, fitted, missing), feature.separator
-    kept = slice(feature.max_length) if isinstance(feature, MultiValued) else slice(-feature.max_length, None)
+def texts_of_cell(
+    feature: MultiValued | Sequence, fitted: str, missing: frozenset[str]
+) -> Callable[[Any], list[str | None]]:
+    """Cell -> canonical texts of its values; of a history, None for each event that is missing."""
+    text_of, separator, padding = text_of_cell(feature, fitted, missing), feature.separator, feature.padding
+    in_place = isinstance(feature, Sequence)
+    kept = slice(-feature.max_length, None) if in_place else slice(feature.max_length)
 
-    def texts_of(cell: Any) -> list[str]:
+    def texts_of(cell: Any) -> list[str | None]:
+        parts: list[str | None]
         if type(cell) is list:
             # Missing tokens mean a cell, not a value inside of one.
-            parts = [one.strip(SPACES) if type(one) is str else text_of(one) for one in cell]
-        elif (whole := text_of(cell)) is None:
+            parts = [one if type(one) is str else text_of(one) for one in cell]
+        elif (whole := text_of(cell)) is None or not whole.strip(SPACES):
             return []
+        elif type(cell) is str and whole[0] == "[" and whole[-1] == "]":
+            if (found := json_events(whole)) is None:
+                raise Careful
+            parts = found
         else:
-            parts = [part.strip(SPACES) for part in whole.split(separator)]
-        return [part for part in parts if part][kept]
+            parts = list(whole.split(separator))
+        texts = [part.strip(SPACES) if part else "" for part in parts]
+        return [text or None for text in texts if text != padding and (text or in_place)][kept]
 
     return texts_of
 

@@ -1,12 +1,19 @@
-"""Columns of which train knew no value at all: new ones, or written otherwise?"""
+"""Columns of which train knew no value at all: new ones, or written otherwise? And columns of train that share a
+vocabulary and write its values in two ways."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 
-from ctrlib.schema import RawId, Schema, SchemaError, Sequence, SparseFeature, vocabulary_of
+import polars as pl
+
+from ctrlib.data.cells import holds
+from ctrlib.data.raw import RawTable
+from ctrlib.data.vocabulary import values_of, vocabulary_path
+from ctrlib.schema import RawId, Schema, SchemaError, SparseFeature, vocabulary_of
 
 MIN_UNSEEN = 10  # values that have to be unseen, all of them, before a column that may be right is remarked on
 
@@ -26,7 +33,7 @@ def judge(
         schema: fitted.
         ids: feature -> how many ids were looked up.
         unseen: feature -> how many of them train did not have.
-        missing: feature -> how many cells were missing.
+        missing: feature -> how many of them were the missing id.
         examples: feature -> some of the unseen values.
         known_of: vocabulary -> its values, in the order of their ids; asked only where it matters.
         name: what to call the rows.
@@ -65,9 +72,35 @@ def knows_none(
     feature: SparseFeature, ids: Mapping[str, int], unseen: Mapping[str, int], missing: Mapping[str, int]
 ) -> bool:
     """Whether there are ids, and train had none of them; arguments as in `judge`."""
-    # The missing id of a bag is one of its ids; an empty history has none.
-    present = ids.get(feature.name, 0) - (0 if isinstance(feature, Sequence) else missing.get(feature.name, 0))
+    present = ids.get(feature.name, 0) - missing.get(feature.name, 0)
     return not isinstance(feature, RawId) and 0 < present <= unseen.get(feature.name, 0)
+
+
+def refuse_two_spellings(train: RawTable, schema: Schema, vocab_folder: Path) -> None:
+    """Refuse features of one vocabulary of which one has 5 where another has 5.0, such as a history joined from floats.
+
+    Raises:
+        SchemaError: as said.
+    """
+    value = pl.col("value")
+    like_float = value.str.contains(r"^-?\d+\.0$")
+    for name, features in schema.vocabularies.items():
+        values = pl.scan_parquet(vocabulary_path(vocab_folder, name), glob=False).select("value")
+        if len(features) < 2 or not values.select(like_float.any()).collect().item():
+            continue
+        floats = values.filter(like_float).select(value.str.strip_suffix(".0"))
+        twice = values.join(floats, "value", how="semi").head(1).collect()["value"]
+        if twice.is_empty():
+            continue
+        of = {feature.name: train.map(values_of((feature,), train.dtypes)) for feature in features}
+        joined = [one for one, table in of.items() if not holds(table, ~like_float) and holds(table, like_float)]
+        plain = [one for one, table in of.items() if not holds(table, like_float)]
+        if joined and plain:
+            raise SchemaError(
+                f"{train.name}: column {joined[0]!r} holds values such as '{twice[0]}.0' and {plain[0]!r}, which "
+                f"shares its vocabulary {name!r}, {twice[0]!r}: write both as integers (floats that are joined to text "
+                "keep their .0)"
+            )
 
 
 def spellings(value: str) -> Iterator[str]:

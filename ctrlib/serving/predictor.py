@@ -129,9 +129,9 @@ class Predictor:
 
         Returns:
             The probabilities, and the counts: "rows", per id feature how many ids were "unseen" in train and how many
-            cells were "missing" (both score normally), the columns "ignored" because the model does not know them, and
-            how many rows were "skipped" for which reason and which they are ("skipped_rows", counted from 1), and
-            "remarks" on columns of which train knew no value at all.
+            "missing", per history how many were "empty" (all score normally), the columns "ignored" because the model
+            does not know them, and how many rows were "skipped" for which reason and which they are ("skipped_rows",
+            counted from 1), and "remarks" on columns of which train knew no value at all.
 
         Raises:
             SchemaError: a column is missing, or has another type than in training.
@@ -375,6 +375,7 @@ class Report:
             "rows": self.counts.rows,
             "unseen": {name: self.counts.unseen.get(name, 0) for name in names},
             "missing": {name: self.counts.missing.get(name, 0) for name in names},
+            "empty": self.counts.empty,
             "ignored": self.counts.ignored,
             "skipped": dict(self.counts.skipped + (self._raw.skipped if self._raw is not None else Counter())),
             "skipped_rows": skipped_rows,
