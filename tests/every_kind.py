@@ -27,7 +27,7 @@ COLUMNS = [
 ]
 FEATURES = [
     Categorical("item", min_count=3),
-    Sequence("seen", vocabulary="item", min_count=3, max_length=3),
+    Sequence("seen", vocabulary="item", min_count=3, max_length=3, padding="0"),
     MultiValued("tags", max_values=6, max_length=2),
     Categorical("none"),
     Numeric("price", "log_standard"),
@@ -81,6 +81,10 @@ def every_kind(folder: Path, num_rows: int = 600) -> Path:
             f"s{row % 7}",
             f"{rng.normal()}",
         ]
+        if row % 7 == 0:
+            cells[3] = f"|0|{cells[3]}|{item}|"  # missing events and padding
+        if row % 9 == 0:
+            cells[4] = f'"[""{cells[4]}"", null, 7.0, true]"'
         if row % 11 == 0:
             cells[int(rng.integers(6, 8))] = "?"
         if row % 13 == 0:

@@ -84,10 +84,13 @@ def test_sequences_keep_their_end_and_bags_their_start(tmp_path):
     # What is cut off does not count: the bag never holds c; d occurs once there.
     assert vocabulary(tmp_path / "p", "bag") == [("a", 3, 2), ("b", 4, 2), ("d", 5, 1)]
     assert splits["train"]["bag"].to_list() == [[3, 4], [5], [1], [3, 4], [1]]
-    assert vocabulary(tmp_path / "p", "history") == [("d", 3, 2), ("a", 4, 1), ("b", 5, 1), ("c", 6, 1)]
-    assert splits["train"]["history"].to_list() == [[6, 3], [3], [], [4, 5], []]
+    # Events keep their places, and empty ones are missing: of " a || b " the last two are missing and b.
+    assert vocabulary(tmp_path / "p", "history") == [("d", 3, 2), ("b", 4, 1), ("c", 5, 1)]
+    assert splits["train"]["history"].to_list() == [[5, 3], [3], [], [1, 4], [1, 1]]
     assert splits["train"].schema["history"] == pl.List(pl.Int32)
-    assert report["features"]["bag"]["missing"]["train"] == report["features"]["history"]["missing"]["train"] == 0.4
+    assert report["features"]["bag"]["missing"]["train"] == 0.4
+    assert report["features"]["history"]["missing"]["train"] == pytest.approx(3 / 7)
+    assert report["features"]["history"]["empty"]["train"] == 0.2
 
 
 def test_list_columns_of_any_type_equal_their_text(tmp_path):
@@ -578,5 +581,6 @@ def test_types_are_inferred_from_train_alone(tmp_path):
 def test_shares_are_of_cells_and_ids(tmp_path):
     frame = pl.DataFrame({"seen": ["a|b", "", None, "a|c"], "label": [0, 1, 0, 1]})
     _, _, report = run({"train": frame}, tmp_path / "p", features=[Sequence("seen", min_count=2)])
-    assert report["features"]["seen"]["missing"] == {"train": 0.5}
+    assert report["features"]["seen"]["empty"] == {"train": 0.5}
+    assert report["features"]["seen"]["missing"] == {"train": 0}
     assert report["features"]["seen"]["oov"] == {"train": 0.5}

@@ -75,6 +75,12 @@ def test_a_text_file(spark, tmp_path):
     assert skipped == {"too few cells": 6, "price: not a finite number": 7}
 
 
+def test_a_stratified_split(spark, tmp_path):
+    path = every_kind(tmp_path)
+    for label in ("label", "buy"):
+        check_same(spark, tmp_path, path, path, **EVERY_KIND["random"], stratify=label)
+
+
 def test_a_spark_frame_split_by_time(spark, tmp_path):
     rows = pl.read_csv(
         every_kind(tmp_path),

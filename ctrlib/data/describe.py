@@ -69,8 +69,9 @@ def describe(
     split_by: str | None,
     ignore: tuple[str, ...],
     rare: Mapping[str, Any],
-) -> tuple[Schema, dict[str, str]]:
-    """The schema to fit, and column -> why it is what it is, for every column of the table, which is that of train.
+) -> tuple[Schema, dict[str, str], dict[str, str]]:
+    """The schema to fit; for every column of the table, which is that of train, why it is what it is; and, for those of
+    which the guess is doubtful, a remark.
 
     Raises:
         SchemaError: columns or vocabularies are named that there are not, or columns twice.
@@ -105,9 +106,9 @@ def describe(
         else guess
         for guess in inferred
     ]
-    reasons = {**dict.fromkeys(names, "as told"), **not_features, **{name: reason for name, _, reason in inferred}}
+    reasons = {**dict.fromkeys(names, "as told"), **not_features, **{guess.name: guess.reason for guess in inferred}}
     found = []
-    for name, feature, _ in inferred:
+    for name, feature, *_ in inferred:
         if feature is not None and not isinstance(feature, Numeric):
             # Features that share a vocabulary must agree.
             limits = {key: getattr(sharers[name], key) for key in rare} if name in sharers else rare
@@ -118,7 +119,8 @@ def describe(
         why = "; ".join(f"{name!r} is {reason}" for name, reason in reasons.items()) or "there is none"
         raise SchemaError(f"{table.name}: no column can be a feature: {why}. Name columns that mean something")
     schema = Schema((*given, *found), labels, weight, group)
-    return schema, {name: reasons[name] for name in table.dtypes}
+    doubts = {guess.name: guess.remark for guess in inferred if guess.remark}
+    return schema, {name: reasons[name] for name in table.dtypes}, doubts
 
 
 def _sharers(given: tuple[Feature, ...], columns: list[str]) -> dict[str, SparseFeature]:

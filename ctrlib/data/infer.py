@@ -20,6 +20,7 @@ SAMPLE_ROWS = 200_000
 FEW_VALUES = 20  # integers with no more distinct values than this are ids, whatever their name
 MIN_ROWS_FOR_IDENTIFIER = 100  # among fewer rows all values being distinct is no evidence
 SKEWED = 2.0  # skewness from which on a logarithm helps
+LOOK_AT = 10_000  # cells that are looked at for separators
 
 _ID_NAME = re.compile(r"(^|[_\s.-])ids?$|^ID$|[a-z0-9_]I[dD]s?$|^id[_\s.-]")
 _MEASURE_NAME = re.compile(
@@ -30,12 +31,16 @@ _MEASURE_NAME = re.compile(
 )
 
 
+_TIME = r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}[T ]\d{1,2}:\d{2}"
+
+
 class Guess(NamedTuple):
-    """What a column is taken for (None: left out), and the reason to show."""
+    """What a column is taken for (None: left out), the reason to show, and a remark if the guess is doubtful."""
 
     name: str
     feature: Feature | None
     reason: str
+    remark: str = ""
 
 
 def infer_features(table: RawTable, names: list[str] | None = None) -> list[Guess]:
@@ -109,7 +114,45 @@ def _guess_text(name: str, present: pl.Series, num_distinct: int, share_of_numbe
         return Guess(
             name, Categorical(name), f"text: {share_of_numbers:.0%} numbers, but also {other!r} (missing_values?)"
         )
-    return Guess(name, Categorical(name), "text")
+    return Guess(name, Categorical(name), "text", _doubt(name, present))
+
+
+def _doubt(name: str, present: pl.Series) -> str:
+    """What to remark on text that is taken for ids, if anything."""
+    some = present.gather_every(max(1, len(present) // LOOK_AT))
+    if some.str.contains(_TIME).all():
+        return (
+            f"column {name!r} holds times, such as {some[0]!r}, and was taken for ids, which later times are not "
+            f"among: split by it (--split-by {name}), make parts of it that come again, such as the hour, or leave it "
+            f"out (--ignore {name})"
+        )
+    taken = f"every cell of {name!r} was taken for one id, such as {some[0]!r}, but cells look like lists"
+    if (some.str.starts_with("[") & some.str.ends_with("]")).mean() > 0.5:  # type: ignore[operator]
+        return f"{taken} in JSON: name it as a bag (--multi {name}) or a history (--sequence {name})"
+    separator = separator_in(some)
+    if separator is not None:
+        return (
+            f"{taken} with {separator!r} between values: name it as a bag (--multi '{name}:separator={separator}') or "
+            f"a history (--sequence '{name}:separator={separator}')"
+        )
+    return ""
+
+
+def separator_in(texts: pl.Series) -> str | None:
+    """What seems to separate values inside cells of text: it divides most of them, into few values that come again.
+
+    >>> separator_in(pl.Series(["3,1,4", "1,5", "3,4,5", "5,4", "4,1", "1,3", "5", "4,5,1", "1,4,5"]))
+    ','
+    """
+    num_distinct = texts.n_unique()
+    for separator in ("|", ",", ";", " "):
+        if texts.str.contains(separator, literal=True).mean() <= 0.5:  # type: ignore[operator]
+            continue
+        values = texts.str.split(separator).explode().str.strip_chars()
+        values = values.filter(values != "")
+        if values.n_unique() < 0.5 * min(num_distinct, len(values)):
+            return separator
+    return None
 
 
 def _guess_integers(name: str, numbers: pl.Series, num_distinct: int) -> Guess:

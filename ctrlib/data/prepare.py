@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import rich
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
+from ctrlib.data import remarks
 from ctrlib.data.cells import check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
@@ -22,6 +24,7 @@ from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spe
 from ctrlib.data.raw import RawData, RawTable, naming
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, split_table
+from ctrlib.data.unknown import refuse_two_spellings
 from ctrlib.data.vocabulary import fit, values_in, vocabulary_path
 from ctrlib.data.workers import ThisMachine, Workers
 from ctrlib.schema import Feature, Numeric, RawId, Schema, SchemaError, kind_of
@@ -43,6 +46,7 @@ def prepare(
     group: str | None = None,
     split: Sequence[float] = (8, 1, 1),
     split_by: str | None = None,
+    stratify: str | None = None,
     seed: int = 0,
     ignore: Sequence[str] | str = (),
     min_count: int = 1,
@@ -74,6 +78,7 @@ def prepare(
         group: column whose value groups rows for GAUC, often the user; it may be a feature as well.
         split: sizes of train, valid and test relative to each other; 0 for none.
         split_by: column with the time; the oldest rows train and the newest test. By default rows are drawn at random.
+        stratify: label of whose classes each split of a random split gets its share, to the row.
         seed: of the random split.
         ignore: columns that are not features; the group may be one of them.
         min_count: of the vocabularies of inferred features: rarer values share the out-of-vocabulary id.
@@ -110,6 +115,7 @@ def prepare(
     labels = (labels,) if isinstance(labels, str) else tuple(labels)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     check_arguments(given, labels, min_count, max_values, on_bad_row, missing_labels, label_positive)
+    _check_stratify(stratify, labels, split_by, isinstance(data, Mapping))
     options: dict[str, Any] = {"missing_labels": missing_labels, "label_positive": label_positive}
     raw_format = {
         "separator": separator,
@@ -131,9 +137,12 @@ def prepare(
             rows_of, train = {}, tables["train"]
         else:
             # Before anything is looked at: types, too, are inferred from train alone.
-            rows_of = split_table(tables["data"], split, split_by=split_by, seed=seed)
+            positive = (label_positive or {}).get(stratify or "")
+            rows_of = split_table(
+                tables["data"], split, split_by=split_by, seed=seed, stratify=stratify, positive=positive
+            )
             train = tables["data"].only(rows_of["train"])
-        schema, reasons = describe(train, given, labels, weight, group, split_by, ignore, rare)
+        schema, reasons, doubts = describe(train, given, labels, weight, group, split_by, ignore, rare)
         _refuse_other_columns(tables, reasons)
         for name, table in tables.items():
             check_columns(table, schema, with_labels=True)
@@ -145,6 +154,7 @@ def prepare(
 
         with naming(tables["train"].name):
             schema = fit(tables["train"], schema, folder / "vocab", workers.count)
+            refuse_two_spellings(tables["train"], schema, folder / "vocab")
             types = tables["train"].types
             raw_format["types"] = {feature.name: types[feature.name] for feature in schema.sparse}
             schema = dataclasses.replace(schema, raw_format=raw_format)
@@ -157,10 +167,17 @@ def prepare(
         for name, table in tables.items():
             refuse_other_spelling(table, schema, folder / "vocab")
             (folder / name).mkdir()
-        for name, totals in workers.write(tables, folder, schema, known, label_positive).items():
+        written = workers.write(tables, folder, schema, known, label_positive)
+        for name, totals in written.items():
             report.add(name, totals, label_positive)
             if name != "train":
                 report.remarks += judge_table(tables[name], totals.ids, schema, values_in(folder / "vocab", schema))
+        report.remarks += doubts.values()
+        guessed = [name for name, why in reasons.items() if why != "as told" and name not in doubts]
+        report.remarks += remarks.on_unseen(written, schema, guessed)
+        report.remarks += remarks.on_lists(tables["train"], schema)
+        report.remarks += remarks.on_lengths(tables["train"], schema, folder / "train")
+        report.remarks += remarks.on_labels(written, schema, bool(rows_of) and split_by is None)
         schema.save(folder / "schema.json")
         for temporary in ("raw", "spark"):
             shutil.rmtree(folder / temporary, ignore_errors=True)
@@ -194,6 +211,21 @@ def _folder_in_the_making(out: Path, overwrite: bool) -> Iterator[Path]:
             making.rename(out)
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _check_stratify(stratify: str | None, labels: Sequence[str], split_by: str | None, is_split: bool) -> None:
+    """Refuse what a stratified split cannot be.
+
+    Raises:
+        SchemaError: as said.
+    """
+    if stratify is None:
+        return
+    if stratify not in labels:
+        raise SchemaError(f"stratify is {stratify!r}, expected a label, one of {list(labels)}")
+    if split_by is not None or is_split:
+        other = "the data is split already" if is_split else f"split_by={split_by!r} says which rows go where"
+        raise SchemaError(f"stratify={stratify!r} is for a random split, but {other}: leave one of them out")
 
 
 def _workers(parts: Mapping[str, Any], spark: SparkSession | None, folder: Path) -> Workers:
@@ -242,6 +274,7 @@ class _Report:
             self.content["features"][feature.name] = entry
         self.content["left_out"] = {name: why for name, why in reasons.items() if why.startswith("ignored")}
         self.remarks: list[str] = []
+        self.content["remarks"] = self.remarks
 
     def add(self, split: str, totals: Totals, label_positive: Mapping[str, str] | None) -> None:
         """Count a split.
@@ -264,7 +297,11 @@ class _Report:
         }
         for name, counts in totals.ids.items():
             entry = self.content["features"][name]
-            entry["missing"][split] = counts["missing"] / totals.rows
+            if entry["kind"] == "sequence":
+                entry.setdefault("empty", {})[split] = counts["empty"] / totals.rows
+                entry["missing"][split] = counts["missing"] / max(1, counts["ids"])
+            else:
+                entry["missing"][split] = counts["missing"] / totals.rows
             entry["oov"][split] = counts["unseen"] / max(1, counts["ids"])
 
     def show(self, out: Path, log: Log) -> None:
@@ -279,7 +316,9 @@ class _Report:
             elif entry["kind"] == "numeric":
                 table.add_row(name, "numeric", entry["transform"], "", "", reason)
             else:
-                shares = (f"{entry[what][split]:.2%}" for what, split in (("missing", "train"), ("oov", last)))
+                shares = [f"{entry[what][split]:.2%}" for what, split in (("missing", "train"), ("oov", last))]
+                if "empty" in entry:
+                    shares[0] = f"{entry['empty']['train']:.2%} empty"
                 rows = entry["form"] if entry["kind"] == "raw_id" else f"{entry['num_embeddings']:,}"
                 table.add_row(name, entry["kind"], rows, *shares, reason)
         log(table)
@@ -291,5 +330,5 @@ class _Report:
             means = ", ".join(f"{name} {'-' if mean is None else f'{mean:.4f}'}" for name, mean in found.items())
             log(f"{split}: {num_rows:,} rows, mean of labels: {means}")
         for remark in self.remarks:
-            log(f"remark: {remark}")
+            log(escape(f"remark: {remark}"))
         log(f"prepared {out}")

@@ -1,4 +1,4 @@
-"""Split one table into train, valid and test: at random by row, or by time."""
+"""Split one table into train, valid and test: at random by row, within each class of a label too, or by time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
+from ctrlib.data.cells import label
 from ctrlib.data.raw import ROW, RawTable
 from ctrlib.data.scan import DataError
 from ctrlib.schema import SchemaError
@@ -30,20 +31,33 @@ def row_hash(row: pl.Expr, seed: int) -> pl.Expr:
     return z ^ (z // u64(2**31))
 
 
-def split_table(raw: RawTable, ratio: Sequence[float], *, split_by: str | None, seed: int) -> dict[str, pl.Expr]:
+def split_table(
+    raw: RawTable,
+    ratio: Sequence[float],
+    *,
+    split_by: str | None,
+    seed: int,
+    stratify: str | None = None,
+    positive: str | None = None,
+) -> dict[str, pl.Expr]:
     """Split name -> which rows belong to it; a split with ratio 0 is left out.
 
     With `split_by` the oldest rows train and the newest test; rows of the same time stay together, so fractions are
-    only as fine as the times are.
+    only as fine as the times are. With `stratify`, a label, each split gets its share of the rows of each class, and of
+    those without one, to the row; `positive` is the text of the positive class.
 
     Raises:
-        SchemaError: the ratio makes no sense, or `split_by` is no column.
+        SchemaError: the ratio makes no sense, or `split_by` or `stratify` is no column.
         DataError: `split_by` holds what is neither number nor date.
     """
     if len(ratio) != 3 or min(ratio) < 0 or ratio[0] <= 0 or not sum(ratio) < float("inf"):
         raise SchemaError(f"split is {ratio}, expected three numbers (train, valid, test) such as (8, 1, 1)")
     total = float(sum(ratio))
     bounds = [0.0, ratio[0] / total, (ratio[0] + ratio[1]) / total, 1.0]
+    if stratify is not None:
+        if stratify not in (dtypes := raw.dtypes):
+            raise SchemaError(f"{raw.name}: stratify names column {stratify!r}, expected one of {list(dtypes)}")
+        return _stratified(raw, bounds, ratio, label(stratify, dtypes[stratify], positive), seed)
     if split_by is None:
         position = row_hash(pl.col(ROW), seed)
         edges: list[float] = [int(bound * 2**64) for bound in bounds]
@@ -55,6 +69,27 @@ def split_table(raw: RawTable, ratio: Sequence[float], *, split_by: str | None, 
     for name, low, high, share in zip(SPLITS, edges, edges[1:], ratio):
         if share > 0:
             parts[name] = _between(position, low, high, by_hash=split_by is None)
+    return parts
+
+
+def _stratified(
+    raw: RawTable, bounds: Sequence[float], ratio: Sequence[float], value: pl.Expr, seed: int
+) -> dict[str, pl.Expr]:
+    """The random split, cut anew in each class: the rows of a class are ordered by their hash."""
+    # As a float, which is what quantiles are found of; hashes that agree in their first 53 bits are rare enough.
+    position = row_hash(pl.col(ROW), seed).cast(pl.Float64)
+    class_of = pl.when(value == 0).then(0).when(value == 1).then(1).otherwise(2)  # 2: without label, or a bad row
+    parts: dict[str, pl.Expr] = {}
+    for number in range(3):
+        member = class_of == number
+        times = raw.map(lambda piece, member=member: piece.filter(member).select(position.alias("time")))  # type: ignore[misc]
+        if not times.gather(lambda piece: piece.select(pl.len()))["len"].sum():
+            continue
+        edges = [float("-inf"), *(_quantile(times, bound) for bound in bounds[1:3]), float("inf")]
+        for name, low, high, share in zip(SPLITS, edges, edges[1:], ratio):
+            if share > 0:
+                rows = member & _between(position, low, high, by_hash=False)
+                parts[name] = parts[name] | rows if name in parts else rows
     return parts
 
 
