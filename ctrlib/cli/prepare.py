@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
@@ -79,9 +80,9 @@ class Columns:
     """Columns with one id per row."""
     numeric: Annotated[Texts, shown("NAME ...", NUMERIC)] = ()
     multi: Names = ()
-    """Columns with several ids per row; the separator may follow: 'genres:|'"""
+    """Columns with several ids per row; the separator may follow, and options: 'genres:,:max_length=9:padding=0'"""
     sequence: Names = ()
-    """Columns with an ordered history of ids; the column whose vocabulary they share may follow: clicked_items:item"""
+    """Columns with a history of ids; whose vocabulary they share may follow, and options: 'seen:item:separator=,'"""
     ignore: Names = ()
     """Columns to leave out."""
 
@@ -104,6 +105,8 @@ class Split:
     """Parts of train, valid and test, in any unit; otherwise 8 1 1."""
     split_by: OptionalName = None
     """Column (a time) in whose order rows go to train, then valid, then test; otherwise they go at random."""
+    stratify: OptionalName = None
+    """Label of whose classes each split shall hold its share, to the row; for the random split."""
     seed: int = 0
     """Number that the random split is drawn from."""
 
@@ -133,7 +136,7 @@ class Prepare(Command):
         """The features that the flags name.
 
         Raises:
-            ValueError: a transform is none.
+            ValueError: a transform or an option is none.
         """
         rare: dict[str, Any] = {"min_count": self.vocabulary.min_count, "max_values": self.vocabulary.max_values}
         features: list[Feature] = [Categorical(name, **rare) for name in self.column.categorical]
@@ -144,11 +147,11 @@ class Prepare(Command):
                 raise ValueError(f"--numeric {text}: unknown transform {transform!r}; {instead([transform], known)}")
             features.append(Numeric(name, transform=cast(NumericTransform, transform or "standard")))
         for text in self.column.multi:
-            name, _, separator = text.partition(":")
-            features.append(MultiValued(name, separator=separator or "|", **rare))
+            name, options = _listed("--multi", text, "separator")
+            features.append(MultiValued(name, **options, **rare))
         for text in self.column.sequence:
-            name, _, shared = text.partition(":")
-            features.append(Sequence(name, vocabulary=shared or None, **rare))
+            name, options = _listed("--sequence", text, "vocabulary")
+            features.append(Sequence(name, **options, **rare))
         return features
 
     def __call__(self) -> int:
@@ -184,6 +187,7 @@ class Prepare(Command):
             max_values=self.vocabulary.max_values,
             split=self.split.split or (8, 1, 1),
             split_by=self.split.split_by,
+            stratify=self.split.stratify,
             seed=self.split.seed,
             ignore=column.ignore,
             separator=files.separator,
@@ -201,3 +205,34 @@ class Prepare(Command):
         else:
             print(f"prepared {out}; train with: ctrlib train {out}")
         return 0
+
+
+LISTED = ("separator", "max_length", "padding", "vocabulary")
+
+
+def _listed(flag: str, text: str, short: str) -> tuple[str, dict[str, Any]]:
+    """A bag or history, NAME[:SHORT][:OPTION=VALUE]...: its name, and its arguments.
+
+    A value goes on to the next ":OPTION=", so it may hold colons.
+
+    Raises:
+        ValueError: there is no such option, it is given twice, or it is no number where it has to be one.
+
+    >>> _listed("--sequence", "seen:item:separator=,:max_length=20", "vocabulary")
+    ('seen', {'vocabulary': 'item', 'separator': ',', 'max_length': 20})
+    """
+    for option in re.findall(r":([A-Za-z_]+)=", text):
+        if option not in LISTED:
+            raise ValueError(f"{flag} {text}: unknown option {option!r}; {instead([option], LISTED)}")
+    head, *rest = re.split(rf":(?=(?:{'|'.join(LISTED)})=)", text)
+    name, _, value = head.partition(":")
+    options: dict[str, Any] = {short: value} if value else {}
+    for option, _, value in (one.partition("=") for one in rest):
+        if option in options:
+            raise ValueError(f"{flag} {text}: {option} is given twice")
+        options[option] = value
+    if "max_length" in options:
+        if not re.fullmatch(r"[1-9][0-9]*", options["max_length"]):
+            raise ValueError(f"{flag} {text}: max_length is {options['max_length']!r}, expected 1 or more")
+        options["max_length"] = int(options["max_length"])
+    return name, options
