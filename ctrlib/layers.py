@@ -12,18 +12,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def full_precision() -> contextlib.ExitStack:
+def full_precision() -> contextlib.AbstractContextManager[Any]:
     """Where bfloat16 autocast is on, off inside the block: for fields (a number's fifth digit can matter) and logits.
 
     >>> with torch.autocast("cpu", torch.bfloat16), full_precision():
     ...     print((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
     torch.float32
     """
+    on = [device_type for device_type in ("cpu", "cuda") if torch.is_autocast_enabled(device_type)]
+    if not on:
+        return _AS_IT_IS
     stack = contextlib.ExitStack()
-    for device_type in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+    for device_type in on:
+        stack.enter_context(torch.autocast(device_type, enabled=False))
     return stack
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def init_linear(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ everything that changes the meaning of an id or a number, so a model can refuse 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -224,12 +225,12 @@ class Schema:
                     f"got {sizes[vocabulary]} and {feature.num_embeddings} ({feature.name!r})"
                 )
 
-    @property
+    @functools.cached_property
     def sparse(self) -> tuple[SparseFeature, ...]:
         """Features that are looked up in tables, in the schema's order."""
         return tuple(feature for feature in self.features if not isinstance(feature, Numeric))
 
-    @property
+    @functools.cached_property
     def dense(self) -> tuple[Numeric, ...]:
         """Numeric features, in the schema's order."""
         return tuple(feature for feature in self.features if isinstance(feature, Numeric))

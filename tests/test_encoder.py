@@ -23,8 +23,8 @@ from ctrlib import models
 from ctrlib.data import stream
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns, Ragged, decode, find_row_groups, offsets_of
-from ctrlib.data.encoder import FEW_CELLS, Encoder, _frame_of
-from ctrlib.data.quick import Careful
+from ctrlib.data.encoder import FEW_CELLS, Counts, Encoder, _frame_of
+from ctrlib.data.quick import Careful, texts_of_column
 from ctrlib.data.raw import RawTable, clean, numbered
 from ctrlib.data.scan import DataError
 from ctrlib.data.stream import blocks
@@ -214,6 +214,55 @@ def test_the_roads_agree_cell_by_cell(kind: str, data: st.DataObject) -> None:
     careful, counts_too = encoder.transform_table(raw)
     assert_same(quick, careful, encoder.schema)
     assert counts == counts_too
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_column_is_its_cells(kind: str, data: st.DataObject) -> None:
+    """The quick road reads a column of several cells as it reads each of them alone, or leaves them all."""
+    encoder = encoder_for("parsed" if kind == "text" else kind)
+    name = data.draw(st.sampled_from(NAMES), "feature")
+    cells = data.draw(st.lists(st.one_of(st.none(), CELLS[kind][name]), min_size=2, max_size=4), "cells")
+    others: dict[str, list[Any]] = {other: [None] for other in NAMES}
+    try:
+        alone = [encoder._quick({**others, name: [cell]}, NAMES) for cell in cells]
+    except Careful:
+        with pytest.raises(Careful):
+            encoder._quick({**{other: [None] * len(cells) for other in NAMES}, name: cells}, NAMES)
+        return
+    column, counts = encoder._quick({**{other: [None] * len(cells) for other in NAMES}, name: cells}, NAMES)
+    assert_same(column, Columns.concatenate([one for one, _ in alone]), encoder.schema)
+    added = Counts()
+    for _, count in alone:
+        added.add(count)
+    assert counts == added
+
+
+@pytest.mark.parametrize(
+    ("fitted", "cells", "expected"),
+    [
+        ("text", ["a", " b\t", "NA", "", "1"], ["a", "b", None, None, "1"]),
+        ("text", ["a", None], ["a", None]),
+        ("integer", [3, -1, 2**70], ["3", "-1", str(2**70)]),
+        ("integer", [3, 4.0, None, float("nan")], ["3", "4", None, None]),
+        ("boolean", [True, False], ["true", "false"]),
+        ("parsed", [1, "1", True], ["1", "1", "true"]),
+        ("integer", ["NA", " "], [None, None]),  # missing tokens are missing, whatever the column's kind
+        ("text", [1, 2], None),
+        ("integer", ["1", "2"], None),
+        ("integer", [True, False], None),
+        ("boolean", [1, 0], None),
+    ],
+)
+def test_columns_of_one_type_and_of_several(fitted: str, cells: list[Any], expected: list[str | None] | None) -> None:
+    texts_of = texts_of_column(Categorical("x"), fitted, frozenset({"", "NA"}))
+    for part in (cells, cells[:1]):
+        if expected is None:
+            with pytest.raises(Careful):
+                texts_of(part)
+        else:
+            assert texts_of(part) == expected[: len(part)]
 
 
 def assert_same(a: Columns, b: Columns, schema: Schema) -> None:

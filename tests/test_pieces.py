@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from fractions import Fraction
 from functools import partial
@@ -170,6 +172,27 @@ def test_hash_of_values_does_not_depend_on_slices(monkeypatch):
         monkeypatch.setattr("ctrlib.data.vocabulary._SLICE", size)
         assert hash_values(values) == expected
     assert hash_values(values[:0]) == hash_values(pl.Series([], dtype=pl.String)) != expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["a", "b"],
+        ["é", "\U0001f600", "\x7f", "\u2028", "/"],
+        ['"', "a"],
+        ["\\"],
+        ["a\tb"],
+        ["\x00"],
+        ["\x1f", "x"],
+        [""],
+        [],
+    ],
+    ids=ascii,
+)
+def test_hash_of_values_is_that_of_their_json(values):
+    """Saved schemas hold it, so it must never change."""
+    expected = hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()[:16]
+    assert hash_values(pl.Series(values, dtype=pl.String)) == expected
 
 
 def test_vocabularies_of_one_value_or_none(tmp_path):

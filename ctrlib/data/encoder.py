@@ -24,7 +24,7 @@ import pyarrow as pa
 from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, raw_id, text, without_bad_rows
 from ctrlib.data.columns import Columns, Ragged, offsets_of
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
-from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, text_of_cell, texts_of_cell
+from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, texts_of_cell, texts_of_column
 from ctrlib.data.raw import RawTable, clean, naming, numbered
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.unknown import judge
@@ -127,8 +127,9 @@ class Encoder:
         self._not_inputs = {*schema.labels, *(name for name in (schema.weight, schema.group) if name)}
         missing = frozenset(self._missing)
         kinds: dict[str, str] = raw_format.get("types", {})
-        self._text_of = {
-            f.name: text_of_cell(f, kinds.get(f.name, "parsed"), missing)
+        self._names = [f.name for f in schema.features]
+        self._texts_of_column = {
+            f.name: texts_of_column(f, kinds.get(f.name, "parsed"), missing)
             for f in self._single
             if isinstance(f, Categorical)
         }
@@ -172,7 +173,7 @@ class Encoder:
             DataError: a cell is damaged; the message names row and column.
             TypeError: the rows are of another kind.
         """
-        names = [feature.name for feature in self.schema.features]
+        names = self._names
         if isinstance(rows, Mapping):
             rows = [rows]
         if isinstance(rows, list | tuple):
@@ -182,10 +183,10 @@ class Encoder:
             frame = _frame_of(rows, name)
         else:
             frame = as_frame(rows, name)
-            if 0 < frame.height * len(names) <= FEW_CELLS and set(names) <= set(frame.columns):
+            columns = dict(zip(frame.columns, frame.get_columns()))
+            if 0 < frame.height * len(names) <= FEW_CELLS and columns.keys() >= set(names):
                 with contextlib.suppress(Careful):
-                    cells = {name: _cells(frame[name]) for name in names}
-                    return self._quick(cells, frame.columns)
+                    return self._quick({name: _cells(columns[name]) for name in names}, columns)
         if not frame.height:
             raise DataError(f"{name} has no rows: expected at least one")
         with naming(name):
@@ -302,21 +303,20 @@ class Encoder:
         num_rows = len(next(iter(cells.values())))
         counts = Counts(num_rows)
         counts.ignored = [name for name in given if name not in cells and name not in self._not_inputs]
-        ids = np.empty((num_rows, len(self._single)), self._id_type)
-        for position, feature in enumerate(self._single):
+        ids = []
+        for feature in self._single:
             name = feature.name
-            counts.ids[name] = num_rows
             if isinstance(feature, RawId):
                 found = [raw_id_of_cell(feature, cell) for cell in cells[name]]
-                counts.unseen[name], counts.missing[name] = 0, found.count(MISSING_RAW_ID)
+                unseen, missing = 0, found.count(MISSING_RAW_ID)
             else:
-                text_of, get = self._text_of[name], self._known[vocabulary_of(feature)].get
-                texts = [text_of(cell) for cell in cells[name]]
+                texts, get = self._texts_of_column[name](cells[name]), self._known[vocabulary_of(feature)].get
                 found = [MISSING_ID if one is None else get(one, OOV_ID) for one in texts]
-                counts.unseen[name], counts.missing[name] = found.count(OOV_ID), found.count(MISSING_ID)
-                if counts.unseen[name]:
+                unseen, missing = found.count(OOV_ID), found.count(MISSING_ID)
+                if unseen:
                     self._note(counts, feature, texts)
-            ids[:, position] = found
+            counts.ids[name], counts.unseen[name], counts.missing[name] = num_rows, unseen, missing
+            ids.append(found)
         ragged = {}
         for listed in self._lists:
             texts_of, get = self._texts_of[listed.name], self._known[vocabulary_of(listed)].get
@@ -333,10 +333,11 @@ class Encoder:
             if counts.unseen[listed.name]:
                 self._note(counts, listed, [one for texts in lists for one in texts])
         floats = self._floats(num_rows)
-        for position, dense in enumerate(self.schema.dense):
-            number_of = self._number_of[dense.name]
-            floats[:, position] = [number_of(cell) for cell in cells[dense.name]]
-        return Columns(ids, ragged, floats, self._groups(num_rows)), counts
+        for position, (name, number_of) in enumerate(self._number_of.items()):
+            floats[:, position] = [number_of(cell) for cell in cells[name]]
+        # A row's ids side by side, as everywhere.
+        beside = np.ascontiguousarray(np.array(ids, self._id_type).reshape(len(ids), num_rows).T)
+        return Columns(beside, ragged, floats, self._groups(num_rows)), counts
 
     def _note(self, counts: Counts, feature: VocabularyFeature, texts: list[str | None]) -> None:
         """Keep some of the unseen values."""

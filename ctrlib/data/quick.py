@@ -1,6 +1,7 @@
-"""What a single cell means, in Python: the same as `ctrlib.data.cells` says of columns, for cells of usual types.
+"""What single cells mean, in Python: the same as `ctrlib.data.cells` says of columns, for cells of usual types.
 
 A loop over a few cells is sooner done than a query is planned. `Careful` is raised for what is not known at sight.
+What depends on a feature only is settled before the first cell comes, by the functions that make functions.
 """
 
 from __future__ import annotations
@@ -63,6 +64,26 @@ def text_of_cell(feature: VocabularyFeature, fitted: str, missing: frozenset[str
         raise Careful
 
     return text_of
+
+
+def texts_of_column(
+    feature: VocabularyFeature, fitted: str, missing: frozenset[str]
+) -> Callable[[list[Any]], list[str | None]]:
+    """Cells -> canonical texts, as `text_of_cell` gives them; cells of one usual type without a call for each."""
+    text_of = text_of_cell(feature, fitted, missing)
+    usual = not (isinstance(feature, Categorical) and feature.bucket is not None)
+    texts, integers = (usual and fitted in ("parsed", "null", kind) for kind in ("text", "integer"))
+
+    def texts_of(cells: list[Any]) -> list[str | None]:
+        if len(cells) > 1:
+            kinds = set(map(type, cells))
+            if texts and kinds == {str}:
+                return [None if (x := cell.strip(BLANKS)) in missing else x for cell in cells]
+            if integers and kinds == {int}:
+                return list(map(str, cells))
+        return [text_of(cell) for cell in cells]
+
+    return texts_of
 
 
 def texts_of_cell(

@@ -167,13 +167,21 @@ def hash_values(values: pl.Series) -> str:
     """
     digest = hashlib.sha256(b"[")
     for start in range(0, len(values), _SLICE):
-        listed = json.dumps(values[start : start + _SLICE].to_list(), ensure_ascii=False)
-        digest.update(((", " if start else "") + listed[1:-1]).encode())
+        digest.update(((", " if start else "") + _json(values[start : start + _SLICE])).encode())
     digest.update(b"]")
     return digest.hexdigest()[:16]
 
 
 _SLICE = 1 << 20
+_ESCAPED = r'["\\\x00-\x1f]'
+
+
+def _json(values: pl.Series) -> str:
+    """Values as `json.dumps` writes a list, without its brackets; most have nothing to escape, and are joined."""
+    if values.dtype != pl.String or values.null_count() or values.str.contains(_ESCAPED).any():
+        return json.dumps(values.to_list(), ensure_ascii=False)[1:-1]
+    joined: str = values.str.join('", "').item()
+    return f'"{joined}"'
 
 
 def values_in(folder: Path, schema: Schema) -> Callable[[str], dict[str, None]]:
@@ -196,7 +204,7 @@ def load_vocabulary(folder: Path, name: str, schema: Schema) -> pl.Series:
     if not path.is_file():
         raise SchemaError(f"{path} is missing, expected the vocabulary {name!r}: prepare the data again")
     try:
-        values = pl.read_parquet(path, glob=False)["value"]
+        values = pl.read_parquet(path, columns=["value"], glob=False)["value"]
     except pl.exceptions.PolarsError as error:
         raise SchemaError(f"{path} cannot be read ({error}): copy it, or prepare the data, again") from error
     expected = (schema.vocabulary_hashes or {}).get(name)

@@ -1,8 +1,9 @@
-"""A model's look-ups without TorchRec's collections, for scoring: the same rows of the same tables, sooner.
+"""A model without TorchRec's collections and the calls of its modules, for scoring: the same numbers, sooner.
 
 A KeyedJaggedTensor and an EmbeddingBagCollection cost half a millisecond for a single row, more than a whole network.
 Here single ids of all features are one gather from one tensor, of which the tables are made views: nothing is stored
-twice. Histories that attention reads, and look-ups of other kinds, are computed as they are.
+twice. Histories that attention reads, and look-ups of other kinds, are computed as they are. Tower and head are one
+function (`ctrlib.serving.flat`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns
 from ctrlib.embeddings.table import TableEmbedding, Wide
+from ctrlib.layers import full_precision
+from ctrlib.model import Model
 from ctrlib.schema import Categorical, RawId, Schema
+from ctrlib.serving.flat import flat
 from ctrlib.structure import put
 
 
@@ -32,7 +36,11 @@ class Rows:
     def __init__(self, columns: Columns, schema: Schema) -> None:
         self.columns, self.schema = columns, schema
         self.size = len(columns.ids)
-        self.dense = torch.from_numpy(np.ascontiguousarray(columns.floats[:, : len(schema.dense)]))
+
+    @functools.cached_property
+    def dense(self) -> Tensor:
+        """As in `Batch`."""
+        return torch.from_numpy(np.ascontiguousarray(self.columns.floats[:, : len(self.schema.dense)]))
 
     @functools.cached_property
     def sparse(self) -> KeyedJaggedTensor:
@@ -60,14 +68,41 @@ def direct(model: nn.Module, schema: Schema) -> nn.Module:
                 put(quick, path, _DirectEmbedding(part, schema))
             elif type(part) is Wide:
                 put(quick, path, _DirectWide(part, schema))
+    for path, part in list(quick.named_modules()):
+        if type(part) is Model:
+            if path:
+                put(quick, path, _DirectModel(part))
+            else:
+                quick = _DirectModel(part)
     return quick
 
 
-class _DirectTables(nn.Module):
+class _DirectModel(nn.Module):
+    """As `Model`."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.embedding, self.wide = model.embedding, model.wide
+        self.network = nn.Sequential(model.tower, model.head)
+        self.network.training = model.training
+        self.flat = flat(self.network)
+
+    def forward(self, rows: Rows) -> Tensor:
+        with full_precision():
+            fields = self.embedding(rows)
+        network = self.network if self.flat is None or torch.is_autocast_enabled("cpu") else self.flat
+        logits: Tensor = network(fields)
+        if self.wide is None:
+            return logits
+        with full_precision():
+            first_order: Tensor = self.wide(rows)
+        return logits + first_order
+
+
+class _DirectTables:
     """Rows -> (B, features, width) of the tables of a collection, features in the given order."""
 
     def __init__(self, tables: EmbeddingBagCollection, first_rows: dict[str, int] | None, schema: Schema) -> None:
-        super().__init__()
         weights, start = [], 0
         self.first: dict[str, int] = {}
         self.mode: dict[str, str] = {}
@@ -96,9 +131,9 @@ class _DirectTables(nn.Module):
         self.order = [place[name] for name in self.names]
         self.in_order = self.order == sorted(self.order)
 
-    def forward(self, columns: Columns) -> Tensor:
+    def __call__(self, columns: Columns) -> Tensor:
         ids = columns.ids if self.all_single else columns.ids[:, self.positions]
-        blocks = [F.embedding(torch.from_numpy(ids + self.shifts), self.weight)]
+        blocks = [torch.embedding(self.weight, torch.from_numpy(ids + self.shifts))]
         for name in self.bags:
             ragged = columns.ragged[name]
             values = torch.from_numpy(ragged.values.astype(np.int64) + self.first[name])
@@ -119,6 +154,8 @@ class _DirectEmbedding(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         blocks = {False: self.tables(rows.columns)}
+        if len(self.runs) == 1:
+            return blocks[False]
         if self.numeric is not None:
             blocks[True] = self.numeric(rows.dense if self.columns is None else rows.dense[:, self.columns])
         fields = [blocks[is_numeric][:, start:stop] for is_numeric, start, stop in self.runs]

@@ -241,7 +241,9 @@ class Predictor:
                 f"transformed as in training, are {numbers}: is one of them far outside of what training had?"
             )
         probabilities = 1 / (1 + np.exp(-scores.astype(np.float64)))
-        return pl.DataFrame([pl.Series(name, column) for name, column in zip(self.schema.labels, probabilities.T)])
+        series = [pl.Series(name, column) for name, column in zip(self.schema.labels, probabilities.T)]
+        # For a single row, the general constructor would take longer than the network.
+        return series[0].to_frame() if len(series) == 1 else pl.DataFrame(series)
 
     @functools.cached_property
     def encoder(self) -> Encoder:
