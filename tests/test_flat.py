@@ -131,10 +131,25 @@ def test_threads_share_a_predictor_from_its_first_call_on(tmp_path: Path) -> Non
     frame, _ = generate(Teacher(400, cardinalities=(40, 9), num_numeric=1, seed=3))
     schema = ctr.prepare(frame, tmp_path / "p", labels="label", log=None)
     model = models.build({"model": "dcnv2", "embedding_dim": 4, "hidden": [8]}, schema).eval()
-    rows = frame.drop("label").to_dicts()
+    rows = frame.drop("label").to_dicts()[:200]
     alone = ctr.Predictor(model, schema, tmp_path / "p")
     expected = [alone.predict(row)[0]["label"][0] for row in rows]
     assert len(set(expected)) > 100
     shared = ctr.Predictor(model, schema, tmp_path / "p")
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda row: shared.predict(row)[0]["label"][0], rows)) == expected
+
+
+def test_a_predictor_follows_a_model_that_trains_on(tmp_path: Path) -> None:
+    frame, _ = generate(Teacher(400, cardinalities=(40, 9), num_numeric=1, seed=3))
+    schema = ctr.prepare({"train": frame}, tmp_path / "p", labels="label", log=None)
+    model = models.build({"model": "deepfm", "embedding_dim": 4, "hidden": [8]}, schema).eval()
+    predictor = ctr.Predictor(model, schema, tmp_path / "p")
+    before = predictor.predict(frame)[0]
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    engine = ctr.ExactEngine(model.train(), learning_rate=0.1)
+    for batch in ctr.Loader(tmp_path / "p", "train", batch_size=100):
+        engine.step(batch)
+    after = predictor.predict(frame)[0]
+    assert (after["label"] - before["label"]).abs().max() > 0.1
+    assert after.equals(ctr.Predictor(model.eval(), schema, tmp_path / "p").predict(frame)[0])

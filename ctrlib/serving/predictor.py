@@ -227,11 +227,12 @@ class Predictor:
 
     def _probabilities(self, columns: Columns, batch_size: int, first_row: int = 0) -> pl.DataFrame:
         logits = []
+        score = self._direct  # made outside of inference mode, so that the model, whose tables it shares, can train on
         with torch.inference_mode():
             for start in range(0, len(columns.ids), batch_size):
                 whole = len(columns.ids) <= batch_size
                 part = columns if whole else columns.take(np.arange(start, min(start + batch_size, len(columns.ids))))
-                logits.append(self._direct(DirectRows(part, self.schema)).float().numpy())
+                logits.append(score(DirectRows(part, self.schema)).float().numpy())
         scores = logits[0] if len(logits) == 1 else np.concatenate(logits)
         if not np.isfinite(scores).all():
             row = int(np.flatnonzero(~np.isfinite(scores).all(1))[0])

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/serving_speed.py --values 1000 1000000 --rows 1000000 10000000
 
-DCN V2 over 10 ids of so many values each, one thread. p50 and p99 in milliseconds over 2,000 calls; of files, rows a
-second, that of the model alone beside it, and the peak of memory (in a process of its own, so that it is this file's).
+DCN V2 over 10 ids of so many values each, one thread. p50 and p99 in milliseconds over 2,000 calls, and beside them
+those of the matrix products of the network alone, which are the least that a call can take; of files, rows a second,
+that of the model alone beside it, and the peak of memory (in a process of its own, so that it is this file's).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 import tyro
 
 import ctrlib as ctr
@@ -77,7 +79,23 @@ def measure_rows(num_values: int) -> None:
         predictor.predict(row)
         print(f"{num_values:>9,} values: first call {time.perf_counter() - started:.2f} s")
         print(f"{num_values:>9,} values: a dictionary {milliseconds(lambda: predictor.predict(row))}")
+        print(f"{'':>17} its matrix products {products(predictor.model, 1)}")
         print(f"{num_values:>9,} values: a frame of 100 {milliseconds(lambda: predictor.predict(frame), 300)}")
+        print(f"{'':>17} its matrix products {products(predictor.model, 100, 300)}")
+
+
+def products(model: torch.nn.Module, num_rows: int, calls: int = 2_000) -> str:
+    """p50 and p99 of all linear layers on so many rows, without anything between them."""
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = [torch.randn(num_rows, layer.in_features) for layer in layers]
+    weights = [(layer.weight.detach(), None if layer.bias is None else layer.bias.detach()) for layer in layers]
+
+    def call() -> None:
+        for x, (weight, bias) in zip(inputs, weights):
+            F.linear(x, weight, bias)
+
+    with torch.inference_mode():
+        return milliseconds(call, calls)
 
 
 def measure_file(num_rows: int, folder: Path) -> None:
