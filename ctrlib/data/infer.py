@@ -84,28 +84,36 @@ def _guess(values: pl.Series) -> Guess:
         return Guess(name, None, f"ignored: values of type {dtype}")
     if dtype == pl.Boolean or dtype.is_temporal():
         present = present.cast(pl.String)
-    numbers = present.cast(pl.Float64, strict=False)
-    if numbers.is_nan().any() and numbers.null_count() < len(numbers) - numbers.is_nan().sum():
+    distinct = present.unique()
+    numbers = distinct.cast(pl.Float64, strict=False)
+    if numbers.is_nan().any() and numbers.is_not_nan().any():
         # Among numbers, the text "nan" is a missing cell.
-        present, numbers = (column.filter(~numbers.is_nan().fill_null(False)) for column in (present, numbers))
-    num_distinct = present.n_unique()
+        present, distinct = (
+            column.filter(~column.cast(pl.Float64, strict=False).is_nan().fill_null(False))
+            for column in (present, distinct)
+        )
+        numbers = distinct.cast(pl.Float64, strict=False)
+    num_distinct = len(distinct)
     if num_distinct == 1 and len(present) == len(values):
         return Guess(name, None, f"ignored: always {present[0]!r}")
-    if numbers.null_count():
-        return _guess_text(name, present, num_distinct, 1 - numbers.null_count() / len(numbers))
+    if num_texts := numbers.null_count():
+        only = num_texts == num_distinct
+        share = 0.0 if only else 1 - present.cast(pl.Float64, strict=False).null_count() / len(present)
+        return _guess_text(name, present, distinct, share)
+    numbers = present.cast(pl.Float64)
     if numbers.is_infinite().any():  # which the checks refuse, naming the row
         return Guess(name, Numeric(name), "numbers, of which some are infinite")
-    if dtype == pl.String and present.str.contains(r"^[+-]?0\d").any():
+    if dtype == pl.String and distinct.str.contains(r"^[+-]?0\d").any():
         return Guess(name, Categorical(name), "text: digits with leading zeros")
     if (numbers != numbers.floor()).any():
         return _numeric(name, numbers, "numbers with fractions")
     return _guess_integers(name, numbers, num_distinct)
 
 
-def _guess_text(name: str, present: pl.Series, num_distinct: int, share_of_numbers: float) -> Guess:
-    parts = present.str.split("|").list
-    tokens = parts.explode()
-    if (parts.len() > 1).mean() > 0.1 and tokens.n_unique() < 0.5 * len(tokens):  # type: ignore[operator]
+def _guess_text(name: str, present: pl.Series, distinct: pl.Series, share_of_numbers: float) -> Guess:
+    num_distinct, bar = len(distinct), "|"
+    divided = distinct.str.contains(bar, literal=True).any() and present.str.contains(bar, literal=True).mean() > 0.1  # type: ignore[operator]
+    if divided and (tokens := present.str.split("|").explode()).n_unique() < 0.5 * len(tokens):
         return Guess(name, MultiValued(name), "text: values repeat between '|'")
     if num_distinct == len(present) >= MIN_ROWS_FOR_IDENTIFIER:
         return Guess(name, None, "ignored: every row has another text")
