@@ -161,7 +161,7 @@ def test_other_ways_to_be_wrong(tmp_path):
         run(tmp_path, good, ignore="item")
     with pytest.raises(SchemaError, match=r"no columns \['nothing'\]"):
         run(tmp_path, good, ignore="nothing")
-    with pytest.raises(TypeError, match=r"from pandas: polars.from_pandas"):
+    with pytest.raises(TypeError, match=r"expected paths of files, or one frame"):
         run(tmp_path, [1, 2])
     with pytest.raises(SchemaError, match="expected three numbers"):
         prepare(good, tmp_path / "out", split=(8, 2), log=None)

@@ -162,7 +162,7 @@ def test_spark_frames_that_cannot_be_prepared(spark, tmp_path):
         prepare({"train": frame.where("label > 1")}, tmp_path / "out", log=None)
     with pytest.raises(ctr.SchemaError, match=r"train: columns \['item'\] appear more than once"):
         prepare({"train": frame.join(frame.select("item"))}, tmp_path / "out", log=None)
-    with pytest.raises(TypeError, match="is a list, expected a path"):
+    with pytest.raises(TypeError, match=r"is a list of .*, expected paths of files"):
         prepare([1, 2], tmp_path / "out", spark=spark, log=None)
 
 

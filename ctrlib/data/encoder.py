@@ -19,13 +19,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
 from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, raw_id, text, without_bad_rows
 from ctrlib.data.columns import Columns, Ragged, offsets_of
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
 from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, texts_of_cell, texts_of_column
-from ctrlib.data.raw import RawTable, clean, naming, numbered
+from ctrlib.data.raw import RawTable, as_frame, clean, naming, numbered
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.unknown import judge
 from ctrlib.data.vocabulary import load_vocabulary
@@ -389,28 +388,6 @@ def _cells(column: pl.Series) -> list[Any]:
     if not (inner.is_integer() or inner in usual or dtype in whole):
         raise Careful
     return column.to_list()
-
-
-def as_frame(rows: Any, name: str) -> pl.DataFrame:
-    """A table of any usual kind as a polars frame.
-
-    Raises:
-        TypeError: it is of none.
-        DataError: polars cannot take it over.
-    """
-    with naming(name):
-        if isinstance(rows, pl.DataFrame):
-            return rows
-        if isinstance(rows, pl.LazyFrame):
-            return rows.collect()
-        if isinstance(rows, pa.Table | pa.RecordBatch):
-            return pl.DataFrame(pl.from_arrow(rows))
-        if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
-            return pl.from_pandas(rows)
-    raise TypeError(
-        f"{name} is a {type(rows).__name__}, expected a dictionary of cells, a list of such rows, a polars or pandas "
-        "frame, an Arrow table, or the path of a file"
-    )
 
 
 def _frame_of(rows: Sequence[Mapping[str, Any]], name: str) -> pl.DataFrame:

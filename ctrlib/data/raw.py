@@ -4,10 +4,11 @@ A table comes in pieces, which follow each other: one on a single machine, many 
 (`ctrlib.data.spark`). Whatever is found out about a table is found out about every piece and then put together, such
 that it cannot depend on where the pieces end.
 
-Text (CSV, TSV, gzipped or not) is checked row by row (`ctrlib.data.scan`) and written once, block by block, as a
+Text (CSV, TSV, packed or not) is checked row by row (`ctrlib.data.scan`) and written once, block by block, as a
 temporary parquet table whose columns are all text: what follows reads single columns from it, as often as it likes.
-Parquet files and polars frames are used as they are. In every text column surrounding blanks are cut and the missing
-tokens become null.
+JSON lines are written likewise, with the types that their cells have. Parquet and Arrow files and frames are used as
+they are; where files follow each other, their types are made alike (`ctrlib.data.parts`). In every text column
+surrounding blanks are cut and the missing tokens become null.
 """
 
 from __future__ import annotations
@@ -16,16 +17,14 @@ import contextlib
 import csv
 import dataclasses
 import errno
-import gzip
 import io
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import polars as pl
@@ -33,11 +32,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ctrlib.data.formats import format_of, refuse_foreign, unpacked
+from ctrlib.data.jsonlines import JsonLines
+from ctrlib.data.parts import alike, frames_of, parts_of
 from ctrlib.data.scan import BLOCK_BYTES, DataError, OnBadRow, Quick, RowScanner, find_separator
 from ctrlib.schema import SchemaError
 
 ROW = "__row__"  # a row's number in the raw data, counted from 0: for messages and for the random split
-RawData = str | Path | pl.DataFrame | pl.LazyFrame
+RawData: TypeAlias = Any  # str | Path | a list of those | polars frame, lazy or not | pandas frame | Arrow table
 Ints = NDArray[np.int64]
 Plan = Callable[[pl.LazyFrame], pl.LazyFrame]
 Run = Callable[[Sequence[pl.LazyFrame], str], list[pl.DataFrame]]
@@ -69,7 +71,9 @@ class RawTable:
     `pieces` follow each other and have a first column `__row__`. `name` is the file's, for messages. `first_line` is
     the line of the file that holds row 1, or None where rows and lines do not go together. `skipped` counts the rows
     left out, by reason; `malformed` holds the numbers (from 0) of those that are in no piece, `unfit` the `__row__` of
-    those that failed a check later. `parsed`: all columns are text, from a text file. `run` executes plans.
+    those that failed a check later. `parsed`: all columns are text, from a text file; `keys` are those that are, from
+    names of folders. `run` executes plans. `sources`: of several files that follow each other, the `__row__` with which
+    each begins, and its own table.
     """
 
     pieces: tuple[pl.LazyFrame, ...]
@@ -80,6 +84,8 @@ class RawTable:
     unfit: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     parsed: bool = False
     run: Run = run_here
+    keys: frozenset[str] = frozenset()
+    sources: tuple[tuple[int, RawTable], ...] = ()
 
     def map(self, plan: Plan) -> RawTable:
         """The table with every piece changed by `plan`, lazily."""
@@ -132,7 +138,9 @@ class RawTable:
     @property
     def types(self) -> dict[str, str]:
         """Column name -> kind of its values (see `family`), "parsed" for those of a text file."""
-        return {name: "parsed" if self.parsed else family(dtype) for name, dtype in self.dtypes.items()}
+        return {
+            name: "parsed" if self.parsed or name in self.keys else family(dtype) for name, dtype in self.dtypes.items()
+        }
 
     @property
     def skipped_rows(self) -> list[int]:
@@ -147,6 +155,9 @@ class RawTable:
 
     def place(self, row: int) -> str:
         """How to speak of the row whose `__row__` is `row`."""
+        if self.sources:
+            first, table = next((first, table) for first, table in reversed(self.sources) if first <= row)
+            return table.place(row - first)
         line = "" if self.first_line is None else f" (line {row + self.first_line} of the file)"
         return f"{self.name}: row {self._numbers(np.array([row]))[0]}{line}"
 
@@ -168,7 +179,19 @@ def family(dtype: pl.DataType) -> str:
         return "zoned time"
     if dtype.is_temporal():
         return "time"
+    if dtype == pl.Null:
+        return "null"
     return "text" if dtype in (pl.String, pl.Categorical, pl.Enum) else str(dtype)
+
+
+def is_cell(dtype: pl.DataType) -> bool:
+    """Whether values of a type are single ids, numbers or times.
+
+    >>> [is_cell(dtype) for dtype in (pl.String(), pl.Date(), pl.Duration(), pl.Binary(), pl.List(pl.Int64))]
+    [True, True, False, False, False]
+    """
+    odd = dtype in (pl.Binary, pl.Object, pl.Duration) or isinstance(dtype, pl.BaseExtension)
+    return not odd and not dtype.is_nested()
 
 
 def read_raw(
@@ -183,10 +206,10 @@ def read_raw(
     may_lack: Sequence[Sequence[str]] = (),
     piece_rows: int | None = None,
 ) -> RawTable:
-    """Open a CSV, TSV or parquet file (or a folder of parquet files, or a polars frame) and check its form.
+    """Open a file, a folder of parquet files, a list of files of one kind, or a frame, and check its form.
 
     Args:
-        data: the path or frame.
+        data: the path or frame: CSV, TSV, JSON lines, parquet or Arrow; polars, pandas or a pyarrow table.
         temporary: a folder for the table made from text; keep it until the frame has been used.
         name: what to call a frame in messages; a file is called by its path.
         separator: one byte; by default told from the file's name, else from its first lines.
@@ -207,20 +230,67 @@ def read_raw(
             temporary.mkdir(parents=True, exist_ok=True)
             data.sink_parquet(temporary / "0.parquet")
         return read_parquet(temporary, name, missing_values, on_bad_row, piece_rows)
-    if isinstance(data, pl.DataFrame):
-        with naming(name):
-            check_names(name, data.columns)
-            return RawTable((numbered(clean(data.lazy(), missing_values)),), name)
+    if isinstance(data, list | tuple):
+        options: dict[str, Any] = {"separator": separator, "columns": columns, "missing_values": missing_values}
+        options |= {"on_bad_row": on_bad_row, "may_lack": may_lack, "piece_rows": piece_rows}
+        check_paths(data, name)
+        tables = [read_raw(one, temporary / f"{i:06}", name=name, **options) for i, one in enumerate(data)]
+        return tables[0] if len(tables) == 1 else joined(tables, one_piece=piece_rows is None)
     if isinstance(data, str | Path):
         path = Path(data)
-        if not path.exists():
-            raise DataError(f"{path} does not exist: expected a CSV, TSV or parquet file")
-        if path.is_dir() or path.suffix in (".parquet", ".pq"):
+        form = format_of(path)
+        if form == "parquet":
             return read_parquet(path, str(path), missing_values, on_bad_row, piece_rows)
+        if form == "arrow":
+            return _read_arrow(path, missing_values, piece_rows)
+        if form == "json lines":
+            return _read_json(path, temporary, missing_values, on_bad_row, piece_rows)
         return _read_text(path, temporary, separator, columns, missing_values, on_bad_row, may_lack, piece_rows)
-    raise TypeError(
-        f"{name} is a {type(data).__name__}, expected a path or a polars DataFrame or LazyFrame "
-        "(from pandas: polars.from_pandas(frame))"
+    frame = as_frame(data, name)
+    with naming(name):
+        check_names(name, frame.columns)
+        return RawTable((numbered(clean(frame.lazy(), missing_values)),), name)
+
+
+def check_paths(data: Sequence[Any], name: str) -> None:
+    """Refuse a list that is none of files.
+
+    Raises:
+        TypeError: as said.
+    """
+    if not data or not all(isinstance(one, str | Path) for one in data):
+        raise TypeError(f"{name} is a {type(data).__name__} of {data[:1]}, expected paths of files, or one frame")
+
+
+def joined(tables: Sequence[RawTable], *, one_piece: bool) -> RawTable:
+    """Tables that follow each other as one.
+
+    Raises:
+        SchemaError: their columns are not the same.
+    """
+    first, name = tables[0], f"{tables[0].name} and {len(tables) - 1} more"
+    for table in tables:
+        if table.parsed != first.parsed or table.keys != first.keys:
+            raise SchemaError(f"{table.name} and {first.name} are of two kinds of files: give files of one kind")
+    columns = alike([(table.name, table.frame.drop(ROW)) for table in tables])
+    sources: list[tuple[int, RawTable]] = []
+    pieces: list[pl.LazyFrame] = []
+    malformed: list[Ints] = []
+    num_rows = 0
+    for table, wanted in zip(tables, columns):
+        before = num_rows + sum(len(rows) for rows in malformed)
+        sources.append((num_rows, table))
+        pieces += [piece.select(pl.col(ROW) + num_rows, *wanted) for piece in table.pieces]
+        malformed.append(table.malformed + before)
+        num_rows += int(table.gather(lambda piece: piece.select(pl.len()))["len"].sum())
+    return RawTable(
+        (pl.concat(pieces),) if one_piece else tuple(pieces),
+        name,
+        skipped=sum((table.skipped for table in tables), Counter()),
+        malformed=np.concatenate(malformed),
+        parsed=first.parsed,
+        keys=first.keys,
+        sources=tuple(sources),
     )
 
 
@@ -230,11 +300,22 @@ def numbered(frame: pl.LazyFrame, first: int = 0) -> pl.LazyFrame:
     return frame.with_row_index(ROW).with_columns(pl.col(ROW).cast(pl.Int64) + first)
 
 
-def scan_pieces(files: list[Path], piece_rows: int | None) -> list[pl.LazyFrame]:
-    """The numbered rows of parquet files as one piece, or as pieces of `piece_rows` rows but for the last."""
-    # Paths and no pattern: brackets in a folder's name would be read as part of it.
+def scan_pieces(
+    files: Sequence[Path], piece_rows: int | None, frames: Sequence[pl.LazyFrame] | None = None
+) -> list[pl.LazyFrame]:
+    """The numbered rows of parquet files as one piece, or as pieces of `piece_rows` rows but for the last.
+
+    `frames` are the rows of each file, where they are not simply what it holds.
+    """
+
+    def rows_of(first: int, last: int) -> pl.LazyFrame:
+        if frames is not None:
+            return pl.concat(frames[first : last + 1])
+        # Paths and no pattern: brackets in a folder's name would be read as part of it.
+        return pl.scan_parquet(list(files[first : last + 1]), glob=False, hive_partitioning=False)
+
     if piece_rows is None:
-        return [numbered(pl.scan_parquet(files, glob=False))]
+        return [numbered(rows_of(0, len(files) - 1))]
     num_rows = [pq.ParquetFile(file).metadata.num_rows for file in files]
     ends = np.cumsum(num_rows)
     pieces = []
@@ -242,8 +323,7 @@ def scan_pieces(files: list[Path], piece_rows: int | None) -> list[pl.LazyFrame]
         stop = min(start + piece_rows, int(ends[-1]))
         first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
         before = int(ends[first]) - num_rows[first]
-        rows = pl.scan_parquet(files[first : last + 1], glob=False).slice(start - before, stop - start)
-        pieces.append(numbered(rows, start))
+        pieces.append(numbered(rows_of(first, last).slice(start - before, stop - start), start))
     return pieces
 
 
@@ -309,31 +389,29 @@ def open_text(
     may_lack: Sequence[Sequence[str]],
 ) -> Iterator[TextFile]:
     """A text file ready to be read in blocks; arguments and errors as in `read_raw`."""
-    try:
-        with _open(path) as stream:
-            head = stream.peek(1 << 16)[: 1 << 16].removeprefix(b"\xef\xbb\xbf")
-            if not head.strip():
-                raise DataError(f"{path} is empty: expected a header and rows")
-            if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
-                raise DataError(f"{path}: lines end in CR only; convert them to LF or CRLF (such as: tr '\\r' '\\n')")
-            mark = separator.encode() if separator is not None else find_separator(path, head)
-            if len(mark) != 1 or mark in b'"\r\n':
-                raise DataError(
-                    f"separator {separator!r} cannot be used, expected one byte other than a quote or newline: "
-                    "replace it in the file first"
-                )
-            if stream.peek(3).startswith(b"\xef\xbb\xbf"):
-                stream.read(3)
-            if columns is None:
-                names = _header(path, stream, mark)
-            else:
-                names = _fitting([str(column) for column in columns], may_lack, head, mark)
-            check_names(str(path), names, has_header=columns is None)
-            first_line = 1 if columns is not None else 2
-            scanner = RowScanner(str(path), mark, num_cells=len(names), on_bad_row=on_bad_row, first_line=first_line)
-            yield TextFile(path, names, mark, missing_values, first_line, scanner, stream)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} cannot be unpacked, it is truncated or damaged ({error})") from error
+    with unpacked(path) as stream:
+        head = stream.peek(1 << 16)[: 1 << 16].removeprefix(b"\xef\xbb\xbf")
+        if not head.strip():
+            raise DataError(f"{path} is empty: expected a header and rows")
+        if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
+            raise DataError(f"{path}: lines end in CR only; convert them to LF or CRLF (such as: tr '\\r' '\\n')")
+        refuse_foreign(path, head, separator)
+        mark = separator.encode() if separator is not None else find_separator(path, head)
+        if len(mark) != 1 or mark in b'"\r\n':
+            raise DataError(
+                f"separator {separator!r} cannot be used, expected one byte other than a quote or newline: "
+                "replace it in the file first, as docs/data.md does under 'Other formats'"
+            )
+        if stream.peek(3).startswith(b"\xef\xbb\xbf"):
+            stream.read(3)
+        if columns is None:
+            names = _header(path, stream, mark)
+        else:
+            names = _fitting([str(column) for column in columns], may_lack, head, mark)
+        check_names(str(path), names, has_header=columns is None)
+        first_line = 1 if columns is not None else 2
+        scanner = RowScanner(str(path), mark, num_cells=len(names), on_bad_row=on_bad_row, first_line=first_line)
+        yield TextFile(path, names, mark, missing_values, first_line, scanner, stream)
 
 
 def _read_text(
@@ -365,20 +443,42 @@ def _read_text(
     return text.table(scan_pieces(sorted(temporary.glob("*.parquet")), piece_rows))
 
 
+def _read_json(
+    path: Path, temporary: Path, missing_values: Sequence[str], on_bad_row: OnBadRow, piece_rows: int | None
+) -> RawTable:
+    temporary.mkdir(parents=True, exist_ok=True)
+    with open_json(path, on_bad_row) as lines:
+        for number, frame in enumerate(lines.frames()):
+            check_names(str(path), frame.columns)
+            frame.write_parquet(temporary / f"{number:06}.parquet", compression="uncompressed", statistics=False)
+    files = sorted(temporary.glob("*.parquet"))
+    frames = [lines.completed(pl.scan_parquet([file], glob=False, hive_partitioning=False)) for file in files]
+    frames = [frame.select(columns) for frame, columns in zip(frames, alike([(str(path), frame) for frame in frames]))]
+    pieces = scan_pieces(files, piece_rows, frames)
+    return json_table(lines, [clean(piece, missing_values) for piece in pieces])
+
+
+@contextlib.contextmanager
+def open_json(path: Path, on_bad_row: OnBadRow) -> Iterator[JsonLines]:
+    """A file of JSON lines ready to be read in blocks; errors as in `read_raw`."""
+    with unpacked(path) as stream:
+        if not stream.peek(1 << 12).strip():
+            raise DataError(f"{path} is empty: expected a JSON object a line")
+        yield JsonLines(path, stream, on_bad_row)
+
+
+def json_table(lines: JsonLines, pieces: Sequence[pl.LazyFrame]) -> RawTable:
+    """A table of the rows read so far."""
+    line = None if lines.skipped else 1
+    return RawTable(tuple(pieces), str(lines.path), line, lines.skipped, np.array(lines.bad_rows, np.int64))
+
+
 def _fitting(columns: list[str], may_lack: Sequence[Sequence[str]], head: bytes, separator: bytes) -> list[str]:
     """The names of the columns of a file without header, as many as its first row has cells if that can be."""
     lines = head.decode(errors="replace").replace("\0", "").splitlines()[:1]
     num_cells = len(next(csv.reader(lines, delimiter=separator.decode()), []))
     choices = [columns, *([name for name in columns if name not in lacking] for lacking in may_lack)]
     return next((names for names in choices if len(names) == num_cells), columns)
-
-
-def _open(path: Path) -> io.BufferedReader:
-    stream = path.open("rb")
-    if not stream.peek(2).startswith(b"\x1f\x8b"):
-        return stream
-    stream.close()
-    return io.BufferedReader(cast(io.RawIOBase, gzip.open(path, "rb")), 1 << 17)
 
 
 def _header(path: Path, stream: BinaryIO, separator: bytes) -> list[str]:
@@ -429,32 +529,75 @@ def _parse(block: bytes, names: list[str], separator: bytes, missing_values: Seq
 
 
 def read_parquet(
-    path: Path, name: str, missing_values: Sequence[str], on_bad_row: OnBadRow, piece_rows: int | None
+    path: Path,
+    name: str,
+    missing_values: Sequence[str],
+    on_bad_row: OnBadRow,
+    piece_rows: int | None,
+    wanted: Collection[str] | None = None,
 ) -> RawTable:
-    """A parquet file, or the files of a folder in the order of their names; arguments as in `read_raw`."""
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"{path} is a folder without parquet files: expected a file, or a folder of *.parquet")
+    """A parquet file, or the files of a folder (`ctrlib.data.parts.parts_of`); arguments as in `read_raw`."""
+    parts = parts_of(path)
     skipped: Counter[str] = Counter()
     num_rows = 0
-    for file in files:
-        with naming(str(file)):
-            metadata = pq.ParquetFile(file).metadata
-        check_names(str(file), metadata.schema.to_arrow_schema().names)
+    for part in parts:
+        with naming(str(part.path)):
+            metadata = pq.ParquetFile(part.path).metadata
+        names = metadata.schema.to_arrow_schema().names
+        check_names(str(part.path), [*names, *part.keys])
+        if variants := re.findall(r" group field_id=\S+ (.*) \(Variant", str(metadata.schema)):
+            raise SchemaError(
+                f"{part.path}: columns {variants} have type VARIANT, which is not read: cast them, or leave them out"
+            )
         num_rows += metadata.num_rows
         for number in range(metadata.num_row_groups):
             if metadata.row_group(number).num_rows == 0:
                 if on_bad_row == "raise":
                     raise DataError(
-                        f"{file}: row group {number} has no rows, so its writer may have failed: write the file again, "
-                        'or leave such row groups out with on_bad_row="skip" (--on-bad-row skip)'
+                        f"{part.path}: row group {number} has no rows, so its writer may have failed: write the file "
+                        'again, or leave such row groups out with on_bad_row="skip" (--on-bad-row skip)'
                     )
                 skipped["row group without rows"] += 1
     if not num_rows:
         raise DataError(f"{name} has no rows: expected at least one")
-    pieces = scan_pieces(files, piece_rows)
     with naming(name):
-        return RawTable(tuple(clean(piece, missing_values) for piece in pieces), name, None, skipped)
+        pieces = scan_pieces([part.path for part in parts], piece_rows, frames_of(parts, wanted))
+        cleaned = tuple(clean(piece, missing_values) for piece in pieces)
+    return RawTable(cleaned, name, None, skipped, keys=frozenset(parts[0].keys))
+
+
+def _read_arrow(path: Path, missing_values: Sequence[str], piece_rows: int | None) -> RawTable:
+    with naming(str(path)):
+        frame = pl.scan_ipc([path], glob=False, hive_partitioning=False)
+        check_names(str(path), frame.collect_schema().names())
+        num_rows = int(frame.select(pl.len()).collect().item())
+        if not num_rows:
+            raise DataError(f"{path} has no rows: expected at least one")
+        starts = range(0, num_rows, piece_rows or num_rows)
+        pieces = [numbered(frame.slice(start, starts.step), start) for start in starts]
+        return RawTable(tuple(clean(piece, missing_values) for piece in pieces), str(path))
+
+
+def as_frame(rows: Any, name: str) -> pl.DataFrame:
+    """A table of any usual kind as a polars frame.
+
+    Raises:
+        TypeError: it is of none.
+        DataError: polars cannot take it over.
+    """
+    with naming(name):
+        if isinstance(rows, pl.DataFrame):
+            return rows
+        if isinstance(rows, pl.LazyFrame):
+            return rows.collect()
+        if isinstance(rows, pa.Table | pa.RecordBatch):
+            return pl.DataFrame(pl.from_arrow(rows))
+        if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
+            return pl.from_pandas(rows)
+    raise TypeError(
+        f"{name} is a {type(rows).__name__}, expected a dictionary of cells, a list of such rows, a polars or pandas "
+        "frame, an Arrow table, or the path of a file"
+    )
 
 
 def clean(frame: pl.LazyFrame, missing_values: Sequence[str]) -> pl.LazyFrame:

@@ -39,7 +39,7 @@ import pyarrow.parquet as pq
 
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.encode import Totals, write_part
-from ctrlib.data.raw import RawTable, check_names, naming, read_parquet, read_raw, run_here
+from ctrlib.data.raw import RawTable, as_frame, check_names, check_paths, naming, read_parquet, read_raw, run_here
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.vocabulary import Vocabularies, counted, values_of
 from ctrlib.schema import Categorical, Schema, SchemaError
@@ -70,6 +70,8 @@ class SparkWorkers:
     ) -> RawTable:
         """As `ctrlib.data.raw.read_raw`, and Spark DataFrames too."""
         temporary = temporary.absolute()
+        if not isinstance(data, str | Path | list | tuple | pl.LazyFrame) and not hasattr(data, "sparkSession"):
+            data = as_frame(data, name)
         if isinstance(data, pl.DataFrame | pl.LazyFrame):
             temporary.mkdir(parents=True)
             with naming(name):
@@ -83,7 +85,10 @@ class SparkWorkers:
                 raise DataError(f"{name} has no rows: expected at least one")
             table = read_parquet(temporary, name, missing_values, on_bad_row, PIECE_ROWS)
         else:
-            data = Path(data).absolute() if isinstance(data, str | Path) else data
+            # Absolute, for the executors.
+            if not isinstance(data, str | Path):
+                check_paths(data, name)
+            data = Path(data).absolute() if isinstance(data, str | Path) else [Path(one).absolute() for one in data]
             table = read_raw(data, temporary, name=name, separator=separator, columns=columns,
                              missing_values=missing_values, on_bad_row=on_bad_row, piece_rows=PIECE_ROWS)  # fmt: skip
         table.run = self._run

@@ -9,9 +9,23 @@ from threading import Event, Thread
 from typing import Any, TypeVar
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from ctrlib.data.raw import RawTable, clean, naming, numbered, open_text, read_parquet
+from ctrlib.data.formats import format_of
+from ctrlib.data.parts import alike, parts_of
+from ctrlib.data.raw import (
+    RawTable,
+    check_names,
+    clean,
+    json_table,
+    naming,
+    numbered,
+    open_json,
+    open_text,
+    read_parquet,
+)
 from ctrlib.data.scan import DataError, OnBadRow
 
 BLOCK_ROWS = 1 << 16
@@ -32,9 +46,9 @@ def blocks(
     """Tables of some rows each, in order; rows keep their numbers in the whole.
 
     Args:
-        data: a CSV, TSV or parquet file, a folder of parquet files, or a frame.
+        data: a file as `read_raw` takes it, a folder of parquet files, or a frame.
         name: what to call a frame in messages.
-        wanted: of parquet, the columns to read; by default all.
+        wanted: the columns that must be there: of parquet and Arrow files no others are read; by default all.
         separator, columns, missing_values, on_bad_row, may_lack: as in `ctrlib.data.raw.read_raw`.
 
     Raises:
@@ -48,10 +62,15 @@ def blocks(
             yield RawTable((numbered(clean(piece.lazy(), missing_values), start),), name)
         return
     path = Path(data)
-    if not path.exists():
-        raise DataError(f"{path} does not exist: expected a CSV, TSV or parquet file")
-    if path.is_dir() or path.suffix in (".parquet", ".pq"):
+    form = format_of(path)
+    if form == "parquet":
         yield from _parquet(path, wanted, missing_values, on_bad_row)
+        return
+    if form == "arrow":
+        yield from _arrow(path, wanted, missing_values)
+        return
+    if form == "json lines":
+        yield from _json(path, wanted or (), missing_values, on_bad_row)
         return
     with open_text(path, separator, columns, missing_values, on_bad_row, may_lack) as text:
         start = 0
@@ -67,15 +86,53 @@ def blocks(
 def _parquet(
     path: Path, wanted: Collection[str] | None, missing_values: Sequence[str], on_bad_row: OnBadRow
 ) -> Iterator[RawTable]:
-    skipped = read_parquet(path, str(path), missing_values, on_bad_row, None).skipped  # by every file's metadata
-    start = 0
-    for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
-        with naming(str(file)), pq.ParquetFile(file) as reader:
-            names = [name for name in reader.schema_arrow.names if wanted is None or name in wanted]
+    parts, start = parts_of(path), 0
+    with naming(str(parts[0].path)):
+        wanted = _wanted(parts[0].scan().collect_schema().names(), wanted)
+    table = read_parquet(path, str(path), missing_values, on_bad_row, None, wanted)  # by every file's metadata
+    columns = alike([(str(part.path), part.scan()) for part in parts], wanted)
+    for part, alike_columns in zip(parts, columns):
+        with naming(str(part.path)), pq.ParquetFile(part.path) as reader:
+            names = [name for name in reader.schema_arrow.names if name in wanted]
             for batch in reader.iter_batches(BLOCK_ROWS, columns=names):
-                frame = pl.DataFrame(pl.from_arrow(batch))
-                yield RawTable((numbered(clean(frame.lazy(), missing_values), start),), str(path), None, skipped)
+                frame = part.with_keys(pl.DataFrame(pl.from_arrow(batch)).lazy()).select(alike_columns)
+                piece = numbered(clean(frame, missing_values), start)
+                yield RawTable((piece,), str(path), None, table.skipped, keys=table.keys)
+                start += batch.num_rows
+
+
+def _wanted(names: list[str], wanted: Collection[str] | None) -> list[str]:
+    """The columns to read: those that are wanted, and all where some of these are missing, for the error to name."""
+    return names if wanted is None or not set(wanted) <= set(names) else [name for name in names if name in wanted]
+
+
+def _arrow(path: Path, wanted: Collection[str] | None, missing_values: Sequence[str]) -> Iterator[RawTable]:
+    start = 0
+    with naming(str(path)), pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+        check_names(str(path), reader.schema.names)
+        names = _wanted(reader.schema.names, wanted)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number).select(names)
+            for offset in range(0, batch.num_rows, BLOCK_ROWS):
+                frame = pl.DataFrame(pl.from_arrow(batch.slice(offset, BLOCK_ROWS)))
+                yield RawTable((numbered(clean(frame.lazy(), missing_values), start),), str(path))
                 start += frame.height
+    if not start:
+        raise DataError(f"{path} has no rows: expected at least one")
+
+
+def _json(
+    path: Path, wanted: Collection[str], missing_values: Sequence[str], on_bad_row: OnBadRow
+) -> Iterator[RawTable]:
+    with open_json(path, on_bad_row) as lines:
+        start = 0
+        for rows in lines.frames(wanted):
+            check_names(str(path), rows.columns)
+            yield json_table(lines, [numbered(clean(rows.lazy(), missing_values), start)])
+            start += rows.height
+            num_bad = len(lines.bad_rows)
+        if len(lines.bad_rows) > num_bad:  # those at the end count, too
+            yield json_table(lines, [numbered(clean(rows.clear().lazy(), missing_values), start)])
 
 
 def ahead(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:

@@ -31,9 +31,9 @@ from ctrlib._lazy import instead
 from ctrlib.batch import Batch
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns
-from ctrlib.data.encoder import Counts, Encoder, Rows, as_frame
+from ctrlib.data.encoder import Counts, Encoder, Rows
 from ctrlib.data.loader import Loader
-from ctrlib.data.raw import ROW, RawTable
+from ctrlib.data.raw import ROW, RawTable, as_frame
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
 from ctrlib.data.stream import ahead, blocks
 from ctrlib.schema import Schema, SchemaError
@@ -122,8 +122,8 @@ class Predictor:
         Threads may share one predictor.
 
         Args:
-            data: a row as a dictionary, a list of such rows, a polars or pandas frame, an Arrow table, or a CSV, TSV or
-                parquet file, with the raw feature columns in any order.
+            data: a row as a dictionary, a list of such rows, a polars or pandas frame, an Arrow table, or a file as
+                `ctr.prepare` takes it, with the raw feature columns in any order.
             batch_size: rows per step.
             on_bad_row: "raise" at the first damaged row, or "skip": such rows get no probability and are counted.
 
@@ -157,7 +157,7 @@ class Predictor:
         The file appears when it is complete.
 
         Args:
-            data: a CSV, TSV or parquet file, or a folder of parquet files.
+            data: a file as `ctr.prepare` takes it, or a folder of parquet files.
             out: .csv or .parquet; gets the columns to keep, then a column per label.
             keep: raw columns to carry over, such as ids.
             batch_size: rows per step.
