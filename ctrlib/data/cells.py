@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from ctrlib.data.raw import ROW, RawTable, Total
+from ctrlib.data.raw import ROW, RawTable, Total, is_cell
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.schema import (
     Categorical,
@@ -216,9 +216,12 @@ def check_columns(raw: RawTable, schema: Schema, *, with_labels: bool) -> None:
     missing = [name for name in dict.fromkeys(needed) if name not in dtypes]
     if missing:
         raise SchemaError(f"{raw.name}: columns {missing} are missing, it has {shortened(list(dtypes))}{_hint(dtypes)}")
+    for name in needed[len(schema.features) :]:
+        if name is not None and not is_cell(dtypes[name]):
+            raise SchemaError(f"{raw.name}: column {name!r} has type {dtypes[name]}, expected text or numbers: cast it")
     for feature in schema.features:
         dtype = dtypes[feature.name]
-        scalar = not dtype.is_nested() and dtype not in (pl.Binary, pl.Object, pl.Duration)
+        scalar = is_cell(dtype)
         if isinstance(feature, RawId):
             fits = dtype in (pl.String, pl.Null) or (dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128))
             wanted = "integers of up to 64 bits, or text,"
@@ -226,7 +229,7 @@ def check_columns(raw: RawTable, schema: Schema, *, with_labels: bool) -> None:
             fits = scalar and not (isinstance(feature, Numeric) and dtype.is_temporal())
             wanted = "a number" if isinstance(feature, Numeric) else "text or integer"
         else:
-            fits = scalar or (isinstance(dtype, pl.List | pl.Array) and not _inner(dtype).is_nested())
+            fits = scalar or (isinstance(dtype, pl.List | pl.Array) and is_cell(_inner(dtype)))
             wanted = f"text with values separated by {feature.separator!r}, or a list"
         if not fits:
             raise SchemaError(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from ctrlib.data.raw import RawTable
+from ctrlib.data.raw import RawTable, is_cell
 from ctrlib.schema import Categorical, Feature, MultiValued, Numeric
 
 SAMPLE_ROWS = 200_000
@@ -32,6 +32,10 @@ _MEASURE_NAME = re.compile(
 
 
 _TIME = r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}[T ]\d{1,2}:\d{2}"
+_TIME_NAME = re.compile(r"hour|time|date|day", re.IGNORECASE)
+HOURS = "hours as YYMMDDHH: make hour of day and weekday of them (docs/data.md, Splits and times)"
+
+NO_CELLS = "ignored: values of type"
 
 
 class Guess(NamedTuple):
@@ -78,10 +82,10 @@ def _guess(values: pl.Series) -> Guess:
         present = present.drop_nans()
     if present.is_empty():
         return Guess(name, None, "ignored: no values")
-    if isinstance(dtype, pl.List | pl.Array):
+    if isinstance(dtype, pl.List | pl.Array) and is_cell(dtype.inner):  # type: ignore[arg-type]
         return Guess(name, MultiValued(name), "lists")
-    if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
-        return Guess(name, None, f"ignored: values of type {dtype}")
+    if not is_cell(dtype):
+        return Guess(name, None, f"{NO_CELLS} {dtype}, neither text nor numbers nor times; cast them to use them")
     if dtype == pl.Boolean or dtype.is_temporal():
         present = present.cast(pl.String)
     distinct = present.unique()
@@ -168,6 +172,8 @@ def _guess_integers(name: str, numbers: pl.Series, num_distinct: int) -> Guess:
         if num_distinct == len(numbers) >= MIN_ROWS_FOR_IDENTIFIER:
             return Guess(name, None, "ignored: every row has another integer")
         return Guess(name, Categorical(name), "integers, the name of an id")
+    if (num_distinct > FEW_VALUES or _TIME_NAME.search(name)) and _are_hours(numbers):
+        return Guess(name, Categorical(name), HOURS)
     if num_distinct <= FEW_VALUES:
         return Guess(name, Categorical(name), f"integers, only {num_distinct} distinct")
     if _MEASURE_NAME.search(name):
@@ -179,6 +185,13 @@ def _guess_integers(name: str, numbers: pl.Series, num_distinct: int) -> Guess:
     if num_distinct > 0.5 * len(numbers) and len(numbers) >= MIN_ROWS_FOR_IDENTIFIER:
         return _numeric(name, numbers, "integers that hardly repeat")
     return Guess(name, Categorical(name), f"integers that repeat, {num_distinct:,} distinct")
+
+
+def _are_hours(numbers: pl.Series) -> bool:
+    """Whether all are hours of 2010 to 2039 in the form YYMMDDHH (Avazu's): of other integers, one in 100 looks so."""
+    year, month, day, hour = (numbers // 10**digits % 100 for digits in (6, 4, 2, 0))
+    fits = (numbers < 10**8) & year.is_between(10, 39) & month.is_between(1, 12) & day.is_between(1, 31) & (hour < 24)
+    return bool(fits.all())
 
 
 def _numeric(name: str, numbers: pl.Series, why: str) -> Guess:
@@ -195,7 +208,7 @@ def _skewness(numbers: pl.Series) -> float:
 def _confirmed(guess: Guess, table: RawTable, num_rows: int) -> Guess:
     """A column that is constant, or never repeats, in the sample only is a feature after all."""
     name = guess.name
-    if guess.feature is not None or table.dtypes[name].is_nested():
+    if guess.feature is not None or guess.reason.startswith(NO_CELLS):
         return guess
     value = pl.col(name).cast(pl.String).hash().alias(name)
     if guess.reason.startswith(("ignored: always", "ignored: no values")):

@@ -21,6 +21,7 @@ from ctrlib.data.cells import check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
 from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling
+from ctrlib.data.infer import HOURS, NO_CELLS
 from ctrlib.data.raw import RawData, RawTable, naming
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, split_table
@@ -68,8 +69,9 @@ def prepare(
     leaves none. Memory is bounded by the largest vocabulary, not by the number of rows.
 
     Args:
-        data: a CSV, TSV or parquet file, a folder of parquet files, a polars frame or a Spark DataFrame, which is then
-            split; or a dictionary of those with keys "train" and, if there are any, "valid" and "test".
+        data: a file (CSV, TSV, JSON lines, parquet, Arrow), a folder of parquet files, a list of files that follow each
+            other, a polars or pandas frame, an Arrow table, or a Spark DataFrame, which is then split; or a dictionary
+            of those with keys "train" and, if there are any, "valid" and "test".
         out: the folder to make.
         features: what columns mean; the type of every other column is inferred and shown. Fields keep this order, with
             the inferred ones after them in the order of the file.
@@ -164,6 +166,8 @@ def prepare(
                 known[GROUP_COLUMN] = folder / "groups.parquet"
                 groups.write_parquet(known[GROUP_COLUMN])
         report = _Report(schema, reasons, skipped)
+        report.remarks += [f"column {name!r} holds {reason}" for name, reason in reasons.items() if reason == HOURS]
+        report.remarks += [f"column {name!r} is {why}" for name, why in reasons.items() if why.startswith(NO_CELLS)]
         for name, table in tables.items():
             refuse_other_spelling(table, schema, folder / "vocab")
             (folder / name).mkdir()
