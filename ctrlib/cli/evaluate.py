@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from ctrlib.cli.flags import Command, ScoringFlags
 from ctrlib.cli.kinds import OptionalName
-from ctrlib.cli.paths import check_model, check_prepared, check_raw
+from ctrlib.cli.paths import check_model, check_prepared, check_raw, holds_parquet
 from ctrlib.cli.tables import print_counts, print_scores
 
 
@@ -28,7 +28,7 @@ class Evaluate(Command):
     model: Positional[Path]
     """Model folder, as `ctrlib train` writes it."""
     data: Positional[Path]
-    """Prepared folder, or raw CSV, TSV or parquet file."""
+    """Prepared folder, or raw file or folder of parquet files, as `ctrlib prepare` takes it."""
     split: OptionalName = None
     """Which split of a prepared folder; otherwise test."""
     scoring: ScoringFlags = field(default_factory=ScoringFlags)
@@ -37,16 +37,18 @@ class Evaluate(Command):
         """Run the command; the exit status."""
         check_model(self.model)
         check_raw(self.data)
-        if self.data.is_dir():
+        is_prepared = (self.data / "schema.json").is_file()
+        if is_prepared or (self.data.is_dir() and not holds_parquet(self.data)):
             check_prepared(self.data)
         elif self.split is not None:
-            raise ValueError(f"--split {self.split}: {self.data} is a file, only prepared folders have splits")
+            what = "has no schema.json" if self.data.is_dir() else "is a file"
+            raise ValueError(f"--split {self.split}: {self.data} {what}, only prepared folders have splits")
 
         from ctrlib.serving.predictor import Predictor
         from ctrlib.training.loop import to_json
 
         predictor, size = Predictor.load(self.model), self.scoring.batch_size
-        if self.data.is_dir():
+        if is_prepared:
             name = self.split or "test"
             scores = predictor.evaluate_prepared(self.data, name, batch_size=size)
         else:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     Model = str
     Texts = tuple[str, ...]
     OptionalTexts = Optional[tuple[str, ...]]
+    Paths = tuple[Path, ...]
+    OptionalPaths = Optional[tuple[Path, ...]]
 else:
     Model = Literal[tuple(MODELS)]
     MANY = PrimitiveConstructorSpec(
@@ -46,6 +48,17 @@ else:
     )
     Texts = Annotated[tuple, MANY, shown("TEXT ...")]
     OptionalTexts = Annotated[Optional[tuple], MANY, shown("TEXT ...")]
+
+    def _paths(texts: list[str]) -> tuple[Path, ...]:
+        if not texts:
+            raise ValueError("expected one path or more")
+        return tuple(map(Path, texts))
+
+    MANY_PATHS = PrimitiveConstructorSpec(
+        "*", "PATH ...", _paths, lambda value: isinstance(value, tuple), lambda value: list(map(str, value or ()))
+    )
+    Paths = Annotated[tuple, MANY_PATHS, shown("PATH ...")]
+    OptionalPaths = Annotated[Optional[tuple], MANY_PATHS, shown("PATH ...")]
 Settings = Annotated[Texts, shown("NAME=VALUE ...")]
 Names = Annotated[Texts, shown("NAME ...")]
 OptionalNames = Annotated[OptionalTexts, shown("NAME ...")]

@@ -39,7 +39,14 @@ def check_raw(path: Path) -> None:
         ValueError: as said.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist: expected a CSV, TSV or parquet file")
+        raise ValueError(
+            f"{path} does not exist: expected a CSV, TSV or parquet file, or another that docs/data.md names"
+        )
+
+
+def holds_parquet(folder: Path) -> bool:
+    """Whether there are parquet files in a folder, or in folders in it."""
+    return any(path.suffix in (".parquet", ".pq", ".parq") for path in folder.rglob("*"))
 
 
 def check_out(out: Path, *, file: bool = False) -> None:

@@ -39,7 +39,7 @@ class Predict(Command):
     model: Positional[Path]
     """Model folder, as `ctrlib train` writes it."""
     data: Positional[Path]
-    """Raw CSV, TSV or parquet file; labels are not needed."""
+    """Raw file, as `ctrlib prepare` takes it, or a folder of parquet files; labels are not needed."""
     output: Output
     scoring: ScoringFlags = field(default_factory=ScoringFlags)
 

@@ -17,10 +17,11 @@ from ctrlib.cli.kinds import (
     OptionalInt,
     OptionalName,
     OptionalNames,
-    OptionalPath,
+    OptionalPaths,
     OptionalText,
     OptionalTexts,
     Parts,
+    Paths,
     Switch,
     Texts,
     shown,
@@ -48,10 +49,10 @@ class Output:
 class Files:
     """How the files are read."""
 
-    valid: OptionalPath = None
-    """File with the validation rows; otherwise they are split off DATA."""
-    test: OptionalPath = None
-    """File with the test rows; goes together with --valid."""
+    valid: OptionalPaths = None
+    """Files with the validation rows; otherwise they are split off DATA."""
+    test: OptionalPaths = None
+    """Files with the test rows; goes together with --valid."""
     separator: OptionalText = None
     """Character between the fields of text files; otherwise told from the file's name, or its first lines."""
     columns: Names = ()
@@ -118,14 +119,16 @@ class Prepare(Command):
     Column types are inferred and shown; name columns to say otherwise. Everything that is fitted (vocabularies, scales)
     is fitted on the training rows only. The folder holds schema.json, the vocabularies and three splits.
 
+    Files are CSV, TSV or JSON lines, packed (.gz, .zst) or not, parquet or Arrow. Several follow each other.
+
     Example:
 
         ctrlib prepare clicks.csv --out data/clicks --label click \\
             --group user_id --numeric price:log
     """
 
-    data: Positional[Path]
-    """CSV, TSV or parquet file (.gz too) of all rows, or of the training rows with --valid and --test."""
+    data: Annotated[Positional[Paths], shown("DATA ...")]
+    """Files, or a folder of parquet files, of all rows, or of the training rows with --valid and --test."""
     output: Output
     file: Files = field(default_factory=Files)
     column: Columns = field(default_factory=Columns)
@@ -161,13 +164,14 @@ class Prepare(Command):
         unclear = [text for text in column.positive if "=" not in text]
         if unclear:
             raise ValueError(f"--positive {unclear[0]}: expected LABEL=TEXT, such as income=>50K")
-        data: Any = self.data
+        given = {"train": self.data}
         if files.valid is not None and files.test is not None:
-            data = {"train": self.data, "valid": files.valid, "test": files.test}
+            given |= {"valid": files.valid, "test": files.test}
         elif files.valid is not None or files.test is not None:
             raise ValueError("--valid and --test go together: give both, or neither to split DATA")
-        for path in data.values() if isinstance(data, dict) else [data]:
-            check_raw(path)
+        for paths in given.values():
+            for path in paths:
+                check_raw(path)
         check_out(out)
         if out.exists() and not self.output.overwrite:
             raise ValueError(f"{out} exists: give another --out, or --overwrite to replace it")
@@ -176,8 +180,9 @@ class Prepare(Command):
 
         from ctrlib.data.prepare import prepare
 
+        splits: Any = {name: paths[0] if len(paths) == 1 else list(paths) for name, paths in given.items()}
         schema = prepare(
-            data,
+            splits if len(splits) > 1 else splits["train"],
             out,
             features=features,
             labels=("label",) if column.label is None else column.label,
