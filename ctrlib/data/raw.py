@@ -547,7 +547,8 @@ def read_parquet(
         check_names(str(part.path), [*names, *part.keys])
         if variants := re.findall(r" group field_id=\S+ (.*) \(Variant", str(metadata.schema)):
             raise SchemaError(
-                f"{part.path}: columns {variants} have type VARIANT, which is not read: cast them, or leave them out"
+                f"{part.path}: columns {variants} have type VARIANT, which is not read: write the file without them, "
+                "or with text in their place"
             )
         num_rows += metadata.num_rows
         for number in range(metadata.num_row_groups):
