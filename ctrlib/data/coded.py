@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from polars.io.plugins import register_io_source
 
+from ctrlib.data.formats import format_of
 from ctrlib.data.raw import (
     BLANKS,
     ROW,
@@ -34,13 +36,12 @@ from ctrlib.data.raw import (
     RawTable,
     TextFile,
     Total,
-    check_names,
     missing_tokens,
     naming,
     open_text,
-    read_parquet,
+    read_raw,
 )
-from ctrlib.data.scan import DataError, OnBadRow
+from ctrlib.data.scan import OnBadRow
 from ctrlib.data.stream import ahead
 
 BLOCK_ROWS = 1 << 17
@@ -186,26 +187,23 @@ def read_coded(
 ) -> CodedTable:
     """As `ctrlib.data.raw.read_raw`: every block is read, checked and coded once."""
     temporary.mkdir(parents=True, exist_ok=True)
-    if isinstance(data, str | Path) and not Path(data).exists():
-        raise DataError(f"{data} does not exist: expected a CSV, TSV or parquet file")
-    if isinstance(data, str | Path) and not (Path(data).is_dir() or Path(data).suffix in (".parquet", ".pq")):
+    if isinstance(data, str | Path) and format_of(Path(data)) == "text":
         with open_text(Path(data), separator, columns, missing_values, on_bad_row, ()) as text:
             blocks = _write(ahead(_parsed(text), 1), temporary, missing_values)
             return _table(text.table(()), blocks)
-    if isinstance(data, pl.DataFrame | pl.LazyFrame):
-        table, frame = RawTable((), name), data.lazy()
-        with naming(name):
-            check_names(name, frame.collect_schema().names())
-    elif isinstance(data, str | Path):
-        table = read_parquet(Path(data), str(data), missing_values, on_bad_row, None)
-        frame = table.frame.drop(ROW)
-    else:
-        raise TypeError(
-            f"{name} is a {type(data).__name__}, expected a path or a polars DataFrame or LazyFrame "
-            "(from pandas: polars.from_pandas(frame))"
-        )
+    table = read_raw(
+        data,
+        temporary / "raw",
+        name=name,
+        separator=separator,
+        columns=columns,
+        missing_values=missing_values,
+        on_bad_row=on_bad_row,
+    )
     with naming(table.name):
-        blocks = _write(((batch, True) for batch in _batches(frame)), temporary, missing_values)
+        rows = _batches(table.frame.drop(ROW))
+        blocks = _write(((batch, False) for batch in rows), temporary, missing_values)
+    shutil.rmtree(temporary / "raw", ignore_errors=True)
     return _table(table, blocks)
 
 
