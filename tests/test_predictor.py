@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 
 import ctrlib as ctr
 from ctrlib import cli, models
@@ -49,6 +50,14 @@ def model_of(data: Any, folder: Path, **options: Any) -> ctr.Predictor:
 @pytest.fixture
 def predictor(tmp_path: Path) -> ctr.Predictor:
     return model_of(rows(), tmp_path)
+
+
+def test_reading_a_model_draws_no_random_number(predictor, tmp_path):
+    scores = predictor.predict(rows())[0]
+    before = torch.get_rng_state()
+    again = ctr.Predictor.load(tmp_path / "m")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.predict(rows())[0].equals(scores)
 
 
 def csv_of(path: Path, frame: pl.DataFrame, **options: Any) -> Path:

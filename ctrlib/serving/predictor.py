@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ctrlib import models
 from ctrlib._lazy import instead
@@ -92,7 +93,8 @@ class Predictor:
             if not (folder / name).is_file():
                 raise SchemaError(f"{folder} is not a model folder, it has no {name}: `ctrlib train --out` writes one")
         schema = Schema.load(folder)
-        model = _build(folder / "model.json", schema)
+        with _Undrawn():
+            model = _build(folder / "model.json", schema)
         path = folder / "model.safetensors"
         try:
             with safe_open(str(path), "pt") as file:
@@ -386,8 +388,26 @@ class Report:
         }
 
 
+class _Undrawn(TorchFunctionMode):
+    """No random number is drawn meanwhile: of a model that is read from a file, the file has all that is random.
+
+    To draw the rows of large tables takes much longer than to read them.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        drawn = ("uniform_", "normal_")  # xavier_uniform_ and others, too
+        if getattr(func, "__module__", "") == nn.init.__name__ and func.__name__.endswith(drawn):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _build(path: Path, schema: Schema) -> nn.Module:
-    """The model that model.json describes, with fresh weights."""
+    """The model that model.json describes, whatever its weights."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
