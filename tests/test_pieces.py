@@ -82,6 +82,7 @@ def test_prepared_folders_do_not_depend_on_the_road(tmp_path, monkeypatch, optio
     path = every_kind(tmp_path)
     monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 1000)
     monkeypatch.setattr("ctrlib.data.coded.BLOCK_ROWS", 37)
+    monkeypatch.setattr("ctrlib.data.codes._FEWEST", 100)
     for road in ROADS:
         prepared(path, tmp_path / road, road, monkeypatch, **options)
     whole = fingerprint(tmp_path / "whole")

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,7 @@ from ctrlib.schema import (
 )
 
 _TEXT = pa.large_string()
+_FEWEST = 1 << 21  # texts that are put together at once
 
 
 class Texts(NamedTuple):
@@ -67,24 +68,49 @@ def _text_array(values: pl.Series) -> pa.Array:
     return values.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_TEXT)
 
 
+class _Part(NamedTuple):
+    """A feature in a block of a table."""
+
+    table: CodedTable
+    block: Block
+    feature: VocabularyFeature
+    cells: Cells
+    texts: Texts
+
+
+def _parts(blocks: Iterable[tuple[CodedTable, Block]], features: Sequence[VocabularyFeature]) -> Iterator[_Part]:
+    for table, block in blocks:
+        columns = block.columns()
+        for feature in features:
+            cells = columns[feature.name]
+            with naming(table.name):
+                yield _Part(table, block, feature, cells, texts_of(cells, feature))
+
+
+def _at_once(parts: Iterable[_Part], least: int) -> Iterator[list[_Part]]:
+    """Parts that together have so many texts: memory does not grow with the blocks."""
+    some: list[_Part] = []
+    for part in parts:
+        some.append(part)
+        if sum(len(one.texts.flat) for one in some) >= least:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
 def count_values(tables: Sequence[CodedTable], features: Sequence[VocabularyFeature]) -> pl.LazyFrame:
     """The values of features that share a vocabulary in all rows of the tables: value, count."""
-    texts, counts = [], []
-    for table in tables:
-        for block in table.blocks:
-            columns = block.columns()
-            for feature in features:
-                cells = columns[feature.name]
-                rows = table.counts(block, cells)
-                with naming(table.name):
-                    flat, lengths = texts_of(cells, feature)
-                texts.append(flat)
-                counts.append(rows if lengths is None else np.repeat(rows, lengths))
-    numbered, values = _numbered(texts)
-    totals = np.zeros(len(values), np.int64)
-    for numbers, rows in zip(numbered, counts):
-        present = numbers >= 0
-        np.add.at(totals, numbers[present], rows[present])
+    values, totals = pa.array([], _TEXT), np.zeros(0, np.int64)
+    blocks = ((table, block) for table in tables for block in table.blocks)
+    for parts in _at_once(_parts(blocks, features), _FEWEST):
+        (_, *places), values = _numbered([values, *(part.texts.flat for part in parts)])
+        totals = np.concatenate([totals, np.zeros(len(values) - len(totals), np.int64)])
+        for part, numbers in zip(parts, places):
+            rows = part.table.counts(part.block, part.cells)
+            rows = rows if part.texts.lengths is None else np.repeat(rows, part.texts.lengths)
+            present = numbers >= 0
+            np.add.at(totals, numbers[present], rows[present])
     return pl.LazyFrame({"value": _strings(values), "count": totals}).filter(pl.col("count") > 0)
 
 
@@ -163,24 +189,20 @@ class _Group(Categorical):
 def _look_up(known: Path, features: Sequence[VocabularyFeature], blocks: Mapping[Block, CodedTable]) -> None:
     """Write, for each block, the ids of the distinct cells of features that share a vocabulary."""
     vocabulary = pl.read_parquet(known, columns=["value", "id"], glob=False)
-    of_cells: list[tuple[Path, VocabularyFeature, npt.NDArray[np.int64] | None]] = []
-    texts = [_text_array(vocabulary["value"])]
-    for block, table in blocks.items():
-        columns = block.columns()
-        for feature in features:
-            with naming(table.name):
-                flat, lengths = texts_of(columns[feature.name], feature)
-            texts.append(flat)
-            of_cells.append((_ids_path(block, feature), feature, lengths))
-    places, distinct = _numbered(texts)
+    values = _text_array(vocabulary["value"])
     is_group = isinstance(features[0], _Group)
     missing, unseen, kind = (-1, -1, np.int64) if is_group else (MISSING_ID, OOV_ID, np.int32)
-    ids = np.full(len(distinct) + 1, unseen, kind)
-    ids[places[0]] = vocabulary["id"].to_numpy()
-    ids[-1] = missing  # the place of a null is -1
-    for (path, feature, lengths), numbers in zip(of_cells, places[1:]):
-        found = pa.array(ids[numbers])
-        _spill(found if lengths is None else _lists(found, lengths, isinstance(feature, MultiValued)), path)
+    tables = ((table, block) for block, table in blocks.items())
+    for parts in _at_once(_parts(tables, features), max(_FEWEST, len(values))):
+        (first, *places), distinct = _numbered([values, *(part.texts.flat for part in parts)])
+        ids = np.full(len(distinct) + 1, unseen, kind)
+        ids[first] = vocabulary["id"].to_numpy()
+        ids[-1] = missing  # the place of a null is -1
+        for part, numbers in zip(parts, places):
+            found, lengths = pa.array(ids[numbers]), part.texts.lengths
+            if lengths is not None:
+                found = _lists(found, lengths, isinstance(part.feature, MultiValued))
+            _spill(found, _ids_path(part.block, part.feature))
 
 
 def _lists(ids: pa.Array, lengths: npt.NDArray[np.int64], is_bag: bool) -> pa.Array:
