@@ -1,23 +1,18 @@
-"""Encoders of numbers against their published equations, what they can learn, and where their bins come from."""
+"""Encoders of numbers against their published equations, and what they can learn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ctrlib.data.prepare import prepare
-from ctrlib.data.quantiles import quantile_edges
 from ctrlib.embeddings.numeric import AutoDis, Bucketised, Periodic, PiecewiseLinear, ValueTimesVector
 from ctrlib.metrics import auc
-from ctrlib.schema import Categorical, Feature, Numeric, Schema, SchemaError
 from ctrlib.testing import make_copy
 
 EDGES = [[0.0, 1.0, 3.0], [-2.0, 5.0], [-1.0, -0.5, 0.25, 0.5, 4.0]]  # 2, 1 and 4 bins
@@ -356,104 +351,3 @@ def test_autodis_sees_most_of_a_planted_wave_unless_its_temperature_is_low() -> 
     x = torch.tensor([[0.2, -0.2], [0.7, -0.9]])
     torch.testing.assert_close(sharp(x)[0], sharp(x)[1])
     assert not torch.allclose(sharp(x), sharp(-x))
-
-
-# ----------------------------------------------------------------------------------------------------------- quantiles
-
-
-def frame(num_rows: int = 1001, seed: int = 0) -> pl.DataFrame:
-    rng = np.random.default_rng(seed)
-    return pl.DataFrame(
-        {
-            "item": rng.integers(0, 5, num_rows),
-            "price": rng.lognormal(0, 1, num_rows),
-            "count": rng.geometric(0.6, num_rows) - 1.0,
-            "flag": rng.integers(0, 2, num_rows).astype(float),
-            "same": np.full(num_rows, 20_240_100.0),
-            "label": rng.integers(0, 2, num_rows),
-        }
-    )
-
-
-FEATURES: list[Feature] = [Numeric("price", "log"), Categorical("item")]
-FEATURES += [Numeric(name, "none") for name in ("count", "flag", "same")]
-
-
-def prepared(folder: Path, **splits: pl.DataFrame) -> Path:
-    prepare(splits, folder, features=FEATURES, overwrite=True, log=None)
-    return folder
-
-
-@pytest.mark.parametrize("num_bins", [1, 3, 7, 31])
-def test_edges_are_numpys_quantiles_of_train(tmp_path: Path, num_bins: int) -> None:
-    folder = prepared(tmp_path / "p", train=frame(), valid=frame(50, seed=1))
-    edges = quantile_edges(folder, num_bins)
-    train = pl.read_parquet(folder / "train")
-    shares = np.linspace(0, 1, num_bins + 1)
-    for name, own in zip(("price", "count", "flag"), edges):
-        expected = np.unique(np.quantile(train[name].to_numpy(), shares, method="inverted_cdf"))
-        assert own == expected.tolist()
-    assert edges[3] == [20_240_100.0, 40_480_200.0]  # c and c + max(1, |c|), of float32
-    assert len(edges[0]) == num_bins + 1
-    assert edges[2] == [0.0, 1.0]
-    PiecewiseLinear(edges)
-    Bucketised(edges)
-
-
-def test_no_bin_is_empty(tmp_path: Path) -> None:
-    folder = prepared(tmp_path / "p", train=frame(200))
-    train = pl.read_parquet(folder / "train")
-    for name, own in zip(("price", "count", "flag", "same"), quantile_edges(folder, 64)):
-        held = np.histogram(train[name].to_numpy(), bins=np.array([*own[:-1], math.inf]))[0]
-        assert (held > 0).all()
-
-
-def test_edges_do_not_look_at_valid_and_test(tmp_path: Path) -> None:
-    first = quantile_edges(prepared(tmp_path / "p", train=frame(), valid=frame(seed=1), test=frame(seed=2)))
-    other = frame(seed=3).with_columns(pl.col("price", "count") * 1000)
-    assert quantile_edges(prepared(tmp_path / "q", train=frame(), valid=other, test=other)) == first
-    assert quantile_edges(str(prepared(tmp_path / "r", train=other, valid=frame(), test=frame()))) != first
-
-
-def test_edges_do_not_depend_on_order_or_files(tmp_path: Path) -> None:
-    folder = prepared(tmp_path / "p", train=frame())
-    expected = quantile_edges(folder)
-    train = pl.read_parquet(folder / "train").sample(fraction=1, shuffle=True, seed=5)
-    for path in (folder / "train").iterdir():
-        path.unlink()
-    train[:300].write_parquet(folder / "train" / "a.parquet")
-    train[300:].write_parquet(folder / "train" / "b[1].parquet")
-    train[:0].write_parquet(folder / "train" / "c.parquet")
-    assert quantile_edges(folder) == expected
-
-
-@pytest.mark.parametrize("constant", [0.0, 0.5, -3.0, 1e-30, 3e8])
-def test_a_constant_gets_one_bin(tmp_path: Path, constant: float) -> None:
-    same = pl.lit(constant).alias("same")
-    (edges,) = quantile_edges(prepared(tmp_path / "p", train=frame(20).with_columns(same)))[3:]
-    stored = float(np.float32(constant))
-    assert edges == [stored, stored + max(1.0, abs(stored))]
-    fields = PiecewiseLinear([edges], embedding_dim=3)
-    torch.testing.assert_close(fields(torch.tensor([[constant]]))[0], fields.bias[0])
-
-
-def test_wrong_data_says_how_to_fix_it(tmp_path: Path) -> None:
-    folder = prepared(tmp_path / "p", train=frame())
-    with pytest.raises(ValueError, match="num_bins must be at least 1, got 0"):
-        quantile_edges(folder, 0)
-    with pytest.raises(SchemaError, match="not a prepared folder"):
-        quantile_edges(tmp_path / "nowhere")
-    prepare({"train": frame()}, tmp_path / "q", features=[Categorical("item")], ignore=frame().columns[1:5], log=None)
-    with pytest.raises(ValueError, match=r"no numeric feature .* Numeric\(\.\.\.\)"):
-        quantile_edges(tmp_path / "q")
-    train = pl.read_parquet(folder / "train")
-    path = next((folder / "train").iterdir())
-    for bad in (math.nan, math.inf, -math.inf):
-        train.with_columns(pl.col("price").replace(train["price"][7], bad)).write_parquet(path)
-        with pytest.raises(SchemaError, match=f"column 'price' holds {bad}, expected finite numbers"):
-            quantile_edges(folder)
-    assert Schema.load(folder).dense[0].name == "price"
-    for path in (folder / "train").iterdir():
-        path.unlink()
-    with pytest.raises(SchemaError, match=r"holds no \*.parquet file"):
-        quantile_edges(folder)

@@ -224,7 +224,7 @@ def folder(tmp_path):
 
 def test_a_fingerprint_does_not_see_files_and_row_groups(folder):
     before = fingerprint(folder)
-    assert list(before) == ["schema", "vocab/item", "vocab/tags", "groups", "train", "test"]
+    assert list(before) == ["schema", "vocab/item", "vocab/tags", "numbers/price", "groups", "train", "test"]
     path = folder / "train" / "part-00000.parquet"
     rows = pl.read_parquet(path)
     rows.head(2).write_parquet(path, row_group_size=1, compression="zstd")
@@ -241,6 +241,7 @@ def test_a_fingerprint_does_not_see_files_and_row_groups(folder):
         ("train", lambda rows: rows.with_columns(tags=pl.Series([[3], [1], [3, 4]], dtype=pl.List(pl.Int32)))),
         ("vocab/item", lambda rows: rows.with_columns(count=pl.col("count") + 1)),
         ("vocab/item", lambda rows: rows.with_columns(value=pl.col("value") + " ")),
+        ("numbers/price", lambda rows: rows.with_columns(count=pl.col("count") + 1)),
         ("groups", lambda rows: rows.with_columns(id=pl.col("id").cast(pl.Int32))),
     ],
 )

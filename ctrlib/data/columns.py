@@ -120,7 +120,7 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
         raise SchemaError(f"{folder}: num_embeddings of {unfitted} is not set; `ctrlib prepare` writes a fitted schema")
     paths = sorted((folder / split).glob("*.parquet"))
     if not paths:
-        folders = (path for path in folder.iterdir() if path.is_dir() and path.name != "vocab")
+        folders = (path for path in folder.iterdir() if path.is_dir() and path.name not in ("vocab", "numbers"))
         splits = sorted(path.name for path in folders if any(path.glob("*.parquet")))
         raise SchemaError(f"{folder / split} holds no *.parquet file; splits with data in this folder: {splits}")
     groups = []

@@ -12,17 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrlib.data.columns import find_row_groups
+from ctrlib.data.quantiles import has_points, points_path
 from ctrlib.data.split import SPLITS
 from ctrlib.data.vocabulary import vocabulary_path
 from ctrlib.schema import Schema, SchemaError
 
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
-    """Part of a prepared folder -> 16 hexadecimal digits: "schema", "vocab/NAME", "groups" and the splits it has.
+    """Part of a prepared folder -> 16 hexadecimal digits: schema, vocab/NAME, numbers/NAME, groups and its splits.
 
     Folders are identical where these are equal: schema.json says the same, vocabularies have the same values, ids and
-    counts, and every split the same columns, rows and order of rows, bit for bit. Into how many files and row groups a
-    split is divided, and how these are compressed, does not count; nor does report.json. Reads row group by row group.
+    counts, numbers the same values and counts to make edges of, and every split the same columns, rows and order of
+    rows, bit for bit. Into how many files and row groups a split is divided, and how these are compressed, does not
+    count; nor does report.json. Reads row group by row group.
 
     Raises:
         SchemaError: it is not a prepared folder, or a part is missing.
@@ -39,6 +41,8 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
     schema = Schema.load(folder)
     found = {"schema": _digits(json.dumps(schema.to_dict(), sort_keys=True).encode())}
     files = {f"vocab/{name}": vocabulary_path(folder / "vocab", name) for name in schema.vocabularies}
+    if has_points(folder):
+        files |= {f"numbers/{feature.name}": points_path(folder, feature.name) for feature in schema.dense}
     for part, path in files.items():
         if not path.is_file():
             raise SchemaError(f"{path} is missing, expected {part}: prepare the data again")

@@ -1,7 +1,8 @@
 """Save a trained model to a folder and score raw rows with it later.
 
 A model folder holds model.safetensors (weights; no pickle anywhere), model.json (the preset and its arguments),
-schema.json and vocab/ (how raw cells become ids and numbers). It needs nothing else.
+schema.json and vocab/ (how raw cells become ids and numbers). It needs nothing else. For later data, which is prepared
+like this one's, there is also numbers/ (what edges of numbers are made from).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns
 from ctrlib.data.encoder import Counts, Encoder, Rows
 from ctrlib.data.loader import Loader
+from ctrlib.data.quantiles import has_points
 from ctrlib.data.raw import ROW, RawTable, as_frame
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
 from ctrlib.data.stream import ahead, blocks
@@ -57,6 +59,9 @@ def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: 
     schema = Schema.load(data)
     schema.save(out / "schema.json")
     shutil.copytree(data / "vocab", out / "vocab", dirs_exist_ok=True)
+    shutil.rmtree(out / "numbers", ignore_errors=True)  # an older model's
+    if has_points(data):
+        shutil.copytree(data / "numbers", out / "numbers")
     (out / "model.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     # Cloned, since tables of a model that has scored are views of one tensor (`ctrlib.serving.direct`).
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
