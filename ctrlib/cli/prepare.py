@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, Optional, cast, get_args
 
 from tyro.conf import Positional
 
@@ -17,6 +17,7 @@ from ctrlib.cli.kinds import (
     OptionalInt,
     OptionalName,
     OptionalNames,
+    OptionalPath,
     OptionalPaths,
     OptionalText,
     OptionalTexts,
@@ -27,8 +28,10 @@ from ctrlib.cli.kinds import (
     shown,
 )
 from ctrlib.cli.paths import check_out, check_raw
-from ctrlib.schema import Categorical, Feature, MultiValued, Numeric, NumericTransform, Sequence
+from ctrlib.schema import Categorical, Feature, MultiValued, Numeric, NumericTransform, Schema, Sequence
 
+LIMITS = ("min_count", "max_values")
+MissingLabels = Annotated[Optional[Literal["raise", "mask"]], shown("{raise,mask}")]  # noqa: UP045  # see `kinds`
 NUMERIC = (
     "Columns with one number per row; a transform may follow, as in price:log, and is standard otherwise: one of "
     f"{', '.join(get_args(NumericTransform))}."
@@ -71,8 +74,8 @@ class Columns:
     """Columns that hold a label each, 0 or 1; otherwise the column `label`."""
     positive: Texts = ()
     """The text of the positive class of a label that is text, as LABEL=TEXT: 'income=>50K'"""
-    missing_labels: Literal["raise", "mask"] = "raise"
-    """What to do about rows without a label: stop, or leave that label out of the loss."""
+    missing_labels: MissingLabels = None
+    """What to do about rows without a label: stop (raise), or leave that label out of the loss; otherwise stop."""
     weight: OptionalName = None
     """Column that holds the weight of each row."""
     group: OptionalName = None
@@ -92,10 +95,20 @@ class Columns:
 class Vocabulary:
     """Which values of the training rows get a row of their own in the tables."""
 
-    min_count: int = 1
-    """Rows that a value must be in; rarer ones share the out-of-vocabulary row."""
+    min_count: OptionalInt = None
+    """Rows that a value must be in, otherwise 1; rarer ones share the out-of-vocabulary row."""
     max_values: OptionalInt = None
     """Most frequent values to keep per vocabulary; otherwise all."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An earlier preparation to keep to, for newer data."""
+
+    like: OptionalPath = None
+    """Prepared folder or model folder whose features, ids, scales and edges of numbers are kept."""
+    extend: Switch = False
+    """Give values that it does not have ids after its own, if --min-count of them are in the training rows."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +134,11 @@ class Prepare(Command):
 
     Files are CSV, TSV or JSON lines, packed (.gz, .zst) or not, parquet or Arrow. Several follow each other.
 
-    Example:
+    Examples:
 
         ctrlib prepare clicks.csv --out data/clicks --label click \\
             --group user_id --numeric price:log
+        ctrlib prepare today.csv --out data/today --like data/clicks --extend
     """
 
     data: Annotated[Positional[Paths], shown("DATA ...")]
@@ -133,6 +147,7 @@ class Prepare(Command):
     file: Files = field(default_factory=Files)
     column: Columns = field(default_factory=Columns)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    kept: Kept = field(default_factory=Kept)
     split: Split = field(default_factory=Split)
 
     def features(self) -> list[Feature]:
@@ -140,9 +155,18 @@ class Prepare(Command):
 
         Raises:
             ValueError: a transform or an option is none.
+            SchemaError: the folder of --like is no prepared folder or model folder.
         """
-        rare: dict[str, Any] = {"min_count": self.vocabulary.min_count, "max_values": self.vocabulary.max_values}
-        features: list[Feature] = [Categorical(name, **rare) for name in self.column.categorical]
+        said = {"min_count": self.vocabulary.min_count, "max_values": self.vocabulary.max_values}
+        said = {name: limit for name, limit in said.items() if limit is not None}
+        was = {} if self.kept.like is None else {f.name: f for f in Schema.load(self.kept.like).features}
+
+        def rare(name: str) -> dict[str, Any]:
+            """What is said of all vocabularies, else what the earlier folder has."""
+            feature = was.get(name)
+            return {limit: getattr(feature, limit) for limit in LIMITS if hasattr(feature, limit)} | said
+
+        features: list[Feature] = [Categorical(name, **rare(name)) for name in self.column.categorical]
         for text in self.column.numeric:
             name, _, transform = text.partition(":")
             known = get_args(NumericTransform)
@@ -151,15 +175,17 @@ class Prepare(Command):
             features.append(Numeric(name, transform=cast(NumericTransform, transform or "standard")))
         for text in self.column.multi:
             name, options = _listed("--multi", text, "separator")
-            features.append(MultiValued(name, **options, **rare))
+            features.append(MultiValued(name, **options, **rare(name)))
         for text in self.column.sequence:
             name, options = _listed("--sequence", text, "vocabulary")
-            features.append(Sequence(name, **options, **rare))
+            features.append(Sequence(name, **options, **rare(name)))
         return features
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
         files, column, out = self.file, self.column, self.output.out
+        if self.kept.extend and self.kept.like is None:
+            raise ValueError("--extend adds values to those of another folder: name it by --like FOLDER")
         features = self.features()
         unclear = [text for text in column.positive if "=" not in text]
         if unclear:
@@ -185,7 +211,7 @@ class Prepare(Command):
             splits if len(splits) > 1 else splits["train"],
             out,
             features=features,
-            labels=("label",) if column.label is None else column.label,
+            labels=column.label,
             weight=column.weight,
             group=column.group,
             min_count=self.vocabulary.min_count,
@@ -197,10 +223,12 @@ class Prepare(Command):
             ignore=column.ignore,
             separator=files.separator,
             columns=files.columns or None,
-            missing_values=("",) if files.missing is None else files.missing,
+            missing_values=files.missing,
             missing_labels=column.missing_labels,
             label_positive=dict(text.split("=", 1) for text in column.positive),
             on_bad_row=files.on_bad_row,
+            like=self.kept.like,
+            extend=self.kept.extend,
             overwrite=self.output.overwrite,
             log=Console(stderr=True).print,
         )

@@ -27,7 +27,7 @@ from ctrlib.schema import (
 def check_arguments(
     features: tuple[Feature, ...],
     labels: tuple[str, ...],
-    min_count: int,
+    min_count: int | None,
     max_values: int | None,
     on_bad_row: str,
     missing_labels: str,

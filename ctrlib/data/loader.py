@@ -103,7 +103,7 @@ class Loader:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size) = [0, {world_size}), got {rank}")
-        self.schema = Schema.load(Path(folder))
+        self.folder, self.schema = Path(folder), Schema.load(Path(folder))
         if with_group and not self.schema.group:
             raise ValueError(f"with_group=True, but the schema of {folder} names no group: set Schema(group=...)")
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed

@@ -22,6 +22,8 @@ from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
 from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling
 from ctrlib.data.infer import HOURS, NO_CELLS
+from ctrlib.data.like import Earlier
+from ctrlib.data.quantiles import write_points
 from ctrlib.data.raw import RawData, RawTable, naming
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, split_table
@@ -42,7 +44,7 @@ def prepare(
     out: str | Path,
     *,
     features: Iterable[Feature] | None = None,
-    labels: Sequence[str] | str = ("label",),
+    labels: Sequence[str] | str | None = None,
     weight: str | None = None,
     group: str | None = None,
     split: Sequence[float] = (8, 1, 1),
@@ -50,14 +52,16 @@ def prepare(
     stratify: str | None = None,
     seed: int = 0,
     ignore: Sequence[str] | str = (),
-    min_count: int = 1,
+    min_count: int | None = None,
     max_values: int | None = None,
     separator: str | None = None,
     columns: Sequence[str] | None = None,
-    missing_values: Sequence[str] = ("",),
+    missing_values: Sequence[str] | None = None,
     on_bad_row: OnBadRow = "raise",
-    missing_labels: Literal["raise", "mask"] = "raise",
+    missing_labels: Literal["raise", "mask"] | None = None,
     label_positive: Mapping[str, str] | None = None,
+    like: str | Path | None = None,
+    extend: bool = False,
     note: str = "",
     overwrite: bool = False,
     spark: SparkSession | None = None,
@@ -75,7 +79,7 @@ def prepare(
         out: the folder to make.
         features: what columns mean; the type of every other column is inferred and shown. Fields keep this order, with
             the inferred ones after them in the order of the file.
-        labels: columns that hold 0 or 1.
+        labels: columns that hold 0 or 1; by default "label".
         weight: column with the weight of each row in the loss.
         group: column whose value groups rows for GAUC, often the user; it may be a feature as well.
         split: sizes of train, valid and test relative to each other; 0 for none.
@@ -83,14 +87,18 @@ def prepare(
         stratify: label of whose classes each split of a random split gets its share, to the row.
         seed: of the random split.
         ignore: columns that are not features; the group may be one of them.
-        min_count: of the vocabularies of inferred features: rarer values share the out-of-vocabulary id.
+        min_count: of the vocabularies of inferred features: rarer values share the out-of-vocabulary id; by default 1.
         max_values: of the vocabularies of inferred features: at most so many values, the most frequent ones.
         separator: of a text file; by default told from the name or the first lines.
         columns: names for text files without header.
-        missing_values: what cells without value hold, such as ("", "?").
+        missing_values: what cells without value hold, such as ("", "?"); an empty cell is always one.
         on_bad_row: "raise" at the first bad row, or "skip" them and say how many there were of which kind.
-        missing_labels: "raise", or "mask" to keep such rows with NaN, which the loss leaves out.
+        missing_labels: "raise", the default, or "mask" to keep such rows with NaN, which the loss leaves out.
         label_positive: for labels that are text, label -> text of the positive class, such as {"income": ">50K"}.
+        like: a prepared folder or model folder to keep to: features, ids, scales, edges of numbers, labels, weight and
+            group are those of that folder, and so is what a cell means. What is said beside must agree. Nothing is
+            fitted but the counts of the vocabularies.
+        extend: values that `like` does not have, and that come up `min_count` times in train, get ids after its own.
         note: kept in report.json and beside every number that `run` makes from this data.
         overwrite: replace an older prepared folder.
         spark: a Spark session whose executors do the work, with the same result bit for bit (`ctrlib.data.spark` says
@@ -100,6 +108,7 @@ def prepare(
     Raises:
         SchemaError: names or types of columns do not fit.
         DataError: the data is damaged; the message names file, row and column.
+        ValueError: an argument is out of range, or `extend` comes without `like`.
 
     >>> import tempfile
     >>> import polars as pl
@@ -111,30 +120,50 @@ def prepare(
     (5, 2.5)
     >>> pl.read_parquet(folder / "train")["item"].to_list()
     [3, 4, 3, 1]
+    >>> newer = pl.DataFrame({"item": ["c", "b"], "price": [2.5, 9.0], "click": [0, 1]})
+    >>> schema = prepare({"train": newer}, folder.with_name("newer"), like=folder, extend=True, log=None)
+    >>> schema["item"].num_embeddings, schema["price"].parameters["mean"]
+    (6, 2.5)
+    >>> pl.read_parquet(folder.with_name("newer") / "train")["item"].to_list()
+    [5, 4]
     """
     out = Path(out)
     given = tuple(features or ())
-    labels = (labels,) if isinstance(labels, str) else tuple(labels)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    check_arguments(given, labels, min_count, max_values, on_bad_row, missing_labels, label_positive)
-    _check_stratify(stratify, labels, split_by, isinstance(data, Mapping))
-    options: dict[str, Any] = {"missing_labels": missing_labels, "label_positive": label_positive}
-    raw_format = {
+    said: dict[str, Any] = {
+        "labels": (labels,) if isinstance(labels, str) else labels if labels is None else tuple(labels),
+        "weight": weight,
+        "group": group,
         "separator": separator,
         "columns": list(columns) if columns else None,
-        "missing_values": list(missing_values),
+        "missing_values": missing_values,
         "missing_labels": missing_labels,
         "label_positive": dict(label_positive) if label_positive else None,
     }
+    earlier = None if like is None else Earlier.load(like, extend=extend)
+    if earlier is None:
+        if extend:
+            raise ValueError("extend=True adds values to those of another folder: name it by like=FOLDER (--like)")
+        usual = {"labels": ("label",), "missing_values": ("",), "missing_labels": "raise"}
+        said |= {name: value for name, value in usual.items() if said[name] is None}
+    else:
+        said = earlier.settle(said)
+    targets, weight, group = (said.pop(name) for name in ("labels", "weight", "group"))
+    options: dict[str, Any] = {name: said[name] for name in ("missing_labels", "label_positive")}
+    label_positive = said["label_positive"]
+    check_arguments(given, targets, min_count, max_values, on_bad_row, **options)
+    _check_stratify(stratify, targets, split_by, isinstance(data, Mapping))
+    if earlier is not None:
+        earlier.check_features(given, min_count, max_values)
+    raw_format = {**said, "missing_values": list(said["missing_values"])}
+    reading: dict[str, Any] = {name: said[name] for name in ("separator", "columns", "missing_values")}
     parts = _parts(data)
     with _folder_in_the_making(out, overwrite) as folder:
         workers = _workers(parts, spark, folder)
         tables = {
-            name: workers.read(part, folder / "raw" / name, name=name, separator=separator, columns=columns,
-                               missing_values=missing_values, on_bad_row=on_bad_row)
+            name: workers.read(part, folder / "raw" / name, name=name, on_bad_row=on_bad_row, **reading)
             for name, part in parts.items()
-        }  # fmt: skip
-        rare = {"min_count": min_count, "max_values": max_values}
+        }
         if isinstance(data, Mapping):
             rows_of, train = {}, tables["train"]
         else:
@@ -144,7 +173,12 @@ def prepare(
                 tables["data"], split, split_by=split_by, seed=seed, stratify=stratify, positive=positive
             )
             train = tables["data"].only(rows_of["train"])
-        schema, reasons, doubts = describe(train, given, labels, weight, group, split_by, ignore, rare)
+        doubts: dict[str, str] = {}
+        if earlier is None:
+            rare = {"min_count": 1 if min_count is None else min_count, "max_values": max_values}
+            schema, reasons, doubts = describe(train, given, targets, weight, group, split_by, ignore, rare)
+        else:
+            schema, reasons = earlier.describe(train, split_by, ignore)
         _refuse_other_columns(tables, reasons)
         for name, table in tables.items():
             check_columns(table, schema, with_labels=True)
@@ -155,33 +189,43 @@ def prepare(
             tables = {name: tables["data"].only(rows) for name, rows in rows_of.items()}
 
         with naming(tables["train"].name):
-            schema = fit(tables["train"], schema, folder / "vocab", workers.count)
-            refuse_two_spellings(tables["train"], schema, folder / "vocab")
             types = tables["train"].types
             raw_format["types"] = {feature.name: types[feature.name] for feature in schema.sparse}
+            if earlier is None:
+                schema = fit(tables["train"], schema, folder / "vocab", workers.count)
+            else:
+                raw_format["types"] = (schema.raw_format or raw_format).get("types", raw_format["types"])
+                schema = earlier.fit(tables["train"], folder / "vocab", workers.count)
+            refuse_two_spellings(tables["train"], schema, folder / "vocab")
             schema = dataclasses.replace(schema, raw_format=raw_format)
             known = {name: vocabulary_path(folder / "vocab", name) for name in schema.vocabularies}
             groups = fit_groups(list(tables.values()), group, workers.count)
             if groups is not None:
                 known[GROUP_COLUMN] = folder / "groups.parquet"
                 groups.write_parquet(known[GROUP_COLUMN])
-        report = _Report(schema, reasons, skipped)
+        report = _Report(schema, reasons, skipped, earlier)
         report.remarks += [f"column {name!r} holds {reason}" for name, reason in reasons.items() if reason == HOURS]
         report.remarks += [f"column {name!r} is {why}" for name, why in reasons.items() if why.startswith(NO_CELLS)]
         for name, table in tables.items():
-            refuse_other_spelling(table, schema, folder / "vocab")
+            refuse_other_spelling(table, schema, (folder if earlier is None else earlier.folder) / "vocab")
             (folder / name).mkdir()
         written = workers.write(tables, folder, schema, known, label_positive)
         for name, totals in written.items():
             report.add(name, totals, label_positive)
             if name != "train":
                 report.remarks += judge_table(tables[name], totals.ids, schema, values_in(folder / "vocab", schema))
+            elif earlier is not None:
+                report.remarks += earlier.judge(tables[name], folder / name, totals.ids)
         report.remarks += doubts.values()
         guessed = [name for name, why in reasons.items() if why != "as told" and name not in doubts]
-        report.remarks += remarks.on_unseen(written, schema, guessed)
+        report.remarks += remarks.on_unseen(written, schema, guessed if earlier is None else ())
         report.remarks += remarks.on_lists(tables["train"], schema)
         report.remarks += remarks.on_lengths(tables["train"], schema, folder / "train")
         report.remarks += remarks.on_labels(written, schema, bool(rows_of) and split_by is None)
+        if earlier is None:
+            write_points(folder, schema, folder)
+        else:
+            earlier.copy_points(folder)
         schema.save(folder / "schema.json")
         for temporary in ("raw", "spark"):
             shutil.rmtree(folder / temporary, ignore_errors=True)
@@ -264,7 +308,9 @@ def _refuse_other_columns(tables: Mapping[str, RawTable], reasons: Mapping[str, 
 class _Report:
     """What report.json holds and the table shows."""
 
-    def __init__(self, schema: Schema, reasons: Mapping[str, str], skipped: Mapping[str, Any]) -> None:
+    def __init__(
+        self, schema: Schema, reasons: Mapping[str, str], skipped: Mapping[str, Any], earlier: Earlier | None
+    ) -> None:
         self._schema, self._reasons = schema, reasons
         self.content: dict[str, Any] = {"rows": {}, "skipped": skipped, "label_mean": {}, "features": {}}
         for feature in schema.features:
@@ -278,6 +324,9 @@ class _Report:
             self.content["features"][feature.name] = entry
         self.content["left_out"] = {name: why for name, why in reasons.items() if why.startswith("ignored")}
         self.remarks: list[str] = []
+        if earlier is not None:
+            self.content |= {"like": str(earlier.folder), "new_values": dict(earlier.new)}
+            self.remarks += earlier.remarks
         self.content["remarks"] = self.remarks
 
     def add(self, split: str, totals: Totals, label_positive: Mapping[str, str] | None) -> None:
@@ -333,6 +382,8 @@ class _Report:
             found = self.content["label_mean"][split]
             means = ", ".join(f"{name} {'-' if mean is None else f'{mean:.4f}'}" for name, mean in found.items())
             log(f"{split}: {num_rows:,} rows, mean of labels: {means}")
+        if new := self.content.get("new_values"):
+            log("new values: " + ", ".join(f"{name} {number:,}" for name, number in new.items()))
         for remark in self.remarks:
             log(escape(f"remark: {remark}"))
         log(f"prepared {out}")

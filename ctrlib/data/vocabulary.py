@@ -1,7 +1,9 @@
 """Fit on train what the schema leaves open, vocabularies, forms of raw ids and parameters of numbers, and store it.
 
 A vocabulary is an explicit table `vocab/<name>.parquet` with columns value, id and count: most frequent value first,
-equal counts in the order of their text, ids counted up from 3 (`ctrlib.schema` reserves the others).
+equal counts in the order of their text, ids counted up from 3 (`ctrlib.schema` reserves the others). Ids that were kept
+from an earlier preparation (`ctrlib.data.like`) have the order of that one, and the counts of this one's train: what
+depends on frequency reads the counts, or asks `check_order`.
 """
 
 from __future__ import annotations
@@ -182,6 +184,26 @@ def _json(values: pl.Series) -> str:
         return json.dumps(values.to_list(), ensure_ascii=False)[1:-1]
     joined: str = values.str.join('", "').item()
     return f'"{joined}"'
+
+
+def check_order(folder: str | Path, schema: Schema, what: str) -> None:
+    """Refuse a prepared folder whose ids are not in order of frequency, for `what` relies on it.
+
+    Vocabularies that are not there, or without counts, as other programs may leave them, tell nothing.
+
+    Raises:
+        SchemaError: as said.
+    """
+    for name in schema.vocabularies:
+        path = vocabulary_path(Path(folder) / "vocab", name)
+        vocabulary = pl.scan_parquet(path, glob=False) if path.is_file() else pl.LazyFrame()
+        if "count" not in vocabulary.collect_schema():
+            continue
+        if not vocabulary.select("count").collect()["count"].is_sorted(descending=True):
+            raise SchemaError(
+                f"{what} needs ids in order of frequency, and in {path} they have the order of an earlier preparation: "
+                "prepare the data without like=... (--like)"
+            )
 
 
 def values_in(folder: Path, schema: Schema) -> Callable[[str], dict[str, None]]:

@@ -30,8 +30,8 @@ class BlockedVocabulary:
     """Which block each id of a vocabulary is in: plain data, which JSON can hold.
 
     `feature_names`: the features that share the ids, all pooled alike. `ends`: of each block, the id before which it
-    ends; the last one is the number of ids. Ids are in order of frequency, and so are blocks; a block may hold none of
-    this vocabulary. The reserved ids are in the first block.
+    ends; the last one is the number of ids. Where ids are in order of frequency, so are blocks; a block may hold none
+    of this vocabulary. The reserved ids are in the first block.
 
     Raises:
         ValueError: `ends` descend, or split the reserved ids; there is no feature, or no such pooling.

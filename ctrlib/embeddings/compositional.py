@@ -197,7 +197,8 @@ class Residues:
 
     Where all vocabularies share M rows, first_v = 0, m_v = M and start_v comes from the vocabulary's name; where each
     has rows of its own, start_v = 0. Since the ids of a vocabulary are sorted by frequency, the most frequent m_v of
-    them never meet each other, which hash functions do not see to.
+    them never meet each other, which hash functions do not see to. (Where ids were kept from earlier data, that is true
+    of the values that were the most frequent ones then.)
 
     >>> Residues.of({"item": 10, "user": 5}, ["item", "user"])
     Residues(rows={'item': 10, 'user': 5}, starts={'item': 0, 'user': 0}, firsts={'item': 0, 'user': 10}, total=15)

@@ -107,7 +107,9 @@ def read_counts(path: str | Path) -> Tensor:
     """How often each id occurs in train, from `vocab/<vocabulary>.parquet` of a prepared folder: (num_embeddings,).
 
     Where features share a vocabulary, occurrences in all of them count. Reserved ids are not counted there; they get
-    infinity, so that they are not decayed: many different values hide behind the out-of-vocabulary id.
+    infinity, so that they are not decayed: many different values hide behind the out-of-vocabulary id. So do values
+    that do not occur, which the vocabulary has from an earlier preparation.
     """
     counts = pl.read_parquet(path, glob=False).sort("id")["count"].to_numpy(writable=True)
-    return torch.cat([torch.full((NUM_RESERVED_IDS,), torch.inf), torch.from_numpy(counts).float()])
+    found = torch.from_numpy(counts).float()
+    return torch.cat([torch.full((NUM_RESERVED_IDS,), torch.inf), torch.where(found > 0, found, torch.inf)])

@@ -33,11 +33,11 @@ class NarrowTable:
     `feature_names`: the features that share the rows, all pooled alike. `rows`: ids of the vocabulary. `rank`: width of
     a stored row; if it is the embedding's own, rows are as they are.
 
-    `kept`: which ids have a row. "all"; "first": those below `num_kept`, which are the most frequent ones, as
-    vocabularies are ordered; "some": any `num_kept` ids, marked in a bitmap, which takes 12 bytes for every 64 ids. The
-    reserved ids are always among them. `dropped_to`: the id whose row all others read, OOV_ID, or PADDING_ID for the
-    zero vector. `centred`: whether a mean is added to what a narrow row decodes to. `padded`: a narrow row is the first
-    numbers of the embedding and the others are zero, instead of being decoded.
+    `kept`: which ids have a row. "all"; "first": those below `num_kept`, which are the most frequent ones where
+    vocabularies are ordered so; "some": any `num_kept` ids, marked in a bitmap, which takes 12 bytes for every 64 ids.
+    The reserved ids are always among them. `dropped_to`: the id whose row all others read, OOV_ID, or PADDING_ID for
+    the zero vector. `centred`: whether a mean is added to what a narrow row decodes to. `padded`: a narrow row is the
+    first numbers of the embedding and the others are zero, instead of being decoded.
 
     Raises:
         ValueError: a value is out of its range, `num_kept` does not go with `kept`, or `centred` with `padded`.

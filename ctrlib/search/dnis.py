@@ -41,6 +41,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
+from ctrlib.data.vocabulary import check_order
 from ctrlib.embeddings.blocks import BlockedVocabulary, BlockTables
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, vocabulary_of
@@ -260,6 +261,7 @@ def search(
         NonFiniteLossError: a loss, or the gradient of alpha, is NaN or infinite.
         ValueError: the model has no such tables, the budget is below what takes bytes whatever is dropped, or `out`
             holds another search.
+        SchemaError: ids are not in order of frequency, since the data was prepared like other data.
     """
     refuse_several_processes()
     settings, console = settings or DNIS(), console or Console(stderr=True)
@@ -303,7 +305,9 @@ def soft_model(model: Model, train: Loader, settings: DNIS) -> tuple[Model, Soft
 
     Raises:
         ValueError: the embedding has no plain tables of one width.
+        SchemaError: ids are not in order of frequency, since the data was prepared like other data.
     """
+    check_order(train.folder, train.schema, "DNIS")
     searched = copy.deepcopy(model)
     unstack(searched.embedding)
     tables = getattr(searched.embedding, "tables", None)

@@ -16,6 +16,8 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ctrlib.batch import Batch
+from ctrlib.data.loader import Loader
+from ctrlib.data.vocabulary import check_order
 from ctrlib.embeddings.packed import PackedTable, PackedTables
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID, Schema
@@ -37,11 +39,15 @@ def frequency_cut(model: Model, batches: Iterable[Batch], *, num_bytes: int, bit
     """Rows of the ids that train reads most often, in as many bytes; all other ids read the out-of-vocabulary row.
 
     One number of reads decides for all tables. Rows are in order of frequency in every vocabulary, so that a table is
-    cut after its last row.
+    cut after its last row. `batches` of a `Loader`, or the first ones of one, are asked whether that is so.
 
     Raises:
         ValueError: the budget does not even hold the reserved rows.
+        SchemaError: ids are not in order of frequency, since the data was prepared like other data.
     """
+    source = getattr(batches, "loader", batches)
+    if isinstance(source, Loader):
+        check_order(source.folder, source.schema, "a frequency cut")
     model = copy.deepcopy(model)
     unstack(model)
     used = usage(model, batches, gradient_batches=1)
