@@ -16,6 +16,7 @@ import ctrlib as ctr
 from ctrlib import cli, models
 from ctrlib.data.fingerprint import fingerprint
 from ctrlib.embeddings.din import read_counts
+from ctrlib.search.compression import Head
 from ctrlib.search.dnis import search as search_blocks
 from ctrlib.search.floors import frequency_cut
 from ctrlib.serving.predictor import Predictor, save_model
@@ -291,6 +292,19 @@ def test_train_written_otherwise_is_refused(tmp_path: Path, extend: bool) -> Non
     assert any("train knew none of them" in line for line in said if isinstance(line, str))
 
 
+def test_the_form_of_raw_ids_is_kept(tmp_path: Path) -> None:
+    old, same, other = (
+        {"train": pl.DataFrame({"user": users, "x": [1, 2], "click": [0, 1]})}
+        for users in (["1", "22"], ["3", "1"], ["03", "1"])
+    )
+    features = [ctr.RawId("user"), ctr.Categorical("x")]
+    ctr.prepare(old, tmp_path / "old", features=features, labels="click", log=None)
+    ctr.prepare(same, tmp_path / "same", like=tmp_path / "old", features=features, log=None)
+    assert pl.read_parquet(tmp_path / "same" / "train")["user"].to_list() == [3, 1]
+    with pytest.raises(ctr.SchemaError, match=r"column 'user' holds '03' .* its raw ids have the form 'integer'"):
+        ctr.prepare(other, tmp_path / "other", like=tmp_path / "old", extend=True, log=None)
+
+
 def test_a_number_beyond_32_bits_in_the_old_scale_is_refused(tmp_path: Path) -> None:
     rows = pl.DataFrame({"x": [1.0, 1.0 + 1e-6], "click": [0, 1]})
     ctr.prepare({"train": rows}, tmp_path / "old", features=[ctr.Numeric("x")], labels="click", log=None)
@@ -360,6 +374,18 @@ def test_every_row_scores_as_before(monday: Path, tmp_path: Path, architecture: 
         # The day-1 model reads the out-of-vocabulary row where the new one has a row that is its copy.
         same_ids = tuesday if not extend else prepared(1, tmp_path / f"kept {split}", like=monday)
         assert torch.equal(now, logits(model, same_ids, split)[:, 0].double())
+
+
+def test_a_model_reads_newer_data_that_keeps_to_its_own(monday: Path, tmp_path: Path) -> None:
+    config, model = trained(monday)
+    save_model(model, config, monday, tmp_path / "model")
+    predictor = Predictor.load(tmp_path / "model")
+    kept = prepared(1, tmp_path / "kept", like=tmp_path / "model")
+    by_split = predictor.evaluate_prepared(kept, "test")
+    assert by_split["auc"] == predictor.evaluate(splits(1)["test"])["auc"]
+    extended = prepared(1, tmp_path / "extended", like=tmp_path / "model", extend=True)
+    with pytest.raises(ctr.SchemaError, match=r"prepared differently .* feature 'item': num_embeddings is"):
+        predictor.evaluate_prepared(extended, "test")
 
 
 def test_new_rows_then_go_their_own_ways(monday: Path, tmp_path: Path) -> None:
@@ -445,6 +471,8 @@ def test_what_needs_ids_in_order_of_frequency_refuses_others(monday: Path, tmp_p
     message = r"needs ids in order of frequency, and in .*item.parquet they have the order of an earlier preparation"
     with pytest.raises(ctr.SchemaError, match=f"^a frequency cut {message}"):
         frequency_cut(model, train, num_bytes=1000)
+    with pytest.raises(ctr.SchemaError, match=f"^a frequency cut {message}"):
+        frequency_cut(model, Head(train, 10), num_bytes=1000)
     with pytest.raises(ctr.SchemaError, match=f"^DNIS {message}: prepare the data without like="):
         search_blocks(model, train, valid)
     _, model = trained(monday)

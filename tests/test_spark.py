@@ -118,6 +118,25 @@ def test_parquet_files_that_are_split_already(spark, tmp_path):
     check_same(spark, tmp_path, frames, frames, features=[ctr.Categorical("item"), ctr.Numeric("price")])
 
 
+def test_newer_data_like_the_old(spark, tmp_path):
+    for number in (0, 1):
+        columns = {
+            "item": [f"i{row % (7 + 5 * number) + number}" for row in range(900)],
+            "price": np.arange(900) % 11 / 7,
+        }
+        frame = pl.DataFrame(columns).with_columns(tags=pl.col("item") + "|t", label=pl.Series([0, 1] * 450))
+        frame.write_csv(tmp_path / f"{number}.csv")
+    features = [ctr.Categorical("item", min_count=80), ctr.MultiValued("tags"), ctr.Numeric("price")]
+    path = tmp_path / "0.csv"
+    check_same(spark, tmp_path, path, path, features=features)
+    shutil.copytree(tmp_path / "polars", tmp_path / "old")
+    path = tmp_path / "1.csv"
+    for extend in (False, True):
+        check_same(spark, tmp_path, path, path, like=tmp_path / "old", extend=extend)
+        report = json.loads((tmp_path / "spark" / "report.json").read_text())
+        assert report["new_values"] == ({"item": 0, "tags": 6} if extend else {})
+
+
 def test_criteo(spark, tmp_path, monkeypatch):
     path = REAL / "criteo_10k" / "train.txt.gz"
     if not path.exists():

@@ -134,14 +134,14 @@ def edges_of(points: pl.DataFrame, num_bins: int) -> list[float]:
 
 def _edges(counts: NDArray[np.int64], num_bins: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which of the values in ascending order, each with so many rows, are edges; which are so by themselves."""
-    frequent = np.zeros(len(counts), np.bool_)
-    while True:
-        others = np.where(frequent, 0, counts)
-        num_rows, bins = int(others.sum()), num_bins - int(frequent.sum())
-        more = (others > 0) & (others * bins >= num_rows)
+    frequent, others = np.zeros(len(counts), np.bool_), counts.copy()
+    while num_rows := int(others.sum()):
+        bins = num_bins - int(frequent.sum())  # 1 or more: frequent values that took all bins would leave no row
+        more = others >= -(-num_rows // bins)
         if not more.any():
             break
         frequent |= more
+        others[more] = 0
     chosen = frequent.copy()
     if num_rows:
         # ceil(t n / T) rows are at or below Q(t / T): whole numbers, so no rounding decides.

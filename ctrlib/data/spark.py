@@ -20,7 +20,8 @@ Where its bounds are:
   of one piece. Polars starts as many threads as there are cores, in every task: with several tasks to an executor, set
   `spark.executorEnv.POLARS_MAX_THREADS` to 1.
 * Driver: the largest vocabulary (values that are frequent enough, and their counts) while it is put in order, or the
-  texts of all groups if they are not integers, about 100 bytes a value; numbers of bad rows, if they are skipped.
+  texts of all groups if they are not integers, about 100 bytes a value; one column of numbers of train at a time, about
+  12 bytes a row; numbers of bad rows, if they are skipped.
 * A text file (CSV, TSV) is cut into rows and checked by the driver, since a quote may concern all rows after it; what
   follows is shared. Parquet and DataFrames are read by the executors.
 """
