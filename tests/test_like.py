@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -419,6 +420,16 @@ def test_another_scale_is_refused(monday: Path, tmp_path: Path) -> None:
     save_model(model, config, days[0], tmp_path / "model")
     with pytest.raises(ctr.SchemaError, match=r"parameters of 'age' is \{'fill': "):
         ctr.warm_start(models.build(config, ctr.Schema.load(days[1])), days[1], tmp_path / "model")
+
+
+@pytest.mark.parametrize(("name", "value"), [("pooling", "sum"), ("max_length", 2)])
+def test_other_arguments_are_refused(monday: Path, tmp_path: Path, name: str, value: Any) -> None:
+    config, model = trained(monday)
+    save_model(model, config, monday, tmp_path / "model")
+    features = [FEATURES[0], *(replace(feature, **{name: value}) for feature in FEATURES[1:3]), *FEATURES[3:]]
+    other = prepared(0, tmp_path / "other", **{**OPTIONS, "features": features})
+    with pytest.raises(ctr.SchemaError, match=f"{name} of 'history' is {value!r} in .*other, and .* prepare the data"):
+        ctr.warm_start(models.build(config, ctr.Schema.load(other)), other, tmp_path / "model")
 
 
 @pytest.mark.parametrize("numeric", ["piecewise_linear", "bucketised"])

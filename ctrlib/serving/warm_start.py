@@ -49,9 +49,9 @@ def warm_start(model: nn.Module, data: str | Path, trained: str | Path) -> dict[
     Returns, for each vocabulary of the new data, what was carried over.
 
     Raises:
-        SchemaError: `trained` is not a model folder; features or labels are other ones; numbers are scaled otherwise,
-            or cut at other edges; ids are not those of a model whose tables have no row for each value; or weights do
-            not fit, as those of another architecture.
+        SchemaError: `trained` is not a model folder; features or labels are other ones, or have other arguments;
+            numbers are scaled otherwise, or cut at other edges; ids are other ones, and the model's tables have no row
+            for each value; or weights do not fit, as those of another architecture.
     """
     predictor = Predictor.load(trained)
     old_schema, new_schema = predictor.schema, Schema.load(Path(data))
@@ -89,7 +89,7 @@ def warm_start(model: nn.Module, data: str | Path, trained: str | Path) -> dict[
 
 
 def _check_features(old: Schema, new: Schema, data: Path, trained: Path) -> None:
-    """Refuse other features and labels, and numbers that are not what they were."""
+    """Refuse other features and labels, and those of which the same row is something else."""
     fields, old_fields = ([(feature.name, kind_of(feature)) for feature in s.features] for s in (new, old))
     for what, mine, theirs in (
         ("features", fields, old_fields),
@@ -100,7 +100,7 @@ def _check_features(old: Schema, new: Schema, data: Path, trained: Path) -> None
                 f"{data} has the {what} {mine}, the model in {trained} {theirs}: expected the same, in order"
             )
     for before, after in zip(old.features, new.features):
-        for name in ("transform", "parameters", "bucket", "form"):
+        for name in ("transform", "parameters", "bucket", "form", "pooling", "max_length"):
             was, now = getattr(before, name, None), getattr(after, name, None)
             if was != now:
                 raise SchemaError(
