@@ -100,7 +100,7 @@ def _check_features(old: Schema, new: Schema, data: Path, trained: Path) -> None
                 f"{data} has the {what} {mine}, the model in {trained} {theirs}: expected the same, in order"
             )
     for before, after in zip(old.features, new.features):
-        for name in ("transform", "parameters", "bucket", "form", "pooling", "max_length"):
+        for name in ("transform", "parameters", "bucket", "form", "pooling", "max_length", "padding"):
             was, now = getattr(before, name, None), getattr(after, name, None)
             if was != now:
                 raise SchemaError(
