@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from ctrlib.data.encode import Totals, write_part
+from ctrlib.data.quantiles import write_points
 from ctrlib.data.raw import RawTable, naming, read_raw
 from ctrlib.data.vocabulary import Vocabularies, counted, values_of
 from ctrlib.schema import Schema
@@ -27,6 +28,9 @@ class Plans:
         for name, features in vocabularies.items():
             columns = [values_of(features, table.dtypes)(piece) for table in tables for piece in table.pieces]
             yield name, counted(pl.concat(columns))
+
+    def points(self, train: RawTable, folder: Path, schema: Schema) -> None:
+        write_points(folder, schema, folder)
 
     def write(
         self,

@@ -130,6 +130,20 @@ def _numbered(texts: Sequence[pa.Array]) -> tuple[list[npt.NDArray[np.int32]], p
     return of_arrays, chunks[-1].dictionary if chunks else pa.array([], _TEXT)
 
 
+def count_numbers(table: CodedTable, feature: Numeric) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Numbers as the model sees them, and how many rows of the table have each; equal ones may come several times."""
+    values, counts = [], []
+    for block in table.blocks:
+        cells = block.columns()[feature.name]
+        rows = table.counts(block, cells)
+        column = cells.values.alias(feature.name)
+        with naming(table.name):
+            found = column.to_frame().select(fitted_number(feature, column.dtype).cast(pl.Float32)).to_series()
+        values.append(found.to_numpy()[rows > 0])
+        counts.append(rows[rows > 0])
+    return np.concatenate(values), np.concatenate(counts)
+
+
 # ------------------------------------------------------------------------------------------------------------- writing
 
 

@@ -23,7 +23,6 @@ from ctrlib.data.describe import check_arguments, describe
 from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling
 from ctrlib.data.infer import HOURS, NO_CELLS
 from ctrlib.data.like import Earlier
-from ctrlib.data.quantiles import write_points
 from ctrlib.data.raw import RawData, RawTable, naming
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, split_table
@@ -223,7 +222,7 @@ def prepare(
         report.remarks += remarks.on_lengths(tables["train"], schema, folder / "train")
         report.remarks += remarks.on_labels(written, schema, bool(rows_of) and split_by is None)
         if earlier is None:
-            write_points(folder, schema, folder)
+            workers.points(tables["train"], folder, schema)
         else:
             earlier.copy_points(folder)
         schema.save(folder / "schema.json")

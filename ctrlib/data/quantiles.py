@@ -100,17 +100,23 @@ def write_points(written: Path, schema: Schema, out: Path) -> None:
         _points_in(files, feature.name).write_parquet(points_path(out, feature.name))
 
 
-def points_of(values: NDArray[np.float32]) -> pl.DataFrame:
+def points_of(values: NDArray[np.float32], counts: NDArray[np.int64] | None = None) -> pl.DataFrame:
     """What is kept of a column: value and count, ascending, for the edges of any number of bins.
 
-    Shape: values (rows,), one or more, finite and in any order.
+    Shape: values (rows,), one or more, finite and in any order; counts (rows,), how often each is there, 1 by default.
 
     >>> points_of(np.array([2, 0, 3, 0, 2, 0], np.float32)).rows()
     [(0.0, 3), (2.0, 2), (3.0, 1)]
     """
-    ordered = np.sort(values) + np.float32(0)  # -0 is 0: which of them came first would else be seen
+    if counts is None:
+        ordered = np.sort(values)
+    else:
+        order = np.argsort(values, kind="stable")
+        ordered, counts = values[order], counts[order]
+    ordered = ordered + np.float32(0)  # -0 is 0: which of them came first would else be seen
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    distinct, counts = ordered[starts], np.diff(np.append(starts, len(ordered)))
+    distinct = ordered[starts]
+    counts = np.diff(np.append(starts, len(ordered))) if counts is None else np.add.reduceat(counts, starts)
     if len(distinct) > NUM_POINTS + 1:
         chosen, frequent = _edges(counts, NUM_POINTS)
         # All but the frequent values are counted at the next point among themselves.

@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.encode import Totals, write_part
+from ctrlib.data.quantiles import write_points
 from ctrlib.data.raw import RawTable, as_frame, check_names, check_paths, naming, read_parquet, read_raw, run_here
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.vocabulary import Vocabularies, counted, values_of
@@ -174,6 +175,10 @@ class SparkWorkers:
         for (split, *_), found in zip(pieces, _results(by_piece.applyInArrow(write, _ANSWER))):
             totals[split] = totals[split] + found if split in totals else found
         return totals
+
+    def points(self, train: RawTable, folder: Path, schema: Schema) -> None:
+        """As in `ctrlib.data.workers.Workers`, by the driver."""
+        write_points(folder, schema, folder)
 
     def _run(self, plans: Sequence[pl.LazyFrame], name: str) -> list[pl.DataFrame]:
         """As `ctrlib.data.raw.run_here`."""

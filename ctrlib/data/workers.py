@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import polars as pl
 
 from ctrlib.data.coded import CodedTable, read_coded
-from ctrlib.data.codes import count_values, write_coded
+from ctrlib.data.codes import count_numbers, count_values, write_coded
 from ctrlib.data.encode import Totals
+from ctrlib.data.quantiles import points_of, points_path
 from ctrlib.data.raw import RawTable
 from ctrlib.data.scan import OnBadRow
 from ctrlib.data.stream import ahead
@@ -53,6 +54,9 @@ class Workers(Protocol):
         `tables` hold no bad rows; `known` are parquet files with value and id of all that `encode_checked` looks up.
         """
 
+    def points(self, train: RawTable, folder: Path, schema: Schema) -> None:
+        """`ctrlib.data.quantiles.write_points` of a folder whose splits are written, and the table of its train."""
+
 
 class ThisMachine:
     """This machine's cores, which touch every text once (`ctrlib.data.coded`)."""
@@ -73,6 +77,13 @@ class ThisMachine:
     ) -> dict[str, Totals]:
         """As in `Workers`, a file for each split."""
         return write_coded(dict(zip(tables, _coded(tables.values()))), folder, schema, known, label_positive)
+
+    def points(self, train: RawTable, folder: Path, schema: Schema) -> None:
+        """As in `Workers`."""
+        for feature in schema.dense:
+            path = points_path(folder, feature.name)
+            path.parent.mkdir(exist_ok=True)
+            points_of(*count_numbers(_coded([train])[0], feature)).write_parquet(path)
 
 
 def _coded(tables: Iterable[RawTable]) -> list[CodedTable]:
