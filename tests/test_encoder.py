@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -315,6 +315,43 @@ def test_all_roads_give_the_bits_of_the_prepared_folder(teacher: tuple[pl.DataFr
     frame.write_csv(tmp_path / "rows.csv")
     (table,) = blocks(tmp_path / "rows.csv")
     assert_same(encoder.transform_table(table)[0], expected, encoder.schema)
+
+
+def test_an_encoder_is_fitted_and_saved_as_preparation_does(teacher: tuple[pl.DataFrame, Path], tmp_path: Path) -> None:
+    frame, folder = teacher
+    schema = Schema.load(folder)
+    unfitted = [
+        replace(one, **({"parameters": None} if isinstance(one, Numeric) else {"num_embeddings": None}))  # type: ignore[arg-type]
+        for one in schema.features
+    ]
+    fitted = ctr.Encoder.fit(frame, features=unfitted, labels="label")
+    assert fitted.schema == schema
+    fitted.save(tmp_path / "saved")
+    # Counts of values and edges of numbers are there as well, so that newer data can be prepared like it.
+    files = sorted(path.relative_to(folder) for part in ("vocab", "numbers") for path in (folder / part).iterdir())
+    assert len(files) == len(schema.vocabularies) + len(schema.dense)
+    for file in files:
+        saved = pl.read_parquet(tmp_path / "saved" / file, glob=False)
+        assert saved.equals(pl.read_parquet(folder / file, glob=False)), file
+    again = ctr.Encoder.load(tmp_path / "saved")
+    assert_same(again.transform(frame)[0], fitted.transform(frame)[0], schema)
+    ctr.prepare({"train": frame}, tmp_path / "newer", like=tmp_path / "saved", log=None)
+    assert Schema.load(tmp_path / "newer").hash == schema.hash
+    with pytest.raises(FileExistsError, match="is not empty"):
+        fitted.save(tmp_path / "saved")
+
+
+def test_a_file_is_transformed_as_its_rows_are(
+    teacher: tuple[pl.DataFrame, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame, folder = teacher
+    encoder = ctr.Encoder.load(folder)
+    monkeypatch.setattr(stream, "BLOCK_ROWS", 300)
+    frame.write_parquet(tmp_path / "rows.parquet")
+    whole, counts = encoder.transform(frame)
+    from_file, found = encoder.transform(tmp_path / "rows.parquet")
+    assert_same(whole, from_file, encoder.schema)
+    assert (found.rows, found.unseen, found.missing) == (counts.rows, counts.unseen, counts.missing)
 
 
 def test_pandas_columns_of_any_kind(teacher: tuple[pl.DataFrame, Path]) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,11 +24,13 @@ import polars as pl
 from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, raw_id, text, without_bad_rows
 from ctrlib.data.columns import Columns, Ragged, offsets_of
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
+from ctrlib.data.quantiles import has_points, points_path, read_points
 from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, texts_of_cell, texts_of_column
-from ctrlib.data.raw import RawTable, as_frame, clean, naming, numbered
+from ctrlib.data.raw import RawData, RawTable, as_frame, clean, naming, numbered
 from ctrlib.data.scan import DataError, OnBadRow
+from ctrlib.data.stream import ahead, blocks
 from ctrlib.data.unknown import judge
-from ctrlib.data.vocabulary import load_vocabulary
+from ctrlib.data.vocabulary import load_counts, load_vocabulary, vocabulary_path
 from ctrlib.schema import (
     MISSING_ID,
     MISSING_RAW_ID,
@@ -91,6 +94,8 @@ class Encoder:
     Args:
         schema: fitted.
         vocabularies: vocabulary name -> its values in the order of their ids.
+        counts: vocabulary name -> how often train held each of its values, to be saved.
+        points: numeric feature -> what edges of bins are made of (`ctrlib.data.quantiles`), to be saved.
 
     Raises:
         SchemaError: the schema is not fitted, or a vocabulary is missing or of another size.
@@ -104,10 +109,18 @@ class Encoder:
     ([[4], [2]], [0.0, 0.5], {'item': 1}, {'item': ['c']})
     """
 
-    def __init__(self, schema: Schema, vocabularies: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        vocabularies: Mapping[str, Sequence[str]],
+        *,
+        counts: Mapping[str, Sequence[int] | npt.NDArray[np.int64]] | None = None,
+        points: Mapping[str, pl.DataFrame] | None = None,
+    ) -> None:
         if not schema.is_fitted:
             raise SchemaError("the schema is not fitted: use the one that `prepare` returns or stores in schema.json")
         self.schema = schema
+        self._value_counts, self._points = dict(counts or {}), dict(points or {})
         self._known: dict[str, dict[str, int]] = {}
         for name, features in schema.vocabularies.items():
             values, rows = vocabularies.get(name, ()), features[0].num_embeddings or 0
@@ -136,6 +149,52 @@ class Encoder:
         self._number_of = {f.name: number_of_cell(f, missing) for f in schema.dense}
 
     @classmethod
+    def fit(cls, train: RawData, **options: Any) -> Encoder:
+        """What `prepare({"train": train}, ...)` fits.
+
+        Args:
+            train: a file, a folder of parquet files, or a frame.
+            options: of `prepare`, but for those about splits and output, such as `features`, `labels`, `ignore`,
+                `min_count`, `missing_values`, `on_bad_row`, `like`.
+
+        Raises:
+            SchemaError, DataError: as `prepare`.
+
+        >>> frame = pl.DataFrame({"item": ["a", "b", "a", "c"], "click": [1, 0, 0, 1]})
+        >>> encoder = Encoder.fit(frame, labels="click", features=[Categorical("item", min_count=2)])
+        >>> encoder.transform({"item": "a"})[0].ids.tolist(), encoder.schema["item"].num_embeddings
+        ([[3]], 4)
+        """
+        from ctrlib.data.prepare import prepare
+
+        with tempfile.TemporaryDirectory() as folder:
+            prepare({"train": train}, Path(folder) / "prepared", **{"log": None, **options})
+            return cls.load(Path(folder) / "prepared")
+
+    def save(self, folder: str | Path) -> None:
+        """Write schema.json, vocab/ and numbers/ into a new folder, for `load`, or for `prepare(..., like=folder)`.
+
+        Raises:
+            FileExistsError: it is there already, and not empty.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} exists and is not empty: give another folder")
+        for name, known in self._known.items():
+            path = vocabulary_path(folder / "vocab", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table = pl.DataFrame({"value": list(known), "id": pl.Series(list(known.values()), dtype=pl.Int32)})
+            if (counts := self._value_counts.get(name)) is not None:
+                table = table.with_columns(count=pl.Series(counts, dtype=pl.Int64))
+            table.write_parquet(path)
+        for name, points in self._points.items():
+            path = points_path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            points.write_parquet(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.schema.save(folder / "schema.json")
+
+    @classmethod
     def load(cls, folder: str | Path) -> Encoder:
         """Of a prepared folder or a model folder.
 
@@ -152,17 +211,25 @@ class Encoder:
         Raises:
             SchemaError: as `load`.
         """
-        vocab = Path(folder) / "vocab"
-        return cls(schema, {name: load_vocabulary(vocab, name, schema).to_list() for name in schema.vocabularies})
+        folder = Path(folder)
+        vocab = folder / "vocab"
+        return cls(
+            schema,
+            {name: load_vocabulary(vocab, name, schema).to_list() for name in schema.vocabularies},
+            counts={name: found for name in schema.vocabularies if (found := load_counts(vocab, name)) is not None},
+            points={feature.name: read_points(folder, feature.name) for feature in schema.dense}
+            if has_points(folder)
+            else None,
+        )
 
     def transform(self, rows: Rows, *, name: str = "rows") -> tuple[Columns, Counts]:
         """Ids and numbers of the features, in the order of the rows, and what was found on the way.
 
         Args:
-            rows: one row as a dictionary of cells, a list of such rows, a polars or pandas frame, or an Arrow table,
-                with the raw feature columns in any order. None is a missing cell. Lists are taken as they are for bags
-                and histories.
-            name: what to call the rows in messages.
+            rows: one row as a dictionary of cells, a list of such rows, a polars or pandas frame, an Arrow table, or
+                the path of a file whose rows fit into memory, with the raw feature columns in any order. None is a
+                missing cell. Lists are taken as they are for bags and histories.
+            name: what to call the rows in messages; a file is called by its path.
 
         Returns:
             `Columns` as the loader makes them, labels NaN and weights 1; and `Counts`.
@@ -173,6 +240,13 @@ class Encoder:
             TypeError: the rows are of another kind.
         """
         names = self._names
+        if isinstance(rows, str | Path):
+            parts, counts = [], Counts()
+            for raw in ahead(self.read(rows)):
+                part, found = self.transform_table(raw)
+                parts.append(part)
+                counts.add(found)
+            return Columns.concatenate(parts), counts
         if isinstance(rows, Mapping):
             rows = [rows]
         if isinstance(rows, list | tuple):
@@ -199,6 +273,39 @@ class Encoder:
         )
 
     # --------------------------------------------------------------------------------------------- column by column
+
+    def read(
+        self,
+        data: str | Path | pl.DataFrame,
+        *,
+        name: str = "rows",
+        keep: Sequence[str] = (),
+        with_labels: bool = False,
+        on_bad_row: OnBadRow = "raise",
+    ) -> Iterator[RawTable]:
+        """Raw rows block by block, for `transform_table`, read as the data was that this was fitted on.
+
+        Args:
+            data: the path of a file, or a frame.
+            name: what to call a frame in messages.
+            keep: columns that are wanted beside the features.
+            with_labels: labels, weight and group are wanted, too. A file without header may lack them otherwise.
+            on_bad_row: "skip" leaves out rows that are not well-formed.
+
+        Raises:
+            DataError, SchemaError: as `ctrlib.data.stream.blocks`.
+        """
+        schema, raw_format = self.schema, self.schema.raw_format or {}
+        reading = {name: raw_format[name] for name in ("separator", "columns", "missing_values") if name in raw_format}
+        others = [one for one in (*schema.labels, schema.weight, schema.group) if one and one not in self._names]
+        return blocks(
+            data,
+            name=name,
+            wanted={*self._names, *keep, *(others if with_labels else ())},
+            on_bad_row=on_bad_row,
+            may_lack=() if with_labels else (schema.labels, others),
+            **reading,
+        )
 
     def transform_table(
         self,

@@ -69,7 +69,7 @@ def quantile_edges(data: str | Path, num_bins: int = 32) -> list[list[float]]:
             "Numeric(...) in the features to prepare"
         )
     if has_points(folder):
-        return [edges_of(_read_points(folder, feature.name), num_bins) for feature in schema.dense]
+        return [edges_of(read_points(folder, feature.name), num_bins) for feature in schema.dense]
     files = sorted({group.path for group in find_row_groups(folder, "train", schema)})
     return [edges_of(_points_in(files, feature.name), num_bins) for feature in schema.dense]
 
@@ -166,7 +166,12 @@ def _points_in(files: list[Path], name: str) -> pl.DataFrame:
     return points_of(values.to_numpy())
 
 
-def _read_points(folder: Path, name: str) -> pl.DataFrame:
+def read_points(folder: Path, name: str) -> pl.DataFrame:
+    """What edges of a numeric feature are made of: value and count, as `write_points` wrote them.
+
+    Raises:
+        SchemaError: it is missing or damaged.
+    """
     path = points_path(folder, name)
     try:
         points = pl.read_parquet(path, glob=False).select("value", "count")

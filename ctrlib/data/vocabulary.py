@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from ctrlib.data.cells import holds, is_raw_integer, number, text, transformed
 from ctrlib.data.moments import moments
@@ -214,6 +216,15 @@ def values_in(folder: Path, schema: Schema) -> Callable[[str], dict[str, None]]:
         return dict.fromkeys(load_vocabulary(folder, name, schema).to_list())
 
     return values_of_vocabulary
+
+
+def load_counts(folder: Path, name: str) -> NDArray[np.int64] | None:
+    """How often train held each value of a vocabulary, in the order of their ids; None if its writer did not say."""
+    path = vocabulary_path(folder, name)
+    table = pl.scan_parquet(path, glob=False)
+    if "count" not in table.collect_schema():
+        return None
+    return table.select(pl.col("count").cast(pl.Int64)).collect()["count"].to_numpy()
 
 
 def load_vocabulary(folder: Path, name: str, schema: Schema) -> pl.Series:

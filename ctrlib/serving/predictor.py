@@ -38,7 +38,7 @@ from ctrlib.data.loader import Loader
 from ctrlib.data.quantiles import has_points
 from ctrlib.data.raw import ROW, RawTable, as_frame
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
-from ctrlib.data.stream import ahead, blocks
+from ctrlib.data.stream import ahead
 from ctrlib.schema import Schema, SchemaError
 from ctrlib.serving.direct import Rows as DirectRows
 from ctrlib.serving.direct import direct
@@ -318,7 +318,7 @@ class Predictor:
         groups: dict[str, int] | None = None,
     ) -> Iterator[tuple[Columns, pl.DataFrame]]:
         """Rows as arrays, block by block, and the columns to keep; with `groups`, labels, weights and groups too."""
-        with_labels, schema = groups is not None, self.schema
+        with_labels = groups is not None
         if not isinstance(data, str | Path):
             if not (with_labels or keep or on_bad_row == "skip"):
                 columns, counts = self.encoder.transform(data, name="data")
@@ -326,19 +326,9 @@ class Predictor:
                 yield columns, NOTHING
                 return
             data = as_frame(data, "data")
-        raw_format = schema.raw_format or {}
-        reading = {name: raw_format[name] for name in ("separator", "columns", "missing_values") if name in raw_format}
-        features = {feature.name for feature in schema.features}
-        others = [name for name in (*schema.labels, schema.weight, schema.group) if name and name not in features]
-        tables = blocks(
-            data,
-            name="data",
-            wanted={*features, *keep, *(others if with_labels else ())},
-            on_bad_row=on_bad_row,
-            may_lack=() if with_labels else (schema.labels, others),
-            **reading,
-        )
-        for raw in ahead(tables):
+        for raw in ahead(
+            self.encoder.read(data, name="data", keep=keep, with_labels=with_labels, on_bad_row=on_bad_row)
+        ):
             if unknown := [name for name in keep if name not in raw.dtypes]:
                 raise SchemaError(f"{raw.name} has no columns {unknown} to keep; {instead(unknown, raw.dtypes)}")
             columns, counts = self.encoder.transform_table(
