@@ -81,6 +81,7 @@ def prepared(data: Any, out: Path, road: str, monkeypatch: Any, **options: Any) 
 def test_prepared_folders_do_not_depend_on_the_road(tmp_path, monkeypatch, options):
     path = every_kind(tmp_path)
     monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("ctrlib.data.coded._FEWEST_BYTES", 1000)
     monkeypatch.setattr("ctrlib.data.coded.BLOCK_ROWS", 37)
     monkeypatch.setattr("ctrlib.data.codes._FEWEST", 100)
     for road in ROADS:
@@ -112,6 +113,7 @@ def test_errors_do_not_depend_on_pieces(tmp_path, monkeypatch, change, options):
     options = {"features": [Categorical("item"), Numeric("price")], **options}
     messages = []
     monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("ctrlib.data.coded._FEWEST_BYTES", 1000)
     for road in ("coded", "whole", "41"):
         with pytest.raises((DataError, SchemaError)) as error:
             prepared(tmp_path / "raw.csv", tmp_path / "out", road, monkeypatch, **options)

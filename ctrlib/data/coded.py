@@ -11,11 +11,12 @@ Memory holds a few blocks and, while a vocabulary is counted or looked up, the d
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,10 +43,10 @@ from ctrlib.data.raw import (
     read_raw,
 )
 from ctrlib.data.scan import OnBadRow
-from ctrlib.data.stream import ahead
 
+NUM_THREADS = min(os.cpu_count() or 1, 8)  # each holds a block
 BLOCK_ROWS = 1 << 17
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES, _FEWEST_BYTES = 32 << 20, 4 << 20
 _WIDE = b"polars type"  # of integers that Arrow does not have, which are kept as text
 _ARROW_BLOCK = 1 << 20  # of a block, so much is parsed by one thread
 Codes = npt.NDArray[np.int32]
@@ -53,25 +54,41 @@ Codes = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a coded table: `num_rows` of them from `first_row` on, in an Arrow file."""
+    """Some rows of a coded table: `num_rows` of them from `first_row` on, a file for each column in a folder."""
 
-    path: Path
+    folder: Path
+    names: tuple[str, ...] = field(compare=False)
     first_row: int
     num_rows: int
 
-    def columns(self) -> dict[str, Cells]:
-        """Name -> cells, mapped into memory."""
-        table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
-        return {field.name: Cells(column, field.metadata) for field, column in zip(table.schema, table.columns)}
+    def path(self, name: str, what: str = "cells") -> Path:
+        """Where the cells of a column are, or what else there is of it."""
+        return self.folder / f"{self.names.index(name)}.{what}"
+
+    def cells(self, name: str) -> Cells:
+        """A column, mapped into memory."""
+        return Cells(read_column(self.path(name)))
+
+
+def write_column(column: pa.Array, path: Path, metadata: dict[bytes, bytes] | None = None) -> None:
+    """An array as a file, for `read_column`."""
+    schema = pa.schema([pa.field("", column.type)], metadata)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(pa.record_batch([column], schema=schema))
+
+
+def read_column(path: Path) -> pa.RecordBatch:
+    """A batch of the one column, mapped into memory."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
 
 class Cells:
     """A column of a block: its distinct `values` (all, where they hardly repeat) and the place of each row's."""
 
-    def __init__(self, column: pa.ChunkedArray, metadata: Mapping[bytes, bytes] | None) -> None:
-        (self._column,) = column.chunks
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._column = batch.column(0)
         self.is_coded = pa.types.is_dictionary(self._column.type)
-        self._wide = (metadata or {}).get(_WIDE)
+        self._wide = (batch.schema.metadata or {}).get(_WIDE)
 
     @property
     def values(self) -> pl.Series:
@@ -85,9 +102,12 @@ class Cells:
         """The place among `values` of every row's cell, or None where it is the row's own."""
         return self._column.indices.to_numpy() if self.is_coded else None
 
-    def placed(self, of_values: pa.Array) -> pa.Array:
-        """What each row's cell has become, of what each of `values` has."""
-        return pc.take(of_values, self._column.indices) if self.is_coded else of_values
+    def placed(self, of_values: pa.Array, kept: npt.NDArray[np.bool_] | None) -> pa.Array:
+        """What the cells of `kept` rows (None for all) have become, of what each of `values` has."""
+        if not self.is_coded:
+            return of_values if kept is None else of_values.filter(pa.array(kept))
+        codes = self._column.indices
+        return pc.take(of_values, codes if kept is None else codes.filter(pa.array(kept)))
 
     def rows(self, end: int) -> pl.Series:
         """The cell of every row before `end`."""
@@ -139,21 +159,23 @@ class CodedTable(RawTable):
             many = pl.when(one.value.is_not_null()).then(pl.col(_COUNT)).otherwise(0)
             columns.setdefault(one.column, []).append(one.total(one.value, many).alias(name))
 
-        def of_block(block: Block) -> pl.DataFrame:
-            table, found = block.columns(), []
-            for column, totals in columns.items():
-                cells = table[column]
-                counts = pl.Series(_COUNT, self.counts(block, cells))
-                found.append(
-                    pl.LazyFrame([cells.values.alias(column), counts]).filter(pl.col(_COUNT) > 0).select(totals)
-                )
-            with naming(self.name):
-                return pl.concat(pl.collect_all(found), how="horizontal")
-
-        return pl.concat([of_block(block) for block in self.blocks]).select(list(wanted))
+        found: list[pl.DataFrame] = []
+        held: dict[str, list[pl.DataFrame]] = {column: [] for column in columns}
+        for position, block in enumerate(self.blocks, start=1):
+            for column in columns:
+                cells = block.cells(column)
+                rows = pl.DataFrame([cells.values.alias(column), pl.Series(_COUNT, self.counts(block, cells))])
+                held[column].append(rows.filter(pl.col(_COUNT) > 0))
+            if position == len(self.blocks) or sum(len(one) for some in held.values() for one in some) >= _AT_ONCE:
+                plans = [pl.concat(held[column]).lazy().select(totals) for column, totals in columns.items()]
+                with naming(self.name):
+                    found.append(pl.concat(pl.collect_all(plans), how="horizontal"))
+                held = {column: [] for column in columns}
+        return pl.concat(found).select(list(wanted))
 
 
 _COUNT = "__count__"
+_AT_ONCE = 1 << 21  # distinct cells of several blocks that are added up together
 
 
 def _lazily(block: Block, schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:
@@ -162,11 +184,10 @@ def _lazily(block: Block, schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:
     def read(
         columns: list[str] | None, predicate: pl.Expr | None, num_rows: int | None, batch_size: int | None
     ) -> Iterator[pl.DataFrame]:
-        table = block.columns()
-        names = [ROW, *table] if columns is None else columns
+        names = [ROW, *block.names] if columns is None else columns
         end = block.num_rows if num_rows is None else min(num_rows, block.num_rows)
         rows = pl.int_range(block.first_row, block.first_row + end, dtype=pl.Int64, eager=True)
-        frame = pl.DataFrame([(rows if name == ROW else table[name].rows(end)).alias(name) for name in names])
+        frame = pl.DataFrame([(rows if name == ROW else block.cells(name).rows(end)).alias(name) for name in names])
         yield frame if predicate is None else frame.filter(predicate)
 
     return register_io_source(read, schema={ROW: pl.Int64(), **schema}, is_pure=True)
@@ -187,29 +208,39 @@ def read_coded(
 ) -> CodedTable:
     """As `ctrlib.data.raw.read_raw`: every block is read, checked and coded once."""
     temporary.mkdir(parents=True, exist_ok=True)
-    if isinstance(data, str | Path) and format_of(Path(data)) == "text":
-        with open_text(Path(data), separator, columns, missing_values, on_bad_row, ()) as text:
-            blocks = _write(ahead(_parsed(text), 1), temporary, missing_values)
-            return _table(text.table(()), blocks)
-    table = read_raw(
-        data,
-        temporary / "raw",
-        name=name,
-        separator=separator,
-        columns=columns,
-        missing_values=missing_values,
-        on_bad_row=on_bad_row,
-    )
-    with naming(table.name):
-        rows = _batches(table.frame.drop(ROW))
-        blocks = _write(((batch, False) for batch in rows), temporary, missing_values)
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        coder = _Coder(temporary, missing_values, threads)
+        if isinstance(data, str | Path) and format_of(Path(data)) == "text":
+            with open_text(Path(data), separator, columns, missing_values, on_bad_row, ()) as text:
+                blocks = _numbered(coder.text(text))
+                return _table(text.table(()), blocks)
+        table = read_raw(
+            data,
+            temporary / "raw",
+            name=name,
+            separator=separator,
+            columns=columns,
+            missing_values=missing_values,
+            on_bad_row=on_bad_row,
+        )
+        with naming(table.name):
+            blocks = _numbered(coder.frame(table.frame.drop(ROW)))
     shutil.rmtree(temporary / "raw", ignore_errors=True)
     return _table(table, blocks)
 
 
+def _numbered(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """The blocks with the numbers of their first rows."""
+    found, first = [], 0
+    for block in blocks:
+        found.append(dataclasses.replace(block, first_row=first))
+        first += block.num_rows
+    return tuple(found)
+
+
 def _table(table: RawTable, blocks: tuple[Block, ...]) -> CodedTable:
     names = [one.name for one in dataclasses.fields(RawTable)]
-    schema = {name: cells.values.dtype for name, cells in blocks[0].columns().items()}
+    schema = {name: blocks[0].cells(name).values.dtype for name in blocks[0].names}
     return CodedTable(
         **{name: getattr(table, name) for name in names if name != "pieces"},
         pieces=tuple(_lazily(block, schema) for block in blocks),
@@ -218,89 +249,91 @@ def _table(table: RawTable, blocks: tuple[Block, ...]) -> CodedTable:
     )
 
 
-def _batches(frame: pl.LazyFrame) -> Iterator[pa.Table]:
-    dtypes = frame.collect_schema()
-    wide = [name for name, dtype in dtypes.items() if dtype in (pl.Int128, pl.UInt128)]  # Arrow has none
-    texts = [name for name, dtype in dtypes.items() if dtype in (pl.Categorical, pl.Enum)]
-    frame = frame.with_columns(pl.col(texts + wide).cast(pl.String))
-    for number, batch in enumerate(frame.collect_batches(chunk_size=BLOCK_ROWS, maintain_order=True)):
-        if batch.height or not number:
-            table = batch.to_arrow(compat_level=pl.CompatLevel.oldest())
-            for name in wide:
-                position = table.schema.get_field_index(name)
-                field = table.schema.field(position).with_metadata({_WIDE: str(dtypes[name])})
-                table = table.set_column(position, field, table.column(position))
-            yield table
+class _Coder:
+    """Codes rows and writes them, several blocks at once, each by one thread; `first_row` is 0 in all of them."""
 
+    def __init__(self, folder: Path, missing_values: Sequence[str], threads: ThreadPoolExecutor) -> None:
+        self._folder, self._threads = folder, threads
+        self._tokens = pa.array(missing_tokens(missing_values))
+        self._numbers = itertools.count()
 
-def _parsed(text: TextFile) -> Iterator[tuple[pa.Table, bool]]:
-    """The rows of a text file, all columns text, and whether there may be blanks around cells."""
-    for block in text.blocks(BLOCK_BYTES, functools.partial(_parse, text)):
-        if isinstance(block, bytes):
-            yield text.parse(block, cleaned=False).to_arrow(compat_level=pl.CompatLevel.oldest()), True
-        else:
-            yield block
+    def text(self, text: TextFile) -> Iterator[Block]:
+        """The rows of a text file."""
 
+        def start(lines: bytes) -> Callable[[], tuple[int, Block] | None]:
+            return self._threads.submit(self._quick, text, lines).result
 
-def _parse(text: TextFile, block: bytes) -> tuple[int, tuple[pa.Table, bool]] | None:
-    """The number of rows of a block and the rows, if all are well-formed beyond doubt."""
-    if any(mark in block for mark in (b'"', b"\r", b"\0", b"\n\n")) or block.startswith(b"\n"):
-        return None
-    if not text.mark.isascii():
-        return None
-    options = (
-        pyarrow.csv.ReadOptions(column_names=text.names, block_size=_ARROW_BLOCK),
-        pyarrow.csv.ParseOptions(delimiter=text.mark.decode(), quote_char=False, ignore_empty_lines=False),
-        pyarrow.csv.ConvertOptions(
-            check_utf8=not block.isascii(),
-            column_types=dict.fromkeys(text.names, pa.string()),
-            strings_can_be_null=False,
-        ),
-    )
-    try:
-        table = pyarrow.csv.read_csv(pa.BufferReader(block), *options)
-    except pa.ArrowInvalid:
-        return None
-    if table.num_rows != block.count(b"\n"):
-        return None
-    return table.num_rows, (table, any(blank in block for blank in (b" ", b"\t") if blank != text.mark))
+        # So that a small file keeps all threads busy, too.
+        size = text.path.stat().st_size // (2 * NUM_THREADS)
+        for block in text.blocks(min(max(size, _FEWEST_BYTES), BLOCK_BYTES), start, NUM_THREADS):
+            if isinstance(block, bytes):
+                rows = text.parse(block, cleaned=False).to_arrow(compat_level=pl.CompatLevel.oldest())
+                yield self._written(rows, blanks=True)
+            else:
+                yield block
 
+    def frame(self, frame: pl.LazyFrame) -> Iterator[Block]:
+        """The rows of a frame whose text is clean."""
+        dtypes = frame.collect_schema()
+        wide = {name: str(dtype) for name, dtype in dtypes.items() if dtype in (pl.Int128, pl.UInt128)}
+        texts = [name for name, dtype in dtypes.items() if dtype in (pl.Categorical, pl.Enum)]
+        frame = frame.with_columns(pl.col([*texts, *wide]).cast(pl.String))  # Arrow has no integers so wide
+        pending: deque[Future[Block]] = deque()
+        for number, batch in enumerate(frame.collect_batches(chunk_size=BLOCK_ROWS, maintain_order=True)):
+            if batch.height or not number:
+                rows = batch.to_arrow(compat_level=pl.CompatLevel.oldest())
+                pending.append(self._threads.submit(self._written, rows, blanks=False, wide=wide))
+            if len(pending) > NUM_THREADS:
+                yield pending.popleft().result()
+        yield from (one.result() for one in pending)
 
-def _write(tables: Iterator[tuple[pa.Table, bool]], folder: Path, missing_values: Sequence[str]) -> tuple[Block, ...]:
-    """The rows, coded, as one file for each table."""
-    blocks: list[Block] = []
-    first = 0
-    tokens = pa.array(missing_tokens(missing_values))
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for table, blanks in tables:
-            coded = threads.map(functools.partial(_coded, tokens=tokens, blanks=blanks), table.columns)
-            columns = list(coded)
-            fields = [field.with_type(column.type) for field, column in zip(table.schema, columns)]
-            batch = pa.record_batch(columns, schema=pa.schema(fields))
-            block = Block(folder / f"{len(blocks):06}.arrow", first, table.num_rows)
-            with pa.OSFile(str(block.path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-                writer.write_batch(batch)
-            blocks.append(block)
-            first += table.num_rows
-    return tuple(blocks)
+    def _quick(self, text: TextFile, lines: bytes) -> tuple[int, Block] | None:
+        """The number of rows, and the rows, if all are well-formed beyond doubt."""
+        if any(mark in lines for mark in (b"\r", b"\0")) or not text.mark.isascii():
+            return None
+        options = (
+            pyarrow.csv.ReadOptions(column_names=text.names, block_size=_ARROW_BLOCK, use_threads=False),
+            pyarrow.csv.ParseOptions(delimiter=text.mark.decode(), quote_char=False, ignore_empty_lines=True),
+            pyarrow.csv.ConvertOptions(
+                check_utf8=not lines.isascii(),
+                column_types=dict.fromkeys(text.names, pa.string()),
+                strings_can_be_null=False,
+            ),
+        )
+        try:
+            rows = pyarrow.csv.read_csv(pa.BufferReader(lines), *options)
+        except pa.ArrowInvalid:
+            return None
+        if rows.num_rows != lines.count(b"\n"):  # there are blank lines
+            return None
+        blanks = any(blank in lines for blank in (b" ", b"\t") if blank != text.mark)
+        return rows.num_rows, self._written(rows, blanks=blanks)
 
+    def _written(self, rows: pa.Table, *, blanks: bool, wide: Mapping[str, str] | None = None) -> Block:
+        """The rows as files; `blanks`: there may be some around cells; `wide`: name -> type that polars knows only."""
+        folder = self._folder / f"{next(self._numbers):06}"
+        folder.mkdir()
+        block = Block(folder, tuple(rows.column_names), 0, rows.num_rows)
+        for name, column in zip(block.names, rows.columns):
+            kind = (wide or {}).get(name)
+            metadata = None if kind is None else {_WIDE: kind.encode()}
+            write_column(self._coded(column, blanks), block.path(name), metadata)
+        return block
 
-def _coded(column: pa.ChunkedArray, tokens: pa.Array, blanks: bool) -> pa.Array:
-    """The column as a dictionary array without nulls but in the dictionary; as it is, where cells hardly repeat."""
-    kind = column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    repeats = is_text or any(
-        of_kind(kind) for of_kind in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_date, pa.types.is_timestamp)
-    )
-    if not repeats:
-        return pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    coded = column.dictionary_encode(null_encoding="encode").combine_chunks()
-    if is_text:
-        values = coded.dictionary
-        if blanks:
-            values = pc.utf8_trim(values, BLANKS)
-        missing = pc.is_in(values, tokens.cast(kind))
-        if pc.any(missing).as_py():
-            values = pc.if_else(missing, None, values)
-        coded = pa.DictionaryArray.from_arrays(coded.indices, values)
-    return coded
+    def _coded(self, column: pa.ChunkedArray, blanks: bool) -> pa.Array:
+        """As a dictionary array without nulls but in the dictionary; as it is, where cells hardly repeat."""
+        kind = column.type
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        repeats = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_date, pa.types.is_timestamp)
+        if not (is_text or any(of_kind(kind) for of_kind in repeats)):
+            return pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+        coded = column.dictionary_encode(null_encoding="encode").combine_chunks()
+        if is_text:
+            values = coded.dictionary
+            if blanks:
+                values = pc.utf8_trim(values, BLANKS)
+            missing = pc.is_in(values, self._tokens.cast(kind))
+            if pc.any(missing).as_py():
+                values = pc.if_else(missing, None, values)
+            coded = pa.DictionaryArray.from_arrays(coded.indices, values)
+        return coded

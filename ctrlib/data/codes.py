@@ -6,27 +6,26 @@ block; rows are put together from that.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-from collections import deque
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
+from polars.io.plugins import register_io_source
 
 from ctrlib.data.cells import fitted_number, label, number, raw_id, text
-from ctrlib.data.coded import Block, Cells, CodedTable
+from ctrlib.data.coded import NUM_THREADS, Block, Cells, CodedTable, read_column, write_column
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.encode import ROWS_PER_GROUP, Totals, totals_of
 from ctrlib.data.raw import naming
+from ctrlib.data.stream import ahead
 from ctrlib.schema import (
     MISSING_ID,
     MISSING_RAW_ID,
@@ -80,9 +79,8 @@ class _Part(NamedTuple):
 
 def _parts(blocks: Iterable[tuple[CodedTable, Block]], features: Sequence[VocabularyFeature]) -> Iterator[_Part]:
     for table, block in blocks:
-        columns = block.columns()
         for feature in features:
-            cells = columns[feature.name]
+            cells = block.cells(feature.name)
             with naming(table.name):
                 yield _Part(table, block, feature, cells, texts_of(cells, feature))
 
@@ -134,7 +132,7 @@ def count_numbers(table: CodedTable, feature: Numeric) -> tuple[npt.NDArray[np.f
     """Numbers as the model sees them, and how many rows of the table have each; equal ones may come several times."""
     values, counts = [], []
     for block in table.blocks:
-        cells = block.columns()[feature.name]
+        cells = block.cells(feature.name)
         rows = table.counts(block, cells)
         column = cells.values.alias(feature.name)
         with naming(table.name):
@@ -157,50 +155,45 @@ def write_coded(
     """As `ctrlib.data.workers.Workers.write`, a file for each split."""
     # One block may have rows of several splits.
     blocks = {block: table for table in tables.values() for block in table.blocks}
-    for name, features in schema.vocabularies.items():
-        _look_up(known[name], features, blocks)
+    vocabularies: dict[Path, Sequence[VocabularyFeature]] = {
+        known[name]: features for name, features in schema.vocabularies.items()
+    }
     if GROUP_COLUMN in known:
-        _look_up(known[GROUP_COLUMN], (_Group(schema.group or ""),), blocks)
+        vocabularies[known[GROUP_COLUMN]] = (_Group(schema.group or ""),)
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        list(threads.map(functools.partial(_look_up, blocks=blocks), *zip(*vocabularies.items())))
     encode = functools.partial(
         _encoded, schema=schema, positive=label_positive or {}, integer_groups=GROUP_COLUMN not in known
     )
-    totals: dict[str, Totals] = {}
-    with contextlib.ExitStack() as files, ThreadPoolExecutor(os.cpu_count()) as threads:
-        writers: dict[str, _Writer] = {}
-        for block, rows in _in_order(threads, encode, blocks):
-            for split, table in tables.items():
-                if block not in table.blocks:
-                    continue
-                kept = table.kept(block)
-                part = rows if kept is None else rows.filter(pa.array(kept))
-                if split not in writers:
-                    path = folder / split / "part-00000.parquet"
-                    writers[split] = files.enter_context(_Writer(path, part.schema))
-                    totals[split] = totals_of(pl.LazyFrame(pl.from_arrow(part.slice(0, 0))), schema)
-                writers[split].add(part)
-                totals[split] += totals_of(pl.LazyFrame(pl.from_arrow(part)), schema)
-    return {split: totals[split] for split in tables}
+    return {
+        split: _write(table, encode, folder / split / "part-00000.parquet", schema) for split, table in tables.items()
+    }
 
 
-def _in_order(
-    threads: ThreadPoolExecutor, encode: Callable[[Block, str], pa.Table], blocks: Mapping[Block, CodedTable]
-) -> Iterator[tuple[Block, pa.Table]]:
-    """The encoded rows of blocks, in order, a few made ahead."""
-    pending: deque[tuple[Block, Future[pa.Table]]] = deque()
-    for block, table in blocks.items():
-        pending.append((block, threads.submit(encode, block, table.name)))
-        if len(pending) > 2:
-            block, rows = pending.popleft()
-            yield block, rows.result()
-    for block, rows in pending:
-        yield block, rows.result()
+def _write(
+    table: CodedTable, encode: Callable[[CodedTable, Block], pl.DataFrame], path: Path, schema: Schema
+) -> Totals:
+    found: list[Totals] = []
+    blocks = ahead(encode(table, block) for block in table.blocks)
+    first = next(blocks)
+
+    def rows(*_: object) -> Iterator[pl.DataFrame]:
+        for frame in itertools.chain([first], blocks):
+            found.append(totals_of(frame.lazy(), schema))
+            yield frame
+
+    with naming(table.name):
+        register_io_source(rows, schema=first.schema).sink_parquet(
+            path, compression="snappy", row_group_size=ROWS_PER_GROUP
+        )
+    return functools.reduce(operator.add, found)
 
 
 class _Group(Categorical):
     """The group, which is looked up as a feature is."""
 
 
-def _look_up(known: Path, features: Sequence[VocabularyFeature], blocks: Mapping[Block, CodedTable]) -> None:
+def _look_up(known: Path, features: Sequence[VocabularyFeature], *, blocks: Mapping[Block, CodedTable]) -> None:
     """Write, for each block, the ids of the distinct cells of features that share a vocabulary."""
     vocabulary = pl.read_parquet(known, columns=["value", "id"], glob=False)
     values = _text_array(vocabulary["value"])
@@ -216,7 +209,7 @@ def _look_up(known: Path, features: Sequence[VocabularyFeature], blocks: Mapping
             found, lengths = pa.array(ids[numbers]), part.texts.lengths
             if lengths is not None:
                 found = _lists(found, lengths, isinstance(part.feature, MultiValued))
-            _spill(found, _ids_path(part.block, part.feature))
+            write_column(found, _ids_path(part.block, part.feature))
 
 
 def _lists(ids: pa.Array, lengths: npt.NDArray[np.int64], is_bag: bool) -> pa.Array:
@@ -229,30 +222,26 @@ def _lists(ids: pa.Array, lengths: npt.NDArray[np.int64], is_bag: bool) -> pa.Ar
 
 
 def _ids_path(block: Block, feature: Feature) -> Path:
-    return block.path.with_suffix(f".{quote(feature.name, safe='')}{'.group' * isinstance(feature, _Group)}")
+    return block.path(feature.name, "groups" if isinstance(feature, _Group) else "ids")
 
 
-def _spill(values: pa.Array, path: Path) -> None:
-    table = pa.table({"": values})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-
-
-def _encoded(block: Block, name: str, *, schema: Schema, positive: Mapping[str, str], integer_groups: bool) -> pa.Table:
-    """All rows of a block as `ctrlib.data.encode.encode_checked` gives them."""
-    columns = block.columns()
+def _encoded(
+    table: CodedTable, block: Block, *, schema: Schema, positive: Mapping[str, str], integer_groups: bool
+) -> pl.DataFrame:
+    """The table's rows of a block as `ctrlib.data.encode.encode_checked` gives them."""
+    kept = table.kept(block)
     made: dict[str, pa.Array] = {}
 
     def computed(out: str, column: str, meaning: Callable[[pl.DataType], pl.Expr]) -> None:
-        cells = columns[column]
+        cells = block.cells(column)
         values = cells.values.alias(column)
-        with naming(name):
+        with naming(table.name):
             found = values.to_frame().select(meaning(values.dtype)).to_series()
-        made[out] = cells.placed(found.to_arrow())
+        made[out] = cells.placed(found.to_arrow(), kept)
 
     def looked_up(out: str, feature: VocabularyFeature) -> None:
-        ids = pa.ipc.open_file(pa.memory_map(str(_ids_path(block, feature)))).read_all().column(0).chunk(0)
-        made[out] = columns[feature.name].placed(ids)
+        ids = read_column(_ids_path(block, feature)).column(0)
+        made[out] = block.cells(feature.name).placed(ids, kept)
 
     for feature in schema.features:
         if isinstance(feature, Numeric):
@@ -275,28 +264,6 @@ def _encoded(block: Block, name: str, *, schema: Schema, positive: Mapping[str, 
         computed(GROUP_COLUMN, schema.group, lambda _: pl.col(schema.group or "").cast(pl.Int64, strict=False))
     elif schema.group is not None:
         looked_up(GROUP_COLUMN, _Group(schema.group))
-    return pa.table(made)
-
-
-class _Writer:
-    """A parquet file of row groups of one size."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._file = pq.ParquetWriter(path, schema, compression="snappy", write_statistics=False)
-        self._rest = schema.empty_table()
-
-    def add(self, rows: pa.Table) -> None:
-        """Append rows."""
-        rows = pa.concat_tables([self._rest, rows])
-        whole = rows.num_rows - rows.num_rows % ROWS_PER_GROUP
-        if whole:
-            self._file.write_table(rows.slice(0, whole), row_group_size=ROWS_PER_GROUP)
-        self._rest = rows.slice(whole)
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None and self._rest.num_rows:
-            self._file.write_table(self._rest)
-        self._file.close()
+    frame = pl.from_arrow(pa.table(made))
+    assert isinstance(frame, pl.DataFrame)
+    return frame

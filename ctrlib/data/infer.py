@@ -8,6 +8,7 @@ is wrong: a number treated as ids is bucketed by its values.
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -69,7 +70,8 @@ def infer_features(table: RawTable, names: list[str] | None = None) -> list[Gues
     offsets = [-int(start) % step for start in (0, *ends[:-1])]
     plans = [piece.select(names).gather_every(step, offset) for piece, offset in zip(table.pieces, offsets)]
     sample = pl.concat(table.run(plans, table.name))
-    guesses = [_guess(sample[name]) for name in names]
+    with ThreadPoolExecutor() as threads:
+        guesses = list(threads.map(_guess, sample.get_columns()))
     if step > 1:
         guesses = [_confirmed(guess, table, num_rows) for guess in guesses]
     return guesses

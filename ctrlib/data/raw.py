@@ -361,13 +361,15 @@ class TextFile:
         """The rows of a block, all columns text; `cleaned` as `clean` does."""
         return _parse(block, self.names, self.mark, self.missing_values if cleaned else None)
 
-    def blocks(self, block_bytes: int = BLOCK_BYTES, quick: Quick[Rows] | None = None) -> Iterator[bytes | Rows]:
+    def blocks(
+        self, block_bytes: int = BLOCK_BYTES, quick: Quick[Rows] | None = None, depth: int = 0
+    ) -> Iterator[bytes | Rows]:
         """The blocks, one after another, as `RowScanner.blocks`.
 
         Raises:
             DataError: there is no row.
         """
-        yield from self.scanner.blocks(self.stream, block_bytes, quick)
+        yield from self.scanner.blocks(self.stream, block_bytes, quick, depth)
         if not self.scanner.num_rows:
             skipped = f" but {dict(self.scanner.skipped)}, which were skipped" if self.scanner.skipped else ""
             raise DataError(f"{self.path} has no rows{skipped}: expected at least one row of {len(self.names)} cells")

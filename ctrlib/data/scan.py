@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
@@ -35,8 +35,8 @@ NEWLINE, QUOTE = ord("\n"), ord('"')
 OnBadRow = Literal["raise", "skip"]
 Array = NDArray[Any]
 Rows = TypeVar("Rows")
-# Whole lines -> their number and what they hold, or None if a row may be bad.
-Quick: TypeAlias = Callable[[bytes], tuple[int, Rows] | None]
+# Whole lines without quotes -> what waits for their number and what they hold, or for None if a row may be bad.
+Quick: TypeAlias = Callable[[bytes], Callable[[], tuple[int, Rows] | None]]
 
 # Why a row is bad, from the most to the least telling: a row counts once, under the first that applies.
 REASONS = {
@@ -88,20 +88,22 @@ class RowScanner:
         self._quoted = re.compile(rb'"[^"]*"')
 
     def blocks(
-        self, stream: BinaryIO, block_bytes: int = BLOCK_BYTES, quick: Quick[Rows] | None = None
+        self, stream: BinaryIO, block_bytes: int = BLOCK_BYTES, quick: Quick[Rows] | None = None, depth: int = 0
     ) -> Iterator[bytes | Rows]:
         """Blocks of whole good rows, in order.
 
         Args:
             stream: the file, after its header.
             block_bytes: to read at once.
-            quick: a parser that knows well-formed rows at sight; what it makes of a block takes its place, and only
-                blocks that it declines are looked at here.
+            quick: starts a parser that knows well-formed rows at sight; what it makes of a block takes its place, and
+                only blocks that it declines are looked at here.
+            depth: so many parsers may be at work while the next block is read.
 
         Raises:
             DataError: at the first bad row, unless they are skipped.
         """
         tail = cut_newline = b""
+        pending: deque[tuple[bytes, Callable[[], tuple[int, Rows] | None]]] = deque()
         while block := stream.read(block_bytes):
             # A row may be cut by the end of a block: what is after the last whole row waits for the next block.
             if cut_newline or b"\r" in block:
@@ -109,10 +111,13 @@ class RowScanner:
                 cut_newline = b"\r" if block.endswith(b"\r") else b""
                 block = block.removesuffix(cut_newline).replace(b"\r\n", b"\n")
             data = tail + block
-            if (taken := data.rfind(b"\n") + 1) and (rows := self._quick(data[:taken], quick)) is not None:
-                tail = data[taken:]
-                yield rows
+            lines = data[: data.rfind(b"\n") + 1]
+            if quick is not None and lines and b'"' not in lines:
+                tail = data[len(lines) :]
+                pending.append((lines, quick(lines)))
+                yield from self._settled(pending, depth)
                 continue
+            yield from self._settled(pending, 0)
             waited_enough = len(tail) > MAX_ROW_BYTES
             ends, cells = self._rows(data, at_end=waited_enough)
             taken = int(ends[-1]) if len(ends) else 0
@@ -126,21 +131,31 @@ class RowScanner:
                 yield good
         if tail:
             data = tail if tail.endswith(b"\n") else tail + b"\n"
-            if (rows := self._quick(data, quick)) is not None:
-                yield rows
-                return
-            ends, cells = self._rows(data, at_end=True)
-            if good := self._good(data, ends, cells):
-                yield good
+            if quick is not None and b'"' not in data:
+                pending.append((data, quick(data)))
+            else:
+                yield from self._settled(pending, 0)
+                ends, cells = self._rows(data, at_end=True)
+                if good := self._good(data, ends, cells):
+                    yield good
+        yield from self._settled(pending, 0)
 
-    def _quick(self, data: bytes, quick: Quick[Rows] | None) -> Rows | None:
-        if quick is None or self._blank_lines or (found := quick(data)) is None:
-            return None
-        num_rows, rows = found
-        self._line += num_rows
-        self._rows_taken += num_rows
-        self.num_rows += num_rows
-        return rows
+    def _settled(
+        self, pending: deque[tuple[bytes, Callable[[], tuple[int, Rows] | None]]], depth: int
+    ) -> Iterator[bytes | Rows]:
+        """The oldest blocks, until no more than `depth` are pending; those that were declined are looked at now."""
+        while len(pending) > depth:
+            lines, result = pending.popleft()
+            found = None if self._blank_lines else result()
+            if found is None:
+                if good := self._good(lines, *self._rows(lines, at_end=False)):
+                    yield good
+                continue
+            num_rows, rows = found
+            self._line += num_rows
+            self._rows_taken += num_rows
+            self.num_rows += num_rows
+            yield rows
 
     def _rows(self, data: bytes, at_end: bool) -> tuple[Array, Array]:
         """Where each whole row ends (one past its newline) and how many cells it has (`_STRAY`: quotes are wrong)."""

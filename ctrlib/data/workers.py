@@ -6,12 +6,13 @@ What is done is defined elsewhere, once, as polars expressions; workers only dec
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import polars as pl
 
-from ctrlib.data.coded import CodedTable, read_coded
+from ctrlib.data.coded import NUM_THREADS, CodedTable, read_coded
 from ctrlib.data.codes import count_numbers, count_values, write_coded
 from ctrlib.data.encode import Totals
 from ctrlib.data.quantiles import points_of, points_path
@@ -19,7 +20,7 @@ from ctrlib.data.raw import RawTable
 from ctrlib.data.scan import OnBadRow
 from ctrlib.data.stream import ahead
 from ctrlib.data.vocabulary import Vocabularies
-from ctrlib.schema import Schema
+from ctrlib.schema import Numeric, Schema
 
 
 class Workers(Protocol):
@@ -80,10 +81,15 @@ class ThisMachine:
 
     def points(self, train: RawTable, folder: Path, schema: Schema) -> None:
         """As in `Workers`."""
-        for feature in schema.dense:
-            path = points_path(folder, feature.name)
-            path.parent.mkdir(exist_ok=True)
-            points_of(*count_numbers(_coded([train])[0], feature)).write_parquet(path)
+        (table,) = _coded([train])
+
+        def write(feature: Numeric) -> None:
+            points_of(*count_numbers(table, feature)).write_parquet(points_path(folder, feature.name))
+
+        if schema.dense:
+            points_path(folder, "").parent.mkdir()
+            with ThreadPoolExecutor(NUM_THREADS) as threads:
+                list(threads.map(write, schema.dense))
 
 
 def _coded(tables: Iterable[RawTable]) -> list[CodedTable]:
