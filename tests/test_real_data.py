@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from encoder_on_recipes import DATA_SETS, compare, prepared
 
 import ctrlib as ctr
 from ctrlib import cli, metrics
@@ -230,3 +231,21 @@ def test_other_files_prepare_or_are_refused_clearly(
     else:  # a category number is no label
         assert status == 1
         assert "i_category" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["criteo, counts as numbers", "movielens_100k"])
+def test_raw_rows_give_what_the_prepared_folder_has(tmp_path: Path, name: str) -> None:
+    """As tests/encoder_on_recipes.py says, which does it for every data set and more rows."""
+    script, source, flags = DATA_SETS[name]
+    data = prepared(ROOT / "datasets" / script, [*flags, "--raw", str(raw(source))], tmp_path / "d", num_rows=600)
+    found = compare(data, tmp_path)
+    assert found.wrong == []
+    assert len(found.roads) == 11
+
+
+def test_raw_rows_that_are_others_are_noticed(tmp_path: Path) -> None:
+    script, source, flags = DATA_SETS["movielens_100k"]
+    data = prepared(ROOT / "datasets" / script, [*flags, "--raw", str(raw(source))], tmp_path / "d", num_rows=50)
+    data.splits["test"] = data.splits["test"].with_columns(pl.col("zip").reverse())
+    found = compare(data, tmp_path)
+    assert found.wrong == [*found.roads, *found.scores]
