@@ -173,6 +173,7 @@ def compare(data: Prepared, temporary: Path, *, model: str = "dcnv2") -> Found:
     }
     same = {name: _same(columns, expected, len(data.schema.dense)) for name, columns in roads.items()}
     for path in _files(frame, data.schema, temporary):
+        same[f"transform {path.suffix}"] = _same(encoder.transform(path)[0], expected, len(data.schema.dense))
         for name, labelled in (("predict", False), ("evaluate", True)):
             groups: dict[str, int] | None = {} if labelled else None
             blocks = predictor._encoded(path, "raise", (), Report(encoder), groups=groups)

@@ -240,7 +240,7 @@ def test_raw_rows_give_what_the_prepared_folder_has(tmp_path: Path, name: str) -
     data = prepared(ROOT / "datasets" / script, [*flags, "--raw", str(raw(source))], tmp_path / "d", num_rows=600)
     found = compare(data, tmp_path)
     assert found.wrong == []
-    assert len(found.roads) == 11
+    assert len(found.roads) == 14
 
 
 def test_raw_rows_that_are_others_are_noticed(tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ import numpy as np
 import polars as pl
 import pytest
 from every_kind import COLUMNS, EVERY_KIND, every_kind
+from kinds import KINDS, WAYS, column_of, feature_of
 
 import ctrlib as ctr
 from ctrlib.data.fingerprint import fingerprint
 from ctrlib.data.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
+WIDE = "12345678901234567890123456789012345678"
 REAL = Path(os.environ.get("CTRLIB_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -173,6 +175,84 @@ def test_damaged_data_is_refused_in_the_same_words(spark, tmp_path, columns, opt
         messages.append((type(error.value), str(error.value)))
     assert messages[0] == messages[1]
     assert list(tmp_path.iterdir()) == []  # nothing half done
+
+
+def test_the_table_of_kinds(spark, tmp_path):
+    """Every raw type as every id feature (`kinds`), from parquet, and from Spark's own frames."""
+    columns, features, changed = {}, [], []
+    for kind, (cells, _) in KINDS.items():
+        for way in WAYS:
+            name = f"{kind}, {way}"
+            columns[name] = column_of(way, cells)
+            features.append(feature_of(way, name))
+            # Spark does not read times in nanoseconds from parquet, and makes integers of columns of nulls.
+            changed += [name] if kind in ("datetime in ns", "null") else []
+    frame = pl.DataFrame(columns).with_columns(label=pl.Series([0, 1, 1]))
+    frame.write_parquet(tmp_path / "rows.parquet")
+    data = {"train": tmp_path / "rows.parquet", "valid": tmp_path / "rows.parquet"}
+    check_same(spark, tmp_path, data, data, features=features)
+    for kind, (_, texts) in KINDS.items():
+        for way in WAYS:
+            known = pl.read_parquet(tmp_path / "spark" / "vocab" / f"{kind}, {way}.parquet", glob=False)["value"]
+            assert set(known) == set(texts), f"{kind}, {way}"
+
+    frame = frame.drop(changed)
+    frame.write_parquet(tmp_path / "rows.parquet")
+    features = [feature for feature in features if feature.name not in changed]
+    zone = spark.conf.get("spark.sql.session.timeZone")
+    spark.conf.set("spark.sql.session.timeZone", "America/New_York")  # in which times with any zone come
+    try:
+        rows = spark.read.parquet(str(tmp_path / "rows.parquet"))
+        check_same(spark, tmp_path, {"train": frame}, {"train": rows}, features=features)
+    finally:
+        spark.conf.set("spark.sql.session.timeZone", zone)
+
+
+def test_types_that_only_spark_has(spark, tmp_path):
+    """Texts of ids, also of times from before there were time zones or the Gregorian calendar."""
+    cells = {
+        "void": ("null", []),
+        "char": ("cast('a' as char(3))", ["a"]),
+        "collated": ("'A' collate utf8_lcase", ["A"]),
+        "wide": (
+            "cast('12345678901234567890123456789012345678' as decimal(38, 0))",
+            ["12345678901234567890123456789012345678"],
+        ),
+        "unsigned": ("cast('18446744073709551615' as decimal(20, 0))", ["18446744073709551615"]),
+        "first date": ("date'0001-01-01'", ["0001-01-01"]),
+        "Julian date": ("date'1500-02-28'", ["1500-02-28"]),
+        "old date": ("date'1850-06-01'", ["1850-06-01"]),
+        "old time": ("timestamp_ntz'1850-06-01 08:00:00.5'", ["1850-06-01 08:00:00.5"]),
+        "old zoned time": ("timestamp'1850-06-01 08:00:00+00:00'", ["1850-06-01 08:00:00"]),
+        "time of day": ("time'08:00:00'", ["08:00:00"]),
+    }
+    row = spark.sql("select 1 as label, " + ", ".join(f"{cell} as `{name}`" for name, (cell, _) in cells.items()))
+    lists = row.selectExpr("label", *(f"array(`{name}`) as `{name}`" for name in cells))
+    for frame, kind in ((row, ctr.Categorical), (lists, ctr.MultiValued)):
+        prepare({"train": frame}, tmp_path / "p", features=map(kind, cells), log=None, overwrite=True)
+        for name, (_, texts) in cells.items():
+            found = pl.read_parquet(tmp_path / "p" / "vocab" / f"{name}.parquet", glob=False)["value"]
+            assert found.to_list() == texts, name
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("interval '1' year", "Spark's type interval year, which parquet cannot hold: cast it"),
+        ("array(interval '1-2' year to month)", "Spark's type array<interval year to month>, which parquet"),
+        ("make_interval(1)", "Spark's type interval, which parquet cannot hold: cast it"),
+        ("interval '1' day", r"has type Duration\(.*\), expected text or integer"),
+        ("X'01'", "has type Binary, expected text or integer"),
+        ("map(1, 2)", r"has type Map\(.*, expected text or integer"),
+        ("named_struct('interval', 1)", r"has type Struct\(.*, expected text or integer"),
+        ("parse_json('1')", r"has type Struct\(.*, expected text or integer"),
+        ("1.5", r"row 1, column 'x' holds Decimal\('1.5'\); expected text or integers"),
+    ],
+)  # fmt: skip
+def test_types_of_spark_that_are_no_ids(spark, tmp_path, cell, message):
+    frame = spark.sql(f"select 1 as label, {cell} as x")
+    with pytest.raises(ctr.SchemaError, match=f"^train: .*{message}"):
+        prepare({"train": frame}, tmp_path / "p", features=[ctr.Categorical("x")], log=None)
 
 
 def test_spark_frames_that_cannot_be_prepared(spark, tmp_path):

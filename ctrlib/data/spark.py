@@ -29,6 +29,7 @@ Where its bounds are:
 from __future__ import annotations
 
 import pickle
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,6 +83,7 @@ class SparkWorkers:
             table = read_parquet(temporary, name, missing_values, on_bad_row, PIECE_ROWS)
         elif hasattr(data, "sparkSession"):
             check_names(name, data.columns)
+            _refuse_months(data, name)
             temporary.mkdir(parents=True)
             if not _write_partitions(data, temporary, name):
                 raise DataError(f"{name} has no rows: expected at least one")
@@ -246,6 +248,20 @@ def _row_groups(paths: Iterable[Path]) -> list[list[tuple[int, Path, int]]]:
         num_rows += metadata.num_rows
     num_lists = num_rows // PIECE_ROWS + 1
     return [groups[start::num_lists] for start in range(num_lists)]
+
+
+def _refuse_months(frame: DataFrame, name: str) -> None:
+    """Refuse intervals of months, which are no fixed time, and which neither Arrow in Python nor parquet has.
+
+    Raises:
+        SchemaError: as said.
+    """
+    for column, dtype in frame.dtypes:
+        if re.search(r"\binterval\b(?!:| (day|hour|minute|second))", dtype):
+            raise SchemaError(
+                f"{name}: column {column!r} has Spark's type {dtype}, which parquet cannot hold: cast it to a number "
+                "of months, or leave it out"
+            )
 
 
 def _write_partitions(frame: DataFrame, folder: Path, name: str) -> int:
