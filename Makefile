@@ -16,7 +16,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_inf
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
-.PHONY: help setup install dev test numeric faults check format demo clean
+.PHONY: help setup install dev test numeric faults inputs check format demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -81,6 +81,9 @@ numeric: dev  ## the numeric tests as a processor without AVX-512 computes
 
 faults: dev  ## hundreds of small runs, killed, stopped and damaged: each must end as if nothing was (ARGS='--help')
 	$(PY) tests/faults.py $(ARGS)
+
+inputs: dev  ## 10,000 generated tables, whole and damaged: each must be refused by name or be right (ARGS='--help')
+	$(PY) tests/generated_inputs.py $(ARGS)
 
 check: dev  ## lint, format, types, and that imports point one way
 	$(PY) -m ruff check .
