@@ -129,6 +129,26 @@ def test_bad_files(tmp_path, content, error, message):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["parquet", "arrow", "jsonl", "columns"])
+def test_a_column_without_name_is_refused(tmp_path, form):
+    table = pa.table({"": ["a", "b"], "label": [0, 1]})
+    path = tmp_path / f"raw.{form}"
+    if form == "parquet":
+        pq.write_table(table, path)
+    elif form == "arrow":
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    elif form == "jsonl":
+        path.write_text('{"": "a", "label": 0}\n{"": "b", "label": 1}\n')
+    else:
+        path.write_text("a,0\nb,1\n")
+    columns = ["", "label"] if form == "columns" else None
+    with pytest.raises(SchemaError, match=rf"raw.{form}: columns \[''\] have names that are kept"):
+        run(tmp_path, path, features=None, columns=columns, separator=None if columns is None else ",")
+    named = raw_file(tmp_path, b",label\na,0\nb,1\n", "named.csv")  # as pandas writes its index
+    assert [f.name for f in run(tmp_path, named, features=None).features] == ["column_1"]
+
+
 def test_skipped_rows_of_a_file_that_is_split_are_counted_once(tmp_path):
     lines = ["label,item,price"] + [f"{i % 2},i{i % 5},{i}" for i in range(200)]
     lines[7], lines[60], lines[150] = "1,a", "1,a,dear", "1,a,cheap"
@@ -165,7 +185,7 @@ def test_other_ways_to_be_wrong(tmp_path):
         run(tmp_path, [1, 2])
     with pytest.raises(SchemaError, match="expected three numbers"):
         prepare(good, tmp_path / "out", split=(8, 2), log=None)
-    with pytest.raises(DataError, match="valid would have no rows"):
+    with pytest.raises(DataError, match=r"^\S+raw.csv: valid would have no rows"):
         prepare(good, tmp_path / "out", features=FEATURES, split=(1, 1e-9, 0), log=None)
     with pytest.raises(DataError, match="column 'item' holds 'a'; expected a number or a date"):
         prepare(good, tmp_path / "out", features=FEATURES, split_by="item", log=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import polars as pl
 import pytest
 
 from ctrlib.data.encoder import Encoder
+from ctrlib.data.fingerprint import fingerprint
 from ctrlib.data.infer import infer_features
 from ctrlib.data.prepare import prepare
 from ctrlib.data.raw import RawTable, read_raw
+from ctrlib.data.scan import DataError
 from ctrlib.data.split import row_hash
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema, SchemaError, Sequence
 
@@ -135,6 +138,62 @@ def test_numbers_without_spread_or_without_values_stay_finite(tmp_path):
         assert splits["train"]["none"].to_list() == [0.0] * 3
 
 
+@pytest.mark.parametrize("spread", [5e-324, 2.0**-1030, 2.0**-1022, 2.0**-999, 2.0**-940])
+@pytest.mark.parametrize("transform", ["standard", "minmax"])
+def test_numbers_that_hardly_differ_are_alike_or_scaled(tmp_path, transform, spread):
+    frame = pl.DataFrame({"x": [0.0, spread, None], "y": [1.0, 1.0 + 2.0**-51, None], "label": [0, 1, 1]})
+    features = [Numeric("x", transform), Numeric("y", transform)]
+    _, splits, _ = run({"train": frame}, tmp_path / "p", features=features)
+    scaled = [0.0, 1.0, 0.5] if transform == "minmax" else [-1.0, 1.0, 0.0]
+    assert splits["train"]["x"].to_list() == (scaled if spread >= 2.0**-1000 else [0.0, 0.0, 0.0])
+    assert splits["train"]["y"].to_list() == scaled
+    # The same in memory, by both roads.
+    encoder = Encoder.load(tmp_path / "p")
+    for rows in (frame, pl.concat([frame] * 1500)):
+        assert encoder.transform(rows)[0].floats[:3, 0].tolist() == splits["train"]["x"].to_list()
+
+
+@pytest.mark.parametrize("transform", ["standard", "minmax", "log_standard"])
+@pytest.mark.parametrize("large", [1e20, -1e20])
+def test_numbers_that_are_too_large_after_their_transform(tmp_path, transform, large):
+    train = {"x": [0.0, 1e-39, 2e-39], "label": [0, 1, 0]}
+    frames = {"train": pl.DataFrame(train), "test": pl.DataFrame({"x": [1e-39, large, 2e-39], "label": [0, 1, 1]})}
+    features = {"features": [Numeric("x", transform)]}
+    with pytest.raises(DataError, match=rf"^test: row 2, column 'x' holds {re.escape(repr(large))}; .*{transform!r}"):
+        run(frames, tmp_path / "p", **features)
+    _, splits, report = run(frames, tmp_path / "p", **features, on_bad_row="skip")
+    assert splits["test"]["label"].to_list() == [0, 1]
+    assert report["skipped"] == {"test": {"x: too large after its transform": 1}}
+    # Of one table that is split, as well.
+    whole = pl.concat([frames["train"], frames["test"]]).with_columns(t=pl.int_range(6))
+    options = {**features, "split": (1, 0, 1), "split_by": "t"}
+    with pytest.raises(DataError, match=r"^data: row 5, column 'x'"):
+        run(whole, tmp_path / "p", **options)
+    _, splits, report = run(whole, tmp_path / "p", **options, on_bad_row="skip")
+    assert (len(splits["train"]), splits["test"]["label"].to_list()) == (3, [0, 1])
+    assert report["skipped"] == {"data": {"x: too large after its transform": 1}}
+    # Numbers of a usual size may be as large as they like.
+    usual = {"train": pl.DataFrame({"x": [0.0, 4.0, 8.0], "label": [0, 1, 0]}), "test": frames["test"]}
+    _, splits, _ = run(usual, tmp_path / "p", **features)
+    assert splits["test"]["x"].is_finite().all()
+
+
+NAMES = ["long" * 70, "long" * 70 + "er", "日本語" * 12, "arrow", ".", "..", "a/b", "g.group", "groups.g", "parquet"]
+
+
+def test_any_name_of_a_column_will_do(tmp_path):
+    frame = pl.DataFrame({name: [f"{name[:3]}{i}" for i in (0, 1, 0)] for name in NAMES})
+    frame = frame.with_columns(g=pl.Series(["u", "v", "u"]), label=pl.Series([0, 1, 1]))
+    _, splits, _ = run({"train": frame}, tmp_path / "p", features=list(map(Categorical, NAMES)), group="g")
+    assert [splits["train"][name].to_list() for name in [*NAMES, "g"]] == [[3, 4, 3]] * (len(NAMES) + 1)
+    assert splits["train"]["__group__"].to_list() == [0, 1, 0]
+    assert all(len(path.name) < 230 for path in (tmp_path / "p" / "vocab").iterdir())
+    columns, counts = Encoder.load(tmp_path / "p").transform(frame)
+    assert columns.ids.T.tolist() == [[3, 4, 3]] * (len(NAMES) + 1)
+    assert not any(counts.unseen.values())
+    assert fingerprint(tmp_path / "p")["groups"]
+
+
 def test_log_squared_buckets(tmp_path):
     frame = pl.DataFrame({"x": ["1", "2", "3", "100", "-1.5", None, "20"], "label": [0] * 7})
     _, splits, _ = run({"train": frame}, tmp_path / "p", features=[Categorical("x", bucket="log_squared")])
@@ -202,7 +261,7 @@ def test_text_labels_need_their_positive_class(tmp_path):
     holes = frame.with_columns(income=pl.Series(["nan", ">50K", None]))
     _, splits, _ = run({"train": holes}, tmp_path / "p", features=features, **positive, missing_labels="mask")
     assert str(splits["train"]["income"].to_list()) == "[nan, 1.0, nan]"
-    with pytest.raises(SchemaError, match="never holds 'yes' in train"):
+    with pytest.raises(SchemaError, match=r"^train: label 'income' never holds 'yes' in train"):
         run({"train": frame}, tmp_path / "p", features=features, **{**positive, "label_positive": {"income": "yes"}})
 
 
@@ -431,6 +490,25 @@ def test_types_are_inferred_with_reasons(tmp_path):
     assert [f.name for f in schema.features][:3] == ["genres", "user_id", "user"]
     assert set(report["left_out"]) == {"row_id", "hash", "same", "empty", "hours"}
     assert messages[0].row_count == len(frame.columns)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1e30, 2e30], Numeric),
+        ([0.0, 2.0**63], Numeric),
+        ([0.0, 2.0**62], Categorical),
+        ([-(2.0**63), 1.0], Numeric),
+        ([2**63, 2**64 - 1], Categorical),  # integers stay what they are
+        (["1" + "0" * 30, "2" + "0" * 30], Categorical),
+    ],
+)
+def test_floats_beyond_the_integers_are_numbers(tmp_path, values, kind):
+    dtype = pl.UInt64 if values[0] == 2**63 else None
+    frame = pl.DataFrame({"x": pl.Series(values * 3, dtype=dtype), "label": [0, 1] * 3})
+    schema, splits, _ = run({"train": frame}, tmp_path / "p")
+    assert type(schema["x"]) is kind
+    assert splits["train"]["x"].n_unique() == 2
 
 
 def test_a_sample_does_not_decide_alone_what_is_left_out(monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,7 @@ from ctrlib.schema import (
 )
 
 FLOAT32_MAX = 3.4028234e38
+TOO_LARGE = "too large after its transform"
 
 
 def number(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -195,6 +197,16 @@ def fitted_number(feature: Numeric, dtype: pl.DataType) -> pl.Expr:
     return x.fill_null(parameters["fill"])
 
 
+def _may_overflow(feature: Numeric) -> bool:
+    """Whether a number that fits into 32 bits may not do so after the fitted transform."""
+    parameters, largest = feature.parameters or {}, FLOAT32_MAX
+    if feature.transform == "log_standard":
+        largest = math.log1p(largest)
+    center = abs(parameters.get("mean", 0.0)) + abs(parameters.get("min", 0.0))
+    scale = parameters.get("sd", parameters.get("max", 0.0) - parameters.get("min", 0.0)) or 1.0
+    return bool(parameters) and (largest + center) / scale > FLOAT32_MAX
+
+
 def label(name: str, dtype: pl.DataType, positive: str | None) -> pl.Expr:
     """The label as float64, null where it is missing; with `positive`, 1 where the cell has that text."""
     if positive is None:
@@ -290,10 +302,10 @@ def checks(
                 bad = (value.abs() > FLOAT32_MAX).fill_null(pl.col(name).is_not_null())
                 expected = "a finite number that fits into 32 bits, or nothing"
                 found.append(Check(name, bad, "not a finite number", expected))
-            if isinstance(feature, Numeric) and feature.parameters is not None:
+            if isinstance(feature, Numeric) and _may_overflow(feature):
                 bad = (fitted_number(feature, dtype).abs() > FLOAT32_MAX).fill_null(False)
                 expected = f"a number that fits into 32 bits after the transform {feature.transform!r}"
-                found.append(Check(name, bad, "too large after its transform", expected))
+                found.append(Check(name, bad, TOO_LARGE, expected))
         elif dtype.is_float() or dtype.is_decimal():
             found.append(_integral(name, pl.col(name), dtype))
         elif isinstance(dtype, pl.List | pl.Array) and (_inner(dtype).is_float() or _inner(dtype).is_decimal()):

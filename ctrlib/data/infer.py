@@ -113,6 +113,8 @@ def _guess(values: pl.Series) -> Guess:
         return Guess(name, Categorical(name), "text: digits with leading zeros")
     if (numbers != numbers.floor()).any():
         return _numeric(name, numbers, "numbers with fractions")
+    if dtype.is_float() and (numbers.abs() >= 2.0**63).any():
+        return _numeric(name, numbers, "floats beyond the integers of 64 bits")
     return _guess_integers(name, numbers, num_distinct)
 
 

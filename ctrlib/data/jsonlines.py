@@ -91,6 +91,8 @@ class JsonLines:
             names = dict.fromkeys((*self._kinds, *wanted))
             if not names:
                 raise DataError(f"{self.path}: row {numbers[0]} has no keys: expected a key for each column")
+            if "" in names:  # for which polars would make up a name
+                raise SchemaError(f"{self.path}: columns [''] have names that are kept for other uses: rename them")
             yield pl.DataFrame([self._column(name, [row.get(name) for row in rows], numbers) for name in names])
         if not self.num_rows:
             skipped = f" but {dict(self.skipped)}, which were skipped" if self.skipped else ""

@@ -18,6 +18,10 @@ import polars as pl
 
 from ctrlib.data.raw import RawTable, Total
 
+# Exponent of the smallest difference that counts: polars divides by multiplying, and what is smaller than 2^-1022 has
+# no reciprocal. Numbers that differ by less are one to a model, which computes in 32 bits.
+SMALLEST = -1000
+
 
 class Moments(NamedTuple):
     """Of the numbers of a column; the standard deviation divides by their number."""
@@ -74,4 +78,4 @@ def _step(low: float, high: float) -> float:
     >>> _step(0.0, 2.0**46), _step(0.0, 1.0) == 2.0**-46
     (1.0, True)
     """
-    return 2.0 ** max(math.frexp(high - low)[1] - 47, -1074) if high > low else 1.0
+    return 2.0 ** max(math.frexp(high - low)[1] - 47, SMALLEST) if high > low else 1.0

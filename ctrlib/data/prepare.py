@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ctrlib.data import remarks
-from ctrlib.data.cells import check_columns, checks, without_bad_rows
+from ctrlib.data.cells import TOO_LARGE, check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
 from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling
@@ -183,7 +183,7 @@ def prepare(
             check_columns(table, schema, with_labels=True)
             found = checks(schema, table.dtypes, with_labels=True, **options)
             tables[name] = without_bad_rows(table, found, on_bad_row)
-        skipped = {name: dict(table.skipped) for name, table in tables.items() if table.skipped}
+        sources = tables  # which count what is left out of their splits, too
         if rows_of:
             tables = {name: tables["data"].only(rows) for name, rows in rows_of.items()}
 
@@ -202,6 +202,11 @@ def prepare(
             if groups is not None:
                 known[GROUP_COLUMN] = folder / "groups.parquet"
                 groups.write_parquet(known[GROUP_COLUMN])
+        for name, table in tables.items():
+            if name != "train" and earlier is None:  # scales are those of train, or were known before
+                found = [one for one in checks(schema, table.dtypes, with_labels=False) if one.reason == TOO_LARGE]
+                tables[name] = without_bad_rows(table, found, on_bad_row)
+        skipped = {name: dict(table.skipped) for name, table in sources.items() if table.skipped}
         report = _Report(schema, reasons, skipped, earlier)
         report.remarks += [f"column {name!r} holds {reason}" for name, reason in reasons.items() if reason == HOURS]
         report.remarks += [f"column {name!r} is {why}" for name, why in reasons.items() if why.startswith(NO_CELLS)]
@@ -210,7 +215,7 @@ def prepare(
             (folder / name).mkdir()
         written = workers.write(tables, folder, schema, known, label_positive)
         for name, totals in written.items():
-            report.add(name, totals, label_positive)
+            report.add(name, totals, label_positive, tables[name].name)
             if name != "train":
                 report.remarks += judge_table(tables[name], totals.ids, schema, values_in(folder / "vocab", schema))
             elif earlier is not None:
@@ -328,19 +333,20 @@ class _Report:
             self.remarks += earlier.remarks
         self.content["remarks"] = self.remarks
 
-    def add(self, split: str, totals: Totals, label_positive: Mapping[str, str] | None) -> None:
-        """Count a split.
+    def add(self, split: str, totals: Totals, label_positive: Mapping[str, str] | None, source: str) -> None:
+        """Count a split; `source` is what to call its rows.
 
         Raises:
             DataError: it has no rows.
             SchemaError: the text that is to be the positive class never comes up in train.
         """
         if not totals.rows:
-            raise DataError(f"{split} would have no rows: give more data, or another split")
+            raise DataError(f"{source}: {split} would have no rows: give more data, or another split")
         for name, positive in (label_positive or {}).items():
             if split == "train" and not totals.labels[name]["positive"]:
                 raise SchemaError(
-                    f"label {name!r} never holds {positive!r} in train: check how the positive class is written"
+                    f"{source}: label {name!r} never holds {positive!r} in train: check how the positive class is "
+                    "written"
                 )
         self.content["rows"][split] = totals.rows
         self.content["label_mean"][split] = {

@@ -507,8 +507,8 @@ def check_names(source: str, names: list[str], *, has_header: bool = False) -> N
     if repeated:
         hint = " (or, if the file has no header, pass columns=[...] with their names)" if has_header else ""
         raise SchemaError(f"{source}: columns {repeated} appear more than once: give each its own name{hint}")
-    # Polars reads "*" and "^...$" as patterns.
-    reserved = [name for name in names if name == "*" or re.match(r"(__.*__|\^.*\$)\Z", name)]
+    # Polars reads "*" and "^...$" as patterns; Arrow and it make up names where there is none.
+    reserved = [name for name in names if name in ("", "*") or re.match(r"(__.*__|\^.*\$)\Z", name)]
     if reserved:
         raise SchemaError(f"{source}: columns {reserved} have names that are kept for other uses: rename them")
 

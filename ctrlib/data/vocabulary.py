@@ -21,7 +21,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from ctrlib.data.cells import holds, is_raw_integer, number, text, transformed
-from ctrlib.data.moments import moments
+from ctrlib.data.moments import SMALLEST, moments
 from ctrlib.data.raw import Plan, RawTable
 from ctrlib.schema import (
     NUM_RESERVED_IDS,
@@ -147,6 +147,7 @@ def fit_numbers(train: RawTable, features: tuple[Numeric, ...]) -> dict[str, dic
             # A constant column has no scale: 1 maps it to 0, and what differs from it in other splits stays finite.
             fitted[feature.name] = {"fill": 0.0, "mean": mean, "sd": sd if sd > 0 else 1.0}
         elif feature.transform == "minmax":
+            high = high if high - low >= 2.0**SMALLEST else low
             span = high - low
             fitted[feature.name] = {"fill": (mean - low) / span if span > 0 else 0.0, "min": low, "max": high}
         else:
@@ -155,12 +156,25 @@ def fit_numbers(train: RawTable, features: tuple[Numeric, ...]) -> dict[str, dic
 
 
 def vocabulary_path(folder: Path, name: str) -> Path:
-    """Where a vocabulary lies; characters that a file name cannot have are percent-encoded.
+    """Where a vocabulary lies.
 
-    >>> vocabulary_path(Path("vocab"), "item").as_posix(), vocabulary_path(Path("vocab"), "a/b").as_posix()
-    ('vocab/item.parquet', 'vocab/a%2Fb.parquet')
+    >>> vocabulary_path(Path("vocab"), "item").as_posix()
+    'vocab/item.parquet'
     """
-    return folder / f"{quote(name, safe=' !#$&()+,;=@[]^{}~')}.parquet"
+    return folder / f"{file_name(name)}.parquet"
+
+
+def file_name(column: str) -> str:
+    """What to call a file after a column: characters that a file name cannot have are percent-encoded, and of what
+    would be too long there is the beginning, with a hash.
+
+    >>> file_name("item"), file_name("a/b"), file_name("long" * 99)[150:]
+    ('item', 'a%2Fb', 'nglonglong~e01511c2de29f1ca')
+    """
+    encoded = quote(column, safe=" !#$&()+,;=@[]^{}~")
+    if len(encoded) <= MAX_FILE_NAME:
+        return encoded
+    return f"{encoded[:160]}~{hashlib.sha256(column.encode()).hexdigest()[:16]}"
 
 
 def hash_values(values: pl.Series) -> str:
@@ -177,6 +191,7 @@ def hash_values(values: pl.Series) -> str:
 
 
 _SLICE = 1 << 20
+MAX_FILE_NAME = 200  # file systems take 255 bytes; what is put before and after needs some
 _ESCAPED = r'["\\\x00-\x1f]'
 
 
