@@ -308,7 +308,8 @@ def _list(chance: random.Random, n: int) -> tuple[list[Any], pa.DataType]:
 def _odd(chance: random.Random, n: int) -> tuple[list[Any], pa.DataType]:
     value, kind = chance.choice(
         ((datetime.timedelta(1), pa.duration("us")), ({"a": 1}, pa.struct([("a", pa.int64())])),
-         (b"\xff\0", pa.binary()), ([["a"]], pa.list_(pa.list_(pa.string()))), ([("a", 1)], pa.map_(pa.string(), pa.int64())))
+         (b"\xff\0", pa.binary()), ([["a"]], pa.list_(pa.list_(pa.string()))),
+         ([("a", 1)], pa.map_(pa.string(), pa.int64())))
     )  # fmt: skip
     return [value] * n, kind
 

@@ -262,6 +262,40 @@ def test_folders_that_are_partitioned(tmp_path: Path, capsys: pytest.CaptureFixt
     assert pl.read_parquet(tmp_path / "split" / "valid").height == 30
 
 
+def test_all_features_may_be_names_of_folders(tmp_path: Path) -> None:
+    folder = hive(tmp_path / "table", rows())
+    options: dict[str, Any] = {"labels": "label", "features": [Categorical("date"), Categorical("shop")], "log": None}
+    schema = ctr.prepare({"train": folder}, tmp_path / "p", ignore=[f.name for f in FEATURES], **options)
+    config = {"model": "mlp", "embedding_dim": 4, "hidden": [4]}
+    predictor = ctr.Predictor(models.build(config, schema).eval(), schema, tmp_path / "p")
+    found, counts = predictor.predict(folder)
+    assert counts["rows"] == N
+    days = [{"date": "2024-01-01", "shop": "a/b"}, {"date": "2024-01-02", "shop": None}]
+    expected = scores(predictor, days)
+    np.testing.assert_allclose(found["label"], np.repeat(expected, 30), rtol=1e-6)
+    assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("inner", [pa.string(), pa.dictionary(pa.int8(), pa.string()), pa.int32()])
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_lists_are_scored_over_row_groups(tmp_path: Path, inner: pa.DataType, kind: Any) -> None:
+    values = [[["b", "a"], ["c"], [], None, ["a", "b"]][i % 5] for i in range(N)]
+    if pa.types.is_integer(inner):
+        values = [None if value is None else list(map(ord, value)) for value in values]
+    flat = pa.array(values, pa.list_(pa.int32() if pa.types.is_integer(inner) else pa.string()))
+    event = flat.flatten().dictionary_encode().cast(inner) if pa.types.is_dictionary(inner) else flat.flatten()
+    offsets = flat.offsets if kind is pa.list_ else flat.offsets.cast(pa.int64())
+    of_kind = pa.ListArray if kind is pa.list_ else pa.LargeListArray
+    tags = of_kind.from_arrays(offsets, event, mask=flat.is_null())
+    table = pa.table({"tags": tags, "item": [f"i{i % 7}" for i in range(N)], "label": [i % 2 for i in range(N)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    features = [MultiValued("tags"), Categorical("item")]
+    schema = ctr.prepare({"train": tmp_path / "a.parquet"}, tmp_path / "p", features=features, labels="label", log=None)
+    predictor = ctr.Predictor(models.build(CONFIG, schema).eval(), schema, tmp_path / "p")
+    plain = [{"tags": value, "item": f"i{i % 7}"} for i, value in enumerate(values)]
+    np.testing.assert_allclose(scores(predictor, tmp_path / "a.parquet"), scores(predictor, plain), rtol=1e-5)
+
+
 def test_folders_that_are_partitioned_in_two_ways_are_refused(tmp_path: Path) -> None:
     folder = hive(tmp_path / "a", rows())
     rows().write_parquet(folder / "stray.parquet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from torch import nn
 
 import ctrlib as ctr
 from ctrlib import cli, models
@@ -234,3 +236,44 @@ def test_errors_name_the_file_of_the_user(predictor, tmp_path):
     with pytest.raises(DataError, match=r"none.parquet: row 2, column 'price' holds 1e\+20; expected .*'minmax'"):
         small.predict(path)
     assert small.predict(path, on_bad_row="skip")[1]["skipped"] == {"price: too large after its transform": 60 - 9}
+
+
+class Fixed(nn.Module):
+    """Gives the same logits to every batch of as many rows."""
+
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__()
+        self.logits = torch.tensor(logits)[:, None]
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.logits[: len(batch.dense)]
+
+
+def test_logits_of_any_size_are_probabilities(predictor):
+    fixed = ctr.Predictor(Fixed([-1e4, -710.0, -1.0, 0.0, 710.0, 3e38]), predictor.schema, predictor.folder)
+    scores, _ = fixed.predict(rows(6))
+    assert scores["label"].to_list() == [0.0, pytest.approx(0, abs=1e-300), pytest.approx(0.2689414), 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_none_names_file_and_row(predictor, tmp_path, bad):
+    broken = ctr.Predictor(Fixed([0.0, bad, 0.0]), predictor.schema, predictor.folder)
+    with pytest.raises(DataError, match=r"^data: row 2: the model gives \["):
+        broken.predict(rows(3))
+    lines = csv_of(tmp_path / "r.csv", rows(4)).read_text().splitlines()
+    lines[1] = lines[1].replace(",0.0,", ",dear,")  # left out, so that row 3 is the second that is scored
+    (tmp_path / "r.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"^\S+r.csv: row 3 \(line 4 of the file\): the model gives .*'price'"):
+        broken.predict(tmp_path / "r.csv", on_bad_row="skip")
+
+
+def test_when_all_rows_are_left_out(predictor, tmp_path):
+    bad = rows(2).with_columns(price=pl.lit("dear"))
+    one = csv_of(tmp_path / "one.csv", bad.head(1))
+    scores, counts = predictor.predict(one, on_bad_row="skip")
+    assert scores.schema == {"label": pl.Float64}
+    assert (len(scores), counts["rows"], counts["skipped_rows"]) == (0, 0, [1])
+    assert predictor.predict_to(one, tmp_path / "s.csv", keep=["item"], on_bad_row="skip") == counts
+    assert (tmp_path / "s.csv").read_text() == "item,label\n"
+    with pytest.raises(SchemaError, match=r"two.csv: row 1 .*column 'price' holds 'dear', and no other row is better"):
+        predictor.predict(csv_of(tmp_path / "two.csv", bad), on_bad_row="skip")

@@ -93,12 +93,21 @@ def _parquet(
     columns = alike([(str(part.path), part.scan()) for part in parts], wanted)
     for part, alike_columns in zip(parts, columns):
         with naming(str(part.path)), pq.ParquetFile(part.path) as reader:
-            names = [name for name in reader.schema_arrow.names if name in wanted]
-            for batch in reader.iter_batches(BLOCK_ROWS, columns=names):
+            # Of no column Arrow would give no rows.
+            names = [name for name in reader.schema_arrow.names if name in wanted] or reader.schema_arrow.names[:1]
+            for batch in _batches(reader, names):
                 frame = part.with_keys(pl.DataFrame(pl.from_arrow(batch)).lazy()).select(alike_columns)
                 piece = numbered(clean(frame, missing_values), start)
                 yield RawTable((piece,), str(path), None, table.skipped, keys=table.keys)
                 start += batch.num_rows
+
+
+def _batches(reader: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of some columns. Lists of a dictionary are not joined by Arrow over row groups, which have one each."""
+    kinds = [reader.schema_arrow.field(name).type for name in names]
+    apart = any(pa.types.is_nested(kind) and "dictionary" in str(kind) for kind in kinds)
+    for groups in [[number] for number in range(reader.num_row_groups)] if apart else [None]:
+        yield from reader.iter_batches(BLOCK_ROWS, row_groups=groups, columns=names)
 
 
 def _wanted(names: list[str], wanted: Collection[str] | None) -> list[str]:

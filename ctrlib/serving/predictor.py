@@ -229,10 +229,12 @@ class Predictor:
         check_on_bad_row(on_bad_row)
         report = report or Report(self.encoder)
         for columns, kept in self._encoded(data, on_bad_row, keep, report):
-            yield self._probabilities(columns, batch_size, report.counts.rows - len(columns.ids)), kept
+            yield self._probabilities(columns, batch_size, report), kept
         report.check()
 
-    def _probabilities(self, columns: Columns, batch_size: int, first_row: int = 0) -> pl.DataFrame:
+    def _probabilities(self, columns: Columns, batch_size: int, report: Report) -> pl.DataFrame:
+        if not len(columns.ids):  # all were left out
+            return pl.DataFrame(schema=dict.fromkeys(self.schema.labels, pl.Float64))
         logits = []
         score = self._direct  # made outside of inference mode, so that the model, whose tables it shares, can train on
         with torch.inference_mode():
@@ -245,10 +247,11 @@ class Predictor:
             row = int(np.flatnonzero(~np.isfinite(scores).all(1))[0])
             numbers = dict(zip((f.name for f in self.schema.dense), columns.floats[row].tolist()))
             raise DataError(
-                f"row {first_row + row + 1}: the model gives {scores[row].tolist()}, which is no score; its numbers, "
+                f"{report.place(row)}: the model gives {scores[row].tolist()}, which is no score; its numbers, "
                 f"transformed as in training, are {numbers}: is one of them far outside of what training had?"
             )
-        probabilities = 1 / (1 + np.exp(-scores.astype(np.float64)))
+        with np.errstate(over="ignore"):  # of a logit below -709, whose probability is 0
+            probabilities = 1 / (1 + np.exp(-scores.astype(np.float64)))
         series = [pl.Series(name, column) for name, column in zip(self.schema.labels, probabilities.T)]
         # For a single row, the general constructor would take longer than the network.
         return series[0].to_frame() if len(series) == 1 else pl.DataFrame(series)
@@ -356,6 +359,13 @@ class Report:
         if raw is not None:
             self._raw, self._name = raw, raw.name
             self._unfit.append(raw.unfit)
+
+    def place(self, position: int) -> str:
+        """How to speak of one of the rows that were counted last."""
+        if self._raw is None:
+            return f"{self._name}: row {position + 1}"
+        scored = self._raw.frame.select(ROW).filter(~pl.col(ROW).is_in(self._raw.unfit)).collect()
+        return self._raw.place(int(scored[ROW][position]))
 
     def check(self) -> None:
         """All rows have been seen.
