@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -292,30 +293,37 @@ class Schema:
         Raises:
             SchemaError: as said.
         """
+        if not isinstance(data, dict):
+            raise SchemaError(f"a schema is an object with version and features, this is {reprlib.repr(data)}")
         if data.get("version") != SCHEMA_VERSION:
             raise SchemaError(
                 f"schema version {data.get('version')!r} cannot be read, this ctrlib reads {SCHEMA_VERSION}: "
                 "prepare the data again"
             )
-        features = []
-        for entry in data["features"]:
-            arguments = dict(entry)
-            kind = arguments.pop("kind")
-            if kind not in _KINDS:
-                raise SchemaError(f"unknown feature kind {kind!r}, expected one of {sorted(_KINDS)}")
-            features.append(_KINDS[kind](**arguments))
-        rest = (data[key] for key in ("weight", "group", "vocabulary_hashes", "raw_format"))
-        schema = cls(tuple(features), tuple(data["labels"]), *rest)
-        if data.get("hash") != schema.hash:
+        keys = ("features", "labels", "weight", "group", "vocabulary_hashes", "raw_format")
+        if missing := [key for key in keys if key not in data]:
+            raise SchemaError(f"the schema has no {', '.join(missing)}: the file was edited; prepare the data again")
+        try:
+            features = tuple(_feature(dict(entry)) for entry in data["features"])
+            schema = cls(features, tuple(data["labels"]), *(data[key] for key in keys[2:]))
+            digits = schema.hash
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, SchemaError):
+                raise
             raise SchemaError(
-                f"schema hash is {data.get('hash')!r} but its content hashes to {schema.hash!r}: "
+                f"the schema cannot be understood ({error}): the file was edited; prepare the data again"
+            ) from error
+        if data.get("hash") != digits:
+            raise SchemaError(
+                f"schema hash is {data.get('hash')!r} but its content hashes to {digits!r}: "
                 "the file was edited or damaged; prepare the data again"
             )
         return schema
 
-    def save(self, path: Path) -> None:
-        """Write schema.json."""
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+    def save(self, path: Path, *, manifest: bool = False) -> None:
+        """Write schema.json; with `manifest` it says that its folder has a MANIFEST, or is not whole."""
+        content = {**self.to_dict(), **({"manifest": True} if manifest else {})}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Schema:
@@ -330,9 +338,12 @@ class Schema:
             raise SchemaError(f"{path} does not exist: not a prepared folder; make one with `ctrlib prepare`")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SchemaError(f"{path} is not JSON ({error}): prepare the data again") from error
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except SchemaError as error:
+            raise SchemaError(f"{path}: {error}") from error
 
     def difference(self, other: Schema) -> list[str]:
         """What differs between two schemas, a line each; empty if they are the same."""
@@ -361,6 +372,20 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "form": (None, *get_args(RawForm)),
 }
 _COUNTS = ("min_count", "max_values", "max_length")
+
+
+def _feature(arguments: dict[str, Any]) -> Feature:
+    """A feature as schema.json has it; what this version does not know is refused, since it means something."""
+    kind = arguments.pop("kind", None)
+    if kind not in _KINDS:
+        raise SchemaError(f"unknown feature kind {kind!r}, expected one of {sorted(_KINDS)}")
+    if unknown := sorted(arguments.keys() - {field.name for field in dataclasses.fields(_KINDS[kind])}):
+        raise SchemaError(
+            f"feature {arguments.get('name')!r} has {', '.join(unknown)}, which this ctrlib does not know: a newer one "
+            "wrote it; install that, or prepare the data again"
+        )
+    feature: Feature = _KINDS[kind](**arguments)
+    return feature
 
 
 def _arguments(feature: Feature) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
+from ctrlib.manifest import write_new, write_sealed
 from ctrlib.training import checkpoint
 from ctrlib.training.checkpoint import CheckpointError, Checkpoints, Shards
 
@@ -383,12 +384,12 @@ def test_pickles_are_not_run(two, tmp_path):
     path.write_bytes(bomb)
     check_damaged(folder, path)
     manifest, _ = checkpoint._read_sealed(newest / "MANIFEST")
-    manifest["files"][path.name] = checkpoint._write_file(tmp_path / "copy", [bomb])
+    manifest["files"][path.name] = write_new(tmp_path / "copy", [bomb])
     (newest / "MANIFEST").unlink()
-    seal = checkpoint._write_sealed(newest / "MANIFEST", manifest)
+    seal = write_sealed(newest / "MANIFEST", manifest)
     latest, _ = checkpoint._read_sealed(folder / "LATEST")
     (folder / "LATEST").unlink()
-    checkpoint._write_sealed(folder / "LATEST", {**latest, "manifest": seal})
+    write_sealed(folder / "LATEST", {**latest, "manifest": seal})
     got = fresh(small(0))
     assert Checkpoints(folder).load(got) == {"step": 200}
     assert bits(got["table"][:5]) == bomb[: 5 * 4 * 4]
@@ -397,11 +398,11 @@ def test_pickles_are_not_run(two, tmp_path):
     index = json.loads((two / "step-000000200" / "tensors.json").read_text())
     index["table"]["parts"][0]["file"] = "../../exploded"
     (newest / "tensors.json").unlink()
-    manifest["files"]["tensors.json"] = checkpoint._write_file(newest / "tensors.json", [json.dumps(index).encode()])
+    manifest["files"]["tensors.json"] = write_new(newest / "tensors.json", [json.dumps(index).encode()])
     (newest / "MANIFEST").unlink()
-    seal = checkpoint._write_sealed(newest / "MANIFEST", manifest)
+    seal = write_sealed(newest / "MANIFEST", manifest)
     (folder / "LATEST").unlink()
-    checkpoint._write_sealed(folder / "LATEST", {**latest, "manifest": seal})
+    write_sealed(folder / "LATEST", {**latest, "manifest": seal})
     with pytest.raises(CheckpointError, match="which is not in MANIFEST"):
         Checkpoints(folder).load(small(0))
     assert not trap.exists()

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"doctor"},
     {"_lazy"},  # an installation that does not load is explained by `doctor`
-    {"schema", "batch", "layers", "metrics", "plots", "distributed"},
-    {"losses"},
+    {"schema", "batch", "layers", "metrics", "plots", "distributed", "making"},
+    {"losses", "manifest"},
     {"data", "embeddings", "towers", "heads"},
     {"model", "testing"},
     {"structure", "inputs"},

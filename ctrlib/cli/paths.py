@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ctrlib.making import settle
+from ctrlib.manifest import load_schema
 from ctrlib.schema import Schema
 
 
@@ -18,7 +20,7 @@ def check_prepared(folder: Path) -> Schema:
         raise ValueError(
             f"{folder} is a file, not a prepared folder; make one with `ctrlib prepare {folder} --out FOLDER`"
         )
-    return Schema.load(folder)
+    return load_schema(folder)
 
 
 def check_model(folder: Path) -> None:
@@ -27,6 +29,7 @@ def check_model(folder: Path) -> None:
     Raises:
         ValueError: as said.
     """
+    settle(folder)
     if not (folder / "model.json").is_file():
         what = "has no model.json" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} is not a model folder, it {what}: `ctrlib train --out` writes one")
@@ -55,6 +58,8 @@ def check_out(out: Path, *, file: bool = False) -> None:
     Raises:
         ValueError: as said.
     """
+    if not file:
+        settle(out)
     wanted = "file" if file else "folder"
     if out.exists() and out.is_dir() == file:
         raise ValueError(f"--out {out}: that is a {'folder' if file else 'file'}, expected a {wanted}")

@@ -71,7 +71,8 @@ class Search(Command):
         values = {"learning_rate": how.learning_rate, "embedding_l2": how.l2}
         values |= dict(map(parse_option, self.search.setting))
         check_prepared(self.data)
-        check_new_model(out, overwrite=self.output.overwrite)
+        unfinished = (out / "checkpoints").exists()  # of this very search, or it is refused
+        check_new_model(out, overwrite=self.output.overwrite or unfinished)
 
         from ctrlib.search.run import search_and_retrain, settings_of
         from ctrlib.training.allocator import keep_freed_memory

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctrlib.manifest import Manifest, manifest_of
 from ctrlib.schema import Categorical, RawId, Schema, SchemaError, SparseFeature, VocabularyFeature
 
 GROUP_COLUMN = "__group__"  # not the raw column's name: the group may be a feature as well
@@ -32,6 +33,7 @@ class RowGroup:
     first_row: int  # within the file, for messages
     num_rows: int
     num_bytes: int  # uncompressed
+    manifest: Manifest | None = None  # with checksums of its bytes
 
 
 @dataclass(frozen=True)
@@ -119,18 +121,21 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
     if unfitted:
         raise SchemaError(f"{folder}: num_embeddings of {unfitted} is not set; `ctrlib prepare` writes a fitted schema")
     paths = sorted((folder / split).glob("*.parquet"))
+    manifest = _manifest_of_split(folder, split, paths)
     if not paths:
         folders = (path for path in folder.iterdir() if path.is_dir() and path.name not in ("vocab", "numbers"))
         splits = sorted(path.name for path in folders if any(path.glob("*.parquet")))
         raise SchemaError(f"{folder / split} holds no *.parquet file; splits with data in this folder: {splits}")
     groups = []
     for path in paths:
+        if manifest is not None:
+            manifest.check(f"{split}/{path.name}", (-1,))  # the footer
         with _reader(path) as reader:
             _check_types(path, reader.schema_arrow, schema)
             first_row = 0
             for index in range(reader.metadata.num_row_groups):
                 metadata = reader.metadata.row_group(index)
-                group = RowGroup(path, index, first_row, metadata.num_rows, metadata.total_byte_size)
+                group = RowGroup(path, index, first_row, metadata.num_rows, metadata.total_byte_size, manifest)
                 first_row += metadata.num_rows
                 if group.num_rows == 0:  # Spark writes such files; they hold nothing and mean nothing
                     continue
@@ -140,6 +145,20 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
     if not groups:
         raise SchemaError(f"{folder / split} holds {len(paths)} file(s) without a single row: prepare the data again")
     return groups
+
+
+def _manifest_of_split(folder: Path, split: str, paths: Sequence[Path]) -> Manifest | None:
+    """The manifest, if it has the split; one that was added later, of whatever name, is read as it is.
+
+    Raises:
+        SchemaError: there are more or fewer files than were written.
+    """
+    manifest = manifest_of(folder)
+    if manifest is None or not manifest.under(split):
+        return None
+    for name in sorted({*manifest.under(split), *(f"{split}/{path.name}" for path in paths)}):
+        manifest.check(name, ())  # there, and as long as it was
+    return manifest
 
 
 def decode(groups: Sequence[RowGroup], schema: Schema, with_group: bool = False) -> Columns:
@@ -195,6 +214,8 @@ def _reader(path: Path) -> Any:
 
 
 def _read(group: RowGroup, names: list[str]) -> Any:
+    if group.manifest is not None:
+        group.manifest.check(f"{group.path.parent.name}/{group.path.name}", (group.index,))
     with _reader(group.path) as reader:
         try:
             table = reader.read_row_group(group.index, columns=names)

@@ -31,6 +31,8 @@ from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.stream import ahead, blocks
 from ctrlib.data.unknown import judge
 from ctrlib.data.vocabulary import load_counts, load_vocabulary, vocabulary_path
+from ctrlib.making import new_folder
+from ctrlib.manifest import load_schema, write_manifest
 from ctrlib.schema import (
     MISSING_ID,
     MISSING_RAW_ID,
@@ -172,14 +174,18 @@ class Encoder:
             return cls.load(Path(folder) / "prepared")
 
     def save(self, folder: str | Path) -> None:
-        """Write schema.json, vocab/ and numbers/ into a new folder, for `load`, or for `prepare(..., like=folder)`.
+        """Write schema.json, vocab/, numbers/ and MANIFEST into a new folder, for `load` and for `prepare(like=...)`.
 
         Raises:
             FileExistsError: it is there already, and not empty.
         """
-        folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not empty: give another folder")
+        out = Path(folder)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"{out} exists and is not empty: give another folder")
+        with new_folder(out) as making:
+            self._write(making)
+
+    def _write(self, folder: Path) -> None:
         for name, known in self._known.items():
             path = vocabulary_path(folder / "vocab", name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,8 +197,8 @@ class Encoder:
             path = points_path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             points.write_parquet(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.schema.save(folder / "schema.json")
+        self.schema.save(folder / "schema.json", manifest=True)
+        write_manifest(folder, "prepared")
 
     @classmethod
     def load(cls, folder: str | Path) -> Encoder:
@@ -202,7 +208,7 @@ class Encoder:
             SchemaError: a file is missing, damaged, or of other data.
         """
         folder = Path(folder)
-        return cls.of(Schema.load(folder), folder)
+        return cls.of(load_schema(folder), folder)
 
     @classmethod
     def of(cls, schema: Schema, folder: str | Path) -> Encoder:

@@ -15,7 +15,8 @@ from ctrlib.data.columns import find_row_groups
 from ctrlib.data.quantiles import has_points, points_path
 from ctrlib.data.split import SPLITS
 from ctrlib.data.vocabulary import vocabulary_path
-from ctrlib.schema import Schema, SchemaError
+from ctrlib.manifest import check_file, load_schema
+from ctrlib.schema import SchemaError
 
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
@@ -38,7 +39,7 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
     (['schema', 'vocab/item', 'train'], True)
     """
     folder = Path(folder)
-    schema = Schema.load(folder)
+    schema = load_schema(folder)
     found = {"schema": _digits(json.dumps(schema.to_dict(), sort_keys=True).encode())}
     files = {f"vocab/{name}": vocabulary_path(folder / "vocab", name) for name in schema.vocabularies}
     if has_points(folder):
@@ -48,11 +49,16 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
             raise SchemaError(f"{path} is missing, expected {part}: prepare the data again")
     if (folder / "groups.parquet").is_file():
         files["groups"] = folder / "groups.parquet"
+    for path in files.values():
+        check_file(folder, path.relative_to(folder).as_posix())
     found |= {part: _rows([path]) for part, path in files.items()}
     for split in SPLITS:
         if (folder / split).is_dir():
             groups = find_row_groups(folder, split, schema)
-            found[split] = _rows(list(dict.fromkeys(group.path for group in groups)))
+            paths = list(dict.fromkeys(group.path for group in groups))
+            for path in paths if groups[0].manifest is not None else ():
+                check_file(folder, f"{split}/{path.name}")
+            found[split] = _rows(paths)
     return found
 
 

@@ -28,6 +28,7 @@ from ctrlib.data.vocabulary import (
     values_in,
     vocabulary_path,
 )
+from ctrlib.manifest import check_file, load_schema
 from ctrlib.schema import (
     NUM_RESERVED_IDS,
     Categorical,
@@ -66,7 +67,7 @@ class Earlier:
             SchemaError: it is no such folder, or keeps nothing to make edges of numbers from.
         """
         folder = Path(folder)
-        schema = Schema.load(folder)
+        schema = load_schema(folder)
         if not schema.is_fitted:
             raise SchemaError(f"{folder / 'schema.json'} is not fitted: give a folder that `ctrlib prepare` wrote")
         if schema.dense and not has_points(folder) and not (folder / "train").is_dir():
@@ -208,6 +209,7 @@ class Earlier:
             path = points_path(self.folder, feature.name)
             if not path.is_file():
                 raise SchemaError(f"{path} is missing: copy the folder, or prepare the data, again")
+            check_file(self.folder, path.relative_to(self.folder).as_posix())
             shutil.copyfile(path, points_path(out, feature.name))
 
     # ------------------------------------------------------------------------------------------- what to think of it

@@ -26,7 +26,7 @@ import numpy as np
 from ctrlib.batch import Batch
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Array, Columns, RowGroup, decode, find_row_groups, offsets_of
-from ctrlib.schema import Schema
+from ctrlib.manifest import data_hash, load_schema
 
 _Span = tuple[int, int, int]  # window, first row in it, last row + 1
 
@@ -64,7 +64,7 @@ class Loader:
         ValueError: an argument is out of range.
 
     >>> import tempfile, pyarrow, pyarrow.parquet
-    >>> from ctrlib.schema import Categorical
+    >>> from ctrlib.schema import Categorical, Schema
     >>> folder = Path(tempfile.mkdtemp())
     >>> (folder / "train").mkdir()
     >>> Schema((Categorical("item", num_embeddings=10),), ("click",)).save(folder / "schema.json")
@@ -103,12 +103,13 @@ class Loader:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size) = [0, {world_size}), got {rank}")
-        self.folder, self.schema = Path(folder), Schema.load(Path(folder))
+        self.folder, self.schema = Path(folder), load_schema(folder)
         if with_group and not self.schema.group:
             raise ValueError(f"with_group=True, but the schema of {folder} names no group: set Schema(group=...)")
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.window_rows, self.with_group = window_rows, with_group
+        self.data_hash = data_hash(folder)
         self._row_groups = find_row_groups(Path(folder), split, self.schema)
         self.num_rows = sum(group.num_rows for group in self._row_groups)
         self._global_size = batch_size * world_size
@@ -171,7 +172,7 @@ class Loader:
             "world_size": self.world_size,
             "num_rows": self.num_rows,
             "schema_hash": self.schema.hash,
-            "layout_hash": hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16],
+            "layout_hash": hashlib.sha256(json.dumps([self.data_hash, layout]).encode()).hexdigest()[:16],
             "shuffle": self.shuffle,
             "window_rows": self.window_rows,
         }

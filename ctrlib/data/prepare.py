@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +27,8 @@ from ctrlib.data.split import SPLITS, split_table
 from ctrlib.data.unknown import refuse_two_spellings
 from ctrlib.data.vocabulary import fit, values_in, vocabulary_path
 from ctrlib.data.workers import ThisMachine, Workers
+from ctrlib.making import new_folder, settle
+from ctrlib.manifest import write_manifest
 from ctrlib.schema import Feature, Numeric, RawId, Schema, SchemaError, kind_of
 
 if TYPE_CHECKING:
@@ -157,7 +157,8 @@ def prepare(
     raw_format = {**said, "missing_values": list(said["missing_values"])}
     reading: dict[str, Any] = {name: said[name] for name in ("separator", "columns", "missing_values")}
     parts = _parts(data)
-    with _folder_in_the_making(out, overwrite) as folder:
+    _check_out(out, overwrite)
+    with new_folder(out) as folder:
         workers = _workers(parts, spark, folder)
         tables = {
             name: workers.read(part, folder / "raw" / name, name=name, on_bad_row=on_bad_row, **reading)
@@ -230,39 +231,29 @@ def prepare(
             workers.points(tables["train"], folder, schema)
         else:
             earlier.copy_points(folder)
-        schema.save(folder / "schema.json")
+        schema.save(folder / "schema.json", manifest=True)
         for temporary in ("raw", "spark"):
             shutil.rmtree(folder / temporary, ignore_errors=True)
         report.content["note"] = note
         (folder / "report.json").write_text(json.dumps(report.content, indent=1) + "\n", encoding="utf-8")
+        write_manifest(folder, "prepared")  # last: with it the folder is whole
     if log is not None:
         report.show(out, log)
     return schema
 
 
-@contextlib.contextmanager
-def _folder_in_the_making(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its place if all goes well, and is removed if not."""
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuse to replace what is there, unless that is wanted and it is a prepared folder.
+
+    Raises:
+        FileExistsError: as said.
+    """
+    settle(out)
     if out.exists():
         if not overwrite:
             raise FileExistsError(f"{out} exists: give another folder, or replace it with overwrite=True (--overwrite)")
         if not out.is_dir() or (any(out.iterdir()) and not (out / "schema.json").is_file()):
             raise FileExistsError(f"{out} is not a prepared folder and will not be overwritten: give another")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    making = out.parent / f".{out.name}.{os.getpid()}.partial"
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir()
-    try:
-        yield making
-        if out.exists():
-            old = making.with_suffix(".old")
-            out.rename(old)
-            making.rename(out)
-            shutil.rmtree(old)
-        else:
-            making.rename(out)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
 
 
 def _check_stratify(stratify: str | None, labels: Sequence[str], split_by: str | None, is_split: bool) -> None:

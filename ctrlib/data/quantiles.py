@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ctrlib.data.columns import find_row_groups
 from ctrlib.data.vocabulary import vocabulary_path
+from ctrlib.manifest import check_file, load_schema, manifest_of
 from ctrlib.schema import Schema, SchemaError
 
 # Of columns with more values: a multiple of 2, 4, ... 256, of 5, 10, ... 100 and of 200, whose edges so are exact.
@@ -62,7 +63,7 @@ def quantile_edges(data: str | Path, num_bins: int = 32) -> list[list[float]]:
     if not 1 <= num_bins <= MAX_BINS:
         raise ValueError(f"num_bins must be at least 1 and at most {MAX_BINS:,}, got {num_bins}")
     folder = Path(data)
-    schema = Schema.load(folder)
+    schema = load_schema(folder)
     if not schema.dense:
         raise ValueError(
             f"{folder} has no numeric feature to find bins for: leave the encoder of numbers out, or name columns as "
@@ -76,7 +77,10 @@ def quantile_edges(data: str | Path, num_bins: int = 32) -> list[list[float]]:
 
 def has_points(folder: Path) -> bool:
     """Whether a prepared folder or model folder keeps what edges are made of."""
-    return (folder / "numbers").is_dir()
+    if (folder / "numbers").is_dir():
+        return True
+    manifest = manifest_of(folder)
+    return manifest is not None and bool(manifest.under("numbers"))  # they are gone, which `read_points` tells
 
 
 def points_path(folder: Path, name: str) -> Path:
@@ -173,6 +177,7 @@ def read_points(folder: Path, name: str) -> pl.DataFrame:
         SchemaError: it is missing or damaged.
     """
     path = points_path(folder, name)
+    check_file(folder, path.relative_to(folder).as_posix())
     try:
         points = pl.read_parquet(path, glob=False).select("value", "count")
     except (pl.exceptions.PolarsError, OSError) as error:

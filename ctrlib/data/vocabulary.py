@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ctrlib.data.cells import holds, is_raw_integer, number, text, transformed
 from ctrlib.data.moments import SMALLEST, moments
 from ctrlib.data.raw import Plan, RawTable
+from ctrlib.manifest import check_file
 from ctrlib.schema import (
     NUM_RESERVED_IDS,
     Categorical,
@@ -213,6 +214,8 @@ def check_order(folder: str | Path, schema: Schema, what: str) -> None:
     """
     for name in schema.vocabularies:
         path = vocabulary_path(Path(folder) / "vocab", name)
+        if path.is_file():
+            check_file(folder, f"vocab/{path.name}")
         vocabulary = pl.scan_parquet(path, glob=False) if path.is_file() else pl.LazyFrame()
         if "count" not in vocabulary.collect_schema():
             continue
@@ -235,11 +238,18 @@ def values_in(folder: Path, schema: Schema) -> Callable[[str], dict[str, None]]:
 
 def load_counts(folder: Path, name: str) -> NDArray[np.int64] | None:
     """How often train held each value of a vocabulary, in the order of their ids; None if its writer did not say."""
-    path = vocabulary_path(folder, name)
+    path = _checked(folder, name)
     table = pl.scan_parquet(path, glob=False)
     if "count" not in table.collect_schema():
         return None
     return table.select(pl.col("count").cast(pl.Int64)).collect()["count"].to_numpy()
+
+
+def _checked(folder: Path, name: str) -> Path:
+    """Where a vocabulary lies, which is what was written."""
+    path = vocabulary_path(folder, name)
+    check_file(folder.parent, f"{folder.name}/{path.name}")
+    return path
 
 
 def load_vocabulary(folder: Path, name: str, schema: Schema) -> pl.Series:
@@ -251,6 +261,7 @@ def load_vocabulary(folder: Path, name: str, schema: Schema) -> pl.Series:
     path = vocabulary_path(folder, name)
     if not path.is_file():
         raise SchemaError(f"{path} is missing, expected the vocabulary {name!r}: prepare the data again")
+    _checked(folder, name)
     try:
         values = pl.read_parquet(path, columns=["value"], glob=False)["value"]
     except pl.exceptions.PolarsError as error:

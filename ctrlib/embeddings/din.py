@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ctrlib.embeddings.sequence import softmax_events, sum_events, to_events
 from ctrlib.layers import Dice, Dropout, init_linear
+from ctrlib.manifest import check_file
 from ctrlib.schema import NUM_RESERVED_IDS
 
 
@@ -110,6 +111,8 @@ def read_counts(path: str | Path) -> Tensor:
     infinity, so that they are not decayed: many different values hide behind the out-of-vocabulary id. So do values
     that do not occur, which the vocabulary has from an earlier preparation.
     """
+    path = Path(path)
+    check_file(path.parent.parent, f"{path.parent.name}/{path.name}")
     counts = pl.read_parquet(path, glob=False).sort("id")["count"].to_numpy(writable=True)
     found = torch.from_numpy(counts).float()
     return torch.cat([torch.full((NUM_RESERVED_IDS,), torch.inf), torch.where(found > 0, found, torch.inf)])

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ctrlib import plots
 from ctrlib.data.loader import Loader
+from ctrlib.manifest import check_folder
 from ctrlib.model import Ensemble, Model
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.coding import transform_coding
@@ -20,7 +21,7 @@ from ctrlib.search.floors import frequency_cut, rounded_rows
 from ctrlib.search.mimicking import apply_low_rank, low_rank
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.ranks import Goal
-from ctrlib.serving.predictor import Predictor, save_model
+from ctrlib.serving.predictor import Predictor, model_in_the_making
 from ctrlib.structure import describe
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.loop import to_json
@@ -103,6 +104,7 @@ def compress(
     console = console or Console(stderr=True)
     predictor = Predictor.load(folder)
     predictor.check_prepared(data)
+    check_folder(data)
     model: Model = predictor.model  # type: ignore[assignment]
     others = [Predictor.load(other) for other in teachers]
     for other in others:
@@ -168,7 +170,6 @@ def compress(
     look_at(f"{chosen.method}, fine-tuned", smaller, chosen)
     config = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
     config["replaced"] = describe(smaller)
-    save_model(smaller, config, folder, out)
     scores = {
         name: evaluate(one, test, quick=True, labels=schema.labels)
         for name, one in (("before", model), ("after", smaller))
@@ -189,9 +190,9 @@ def compress(
         **{f"test_tasks_{name}": found["tasks"] for name, found in scores.items() if "tasks" in found},
         "tried": [asdict(candidate) for candidate in tried],
     }
-    out = Path(out)
-    (out / "compression.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-    plots.compression(tried, budget, out / "compression.png")
+    with model_in_the_making(smaller, config, folder, out) as making:
+        (making / "compression.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
+        plots.compression(tried, budget, making / "compression.png")
     return result
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ctrlib.making import new_file
 from ctrlib.model import Model
 from ctrlib.structure import describe, restructure
 
@@ -44,7 +47,9 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan into one safetensors file."""
         text = {"method": self.method, "replaced": json.dumps(self.replaced), "summary": json.dumps(self.summary)}
-        save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, str(path), metadata=text)
+        text["sha256"] = _sha256(text, self.weights)
+        with new_file(path) as making:
+            save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, str(making), metadata=text)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -56,9 +61,20 @@ class Plan:
         try:
             with safe_open(str(path), "pt") as file:
                 text = file.metadata() or {}
-            return cls(text["method"], json.loads(text["replaced"]), load_file(str(path)), json.loads(text["summary"]))
+            weights, sha256 = load_file(str(path)), text.pop("sha256", None)
+            if sha256 is not None and sha256 != _sha256(text, weights):
+                raise ValueError("damaged: its sha256 differs")
+            return cls(text["method"], json.loads(text["replaced"]), weights, json.loads(text["summary"]))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a plan ({error!r}): expected a file that Plan.save wrote") from error
+
+
+def _sha256(text: dict[str, str], weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps([text["method"], text["replaced"], text["summary"]]).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def materialise(model: Model, plan: Plan) -> Model:

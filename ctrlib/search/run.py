@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from rich.console import Console
 from ctrlib import models, plots
 from ctrlib._lazy import instead
 from ctrlib.data.loader import Loader
+from ctrlib.making import remove
+from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
-from ctrlib.schema import Schema
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.methods import SEARCHES
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.stages import identity_of
-from ctrlib.serving.predictor import save_model
+from ctrlib.serving.predictor import model_in_the_making
 from ctrlib.structure import describe
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.evaluate import evaluate
@@ -92,7 +92,8 @@ def search_and_retrain(
     data, out, console = Path(data), Path(out), console or Console(stderr=True)
     settings = settings or settings_of(method, {"learning_rate": learning_rate, "embedding_l2": embedding_l2})
     torch.manual_seed(seed)
-    schema = Schema.load(data)
+    check_folder(data)
+    schema = load_schema(data)
     model = models.build(config, schema)
     before = bytes_of(model)
     train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
@@ -123,7 +124,6 @@ def search_and_retrain(
             identity=identity,
             console=console,
         )
-    save_model(smaller, {**config, "replaced": describe(smaller)}, data, out)
     valid_scores = evaluate(smaller, valid, quick=True, labels=schema.labels)
     test_scores = evaluate(smaller, test, labels=schema.labels)
     result = {
@@ -150,10 +150,11 @@ def search_and_retrain(
         "seed": seed,
         "summary": {name: value for name, value in plan.summary.items() if name != "identity"},
     }
-    (out / "search.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-    plots.search_result(result, out / "search.png")
+    with model_in_the_making(smaller, {**config, "replaced": describe(smaller)}, data, out) as making:
+        (making / "search.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
+        plots.search_result(result, making / "search.png")
     for folder in ("search", "checkpoints"):
-        shutil.rmtree(out / folder, ignore_errors=True)  # it is over: started again, it begins anew
+        remove(out / folder)  # it is over: started again, it begins anew
     return result
 
 

@@ -137,6 +137,7 @@ def identity_of(model: Model, train: Loader, settings: Any, seed: int) -> dict[s
         "settings": {type(settings).__name__: repr(sorted(dataclasses.asdict(settings).items()))},
         "seed": seed,
         "data": train.schema.hash,
+        "rows": train.data_hash,
         "batch_size": train.batch_size,
         "model": weights.hexdigest(),
     }

@@ -1,8 +1,8 @@
 """Save a trained model to a folder and score raw rows with it later.
 
 A model folder holds model.safetensors (weights; no pickle anywhere), model.json (the preset and its arguments),
-schema.json and vocab/ (how raw cells become ids and numbers). It needs nothing else. For later data, which is prepared
-like this one's, there is also numbers/ (what edges of numbers are made from).
+schema.json and vocab/ (how raw cells become ids and numbers), and MANIFEST with checksums of these. It needs nothing
+else. For later data, which is prepared like this one's, there is also numbers/ (what edges of numbers are made from).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +38,8 @@ from ctrlib.data.quantiles import has_points
 from ctrlib.data.raw import ROW, RawTable, as_frame
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
 from ctrlib.data.stream import ahead
+from ctrlib.making import new_file, new_folder, remove
+from ctrlib.manifest import load_schema, manifest_of, write_manifest
 from ctrlib.schema import Schema, SchemaError
 from ctrlib.serving.direct import Rows as DirectRows
 from ctrlib.serving.direct import direct
@@ -52,20 +53,39 @@ def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: 
         model: a trained, plain (not sharded) model.
         config: what `models.build` needs to make it again, `{"model": name, **arguments}`.
         data: the prepared folder it was trained on; schema and vocabularies are copied from it.
-        out: the folder; made if missing, other files in it are left alone.
+        out: the folder; made if missing, other files in it are left alone. A model that was there is the old one or
+            the new one, whenever this is stopped.
+
+    Raises:
+        SchemaError: a file of `data` that is copied is damaged.
+        OSError: the disk is full.
     """
+    with model_in_the_making(model, config, data, out):
+        pass
+
+
+@contextlib.contextmanager
+def model_in_the_making(model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path) -> Iterator[Path]:
+    """As `save_model`; what is written into the folder that this gives appears in `out` together with the model."""
     data, out = Path(data), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    schema = Schema.load(data)
-    schema.save(out / "schema.json")
-    shutil.copytree(data / "vocab", out / "vocab", dirs_exist_ok=True)
-    shutil.rmtree(out / "numbers", ignore_errors=True)  # an older model's
-    if has_points(data):
-        shutil.copytree(data / "numbers", out / "numbers")
-    (out / "model.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    # Cloned, since tables of a model that has scored are views of one tensor (`ctrlib.serving.direct`).
-    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, str(out / "model.safetensors"), metadata={"schema_hash": schema.hash})
+    schema = load_schema(data)
+    parts = ["vocab", "numbers"] if has_points(data) else ["vocab"]
+    if (manifest := manifest_of(data)) is not None:
+        for name in (name for part in parts for name in manifest.under(part)):
+            manifest.check(name)  # before a copy of it gets a checksum of its own
+    with new_folder(out, keep=True) as making:
+        schema.save(making / "schema.json", manifest=True)
+        for part in parts:
+            shutil.copytree(data / part, making / part)
+        (making / "model.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        # Cloned, since tables of a model that has scored are views of one tensor (`ctrlib.serving.direct`).
+        weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, str(making / "model.safetensors"), metadata={"schema_hash": schema.hash})
+        shutil.copymode(making / "model.json", making / "model.safetensors")  # safetensors lets nobody else read it
+        yield making
+        write_manifest(making, "model")
+    if "numbers" not in parts:
+        remove(out / "numbers")  # an older model's
 
 
 NOTHING = pl.DataFrame()  # made once: a frame costs a tenth of a millisecond
@@ -94,10 +114,13 @@ class Predictor:
             SchemaError: a file is missing, damaged, or of another model; the message names it.
         """
         folder = Path(folder)
+        manifest = manifest_of(folder)
         for name in ("model.json", "model.safetensors", "schema.json"):
             if not (folder / name).is_file():
                 raise SchemaError(f"{folder} is not a model folder, it has no {name}: `ctrlib train --out` writes one")
-        schema = Schema.load(folder)
+            if manifest is not None:
+                manifest.check(name)
+        schema = load_schema(folder)
         with _Undrawn():
             model = _build(folder / "model.json", schema)
         path = folder / "model.safetensors"
@@ -161,7 +184,7 @@ class Predictor:
     ) -> dict[str, Any]:
         """Score a file into a file, in memory that does not grow with it; returns the counts that `predict` gives.
 
-        The file appears when it is complete.
+        The file appears when it is complete; until then, what was there stays as it was.
 
         Args:
             data: a file as `ctr.prepare` takes it, or a folder of parquet files.
@@ -174,34 +197,31 @@ class Predictor:
         Raises:
             ValueError: `out` has another ending, or a column to keep has the name of a label.
             SchemaError, DataError: as `predict`.
+            OSError: the disk is full.
         """
         out, report = Path(out), Report(self.encoder)
         if out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"the file to write must end in .csv or .parquet, got {out.name!r}")
         if clash := sorted(set(keep) & set(self.schema.labels)):
             raise ValueError(f"columns {clash} cannot be kept, the probabilities have these names: leave them out")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-        try:
-            with contextlib.ExitStack() as stack:
-                writer: Any = None
-                for scores, kept in self.stream(
-                    data, batch_size=batch_size, on_bad_row=on_bad_row, keep=keep, report=report
-                ):
-                    frame = kept.hstack(scores) if keep else scores
-                    if out.suffix == ".parquet":
-                        table = frame.to_arrow()
-                        writer = writer or stack.enter_context(pq.ParquetWriter(partial, table.schema))
-                        writer.write_table(table)
-                    else:
-                        first = writer is None
-                        writer = writer or stack.enter_context(partial.open("wb"))
-                        frame.write_csv(writer, include_header=first)
-                    if progress is not None:
-                        progress(report.counts.rows)
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(out) as partial, contextlib.ExitStack() as stack:
+            writer: Any = None
+            for scores, kept in self.stream(
+                data, batch_size=batch_size, on_bad_row=on_bad_row, keep=keep, report=report
+            ):
+                frame = kept.hstack(scores) if keep else scores
+                if out.suffix == ".parquet":
+                    table = frame.to_arrow()
+                    writer = writer or stack.enter_context(pq.ParquetWriter(partial, table.schema))
+                    writer.write_table(table)
+                else:
+                    first = writer is None
+                    writer = writer or stack.enter_context(partial.open("wb"))
+                    frame.write_csv(writer, include_header=first)
+                if progress is not None:
+                    progress(report.counts.rows)
+            if writer is None:
+                raise DataError(f"{data} has no rows: expected at least one")
         return report.as_dict()
 
     def stream(
@@ -303,7 +323,7 @@ class Predictor:
         Raises:
             SchemaError: the folder was prepared differently from what the model was trained on.
         """
-        schema = Schema.load(folder)
+        schema = load_schema(folder)
         if schema.hash != self.schema.hash:
             lines = "; ".join(self.schema.difference(schema)[:5])
             raise SchemaError(
@@ -421,5 +441,7 @@ def _build(path: Path, schema: Schema) -> nn.Module:
         raise SchemaError(f'{path} does not name a "model": copy it or train the model again')
     try:
         return models.build(config, schema)
-    except (TypeError, ValueError) as error:
-        raise SchemaError(f"{path} describes no model that can be built ({error}): copy it again") from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError) or "alloc" in str(error)
+        why = "its sizes take more memory than there is" if full else f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SchemaError(f"{path} describes no model that can be built ({why}): copy it again") from error

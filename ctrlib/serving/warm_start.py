@@ -13,6 +13,7 @@ from torch import nn
 from ctrlib.data.vocabulary import vocabulary_path
 from ctrlib.embeddings.numeric import Bucketised, PiecewiseLinear
 from ctrlib.embeddings.table import by_vocabulary, num_rows
+from ctrlib.manifest import check_file, load_schema
 from ctrlib.schema import (
     NUM_RESERVED_IDS,
     OOV_ID,
@@ -54,7 +55,7 @@ def warm_start(model: nn.Module, data: str | Path, trained: str | Path) -> dict[
             for each value; or weights do not fit, as those of another architecture.
     """
     predictor = Predictor.load(trained)
-    old_schema, new_schema = predictor.schema, Schema.load(Path(data))
+    old_schema, new_schema = predictor.schema, load_schema(data)
     _check_features(old_schema, new_schema, Path(data), Path(trained))
     _check_edges(predictor.model, model, Path(data), Path(trained))
     by_value = _has_rows_by_value(old_schema, new_schema, Path(data), Path(trained))
@@ -155,12 +156,15 @@ def _places(model: nn.Module, schema: Schema) -> dict[tuple[str, str], tuple[str
 
 def _matches(vocabulary: str, data: Path, trained: Path, known: bool) -> tuple[torch.Tensor, Carried]:
     """For each id of the new vocabulary the old one whose row it takes: (rows,)."""
-    new = pl.scan_parquet(vocabulary_path(data / "vocab", vocabulary), glob=False).select("value", "id")
+    name = vocabulary_path(Path("vocab"), vocabulary).as_posix()
+    check_file(data, name)
+    new = pl.scan_parquet(data / name, glob=False).select("value", "id")
     num_new = new.select(pl.len()).collect().item()
     rows = torch.full((num_new + NUM_RESERVED_IDS,), OOV_ID)
     if not known:
         return rows, Carried(0, num_new, 0)
-    old = pl.scan_parquet(vocabulary_path(trained / "vocab", vocabulary), glob=False).select("value", "id")
+    check_file(trained, name)
+    old = pl.scan_parquet(trained / name, glob=False).select("value", "id")
     both = new.join(old, on="value", suffix="_old").select(pl.col("id", "id_old").cast(pl.Int64)).collect()
     rows[:NUM_RESERVED_IDS] = torch.arange(NUM_RESERVED_IDS)
     rows[both["id"].to_torch()] = both["id_old"].to_torch()

@@ -20,8 +20,6 @@ writes to a folder at a time.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import itertools
 import json
 import logging
@@ -49,23 +47,20 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ctrlib import distributed
+from ctrlib.making import DISK_FULL
+from ctrlib.manifest import Damage, damage_of, read_sealed, write_new, write_sealed
 from ctrlib.sharding.shards import Shards
 
 T = TypeVar("T")
 LOGGER = logging.getLogger(__name__)
 _Place = tuple[str, tuple[int, ...]]  # key and offsets: names one part among all ranks'
 
-BLOCK = 1 << 24  # bytes copied, hashed or read at a time: a table is never held twice
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BLOCK = 1 << 24  # bytes copied or read at a time: a table is never held twice
 FORMAT = 1
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none could be read; the message says why and what to do."""
-
-
-class _Damage(Exception):
-    """A file is not what was written: which, and how it differs."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +302,7 @@ class Checkpoints:
         manifests, damages = self._scan()
         try:
             latest = self._latest()
-        except _Damage as damage:
+        except Damage as damage:
             latest = None
             damages.append(str(damage))
         self._report([f"{damage}; it is left alone" for damage in damages])
@@ -351,17 +346,17 @@ class Checkpoints:
             files |= its_files
             starts |= its_starts
         index = {key: _index_entry(key, tensor, starts) for key, tensor in job.index.items()}
-        files["tensors.json"] = _write_file(hidden / "tensors.json", [json.dumps(index).encode()])
-        files["state.json"] = _write_file(hidden / "state.json", [job.state])
+        files["tensors.json"] = write_new(hidden / "tensors.json", [json.dumps(index).encode()])
+        files["state.json"] = write_new(hidden / "state.json", [job.state])
         name = job.folder.name
         manifest = {"format": FORMAT, "folder": name, "step": job.step, "save": job.save, "needs": job.needs}
-        seal = _write_sealed(hidden / "MANIFEST", {**manifest, "files": files})
+        seal = write_sealed(hidden / "MANIFEST", {**manifest, "files": files})
         _sync_folder(hidden)
         hidden.rename(job.folder)
         _sync_folder(self.folder)
         latest = {"format": FORMAT, "folder": name, "step": job.step, "save": job.save, "manifest": seal}
         unnamed = self.folder / ".LATEST.partial"
-        _write_sealed(unnamed, latest)
+        write_sealed(unnamed, latest)
         unnamed.replace(self.folder / "LATEST")
         _sync_folder(self.folder)
 
@@ -386,7 +381,7 @@ class Checkpoints:
         for folder in sorted(self.folder.glob("step-*")):
             try:
                 manifests.append(_read_manifest(folder))
-            except _Damage as damage:
+            except Damage as damage:
                 damages.append(str(damage))
         return sorted(manifests, key=lambda manifest: (manifest.save, manifest.step), reverse=True), damages
 
@@ -397,7 +392,7 @@ class Checkpoints:
             return None
         latest, _ = _read_sealed(path)
         if not {"folder", "save", "manifest"} <= latest.keys():
-            raise _Damage(f"{path.name}: not written by this version")
+            raise Damage(f"{path.name}: not written by this version")
         return latest
 
     def _find(self) -> tuple[list[_Manifest], list[str]] | None:
@@ -410,7 +405,7 @@ class Checkpoints:
                 if not manifests and not complaints:
                     return None
                 complaints.append("LATEST: missing")
-        except _Damage as damage:
+        except Damage as damage:
             complaints.append(str(damage))
         if latest:
             named = self.folder / latest["folder"]
@@ -599,7 +594,7 @@ def _write_tensors(folder: Path, rank: int, parts: Mapping[_Place, Tensor]) -> _
         starts[place] = (name, start)
         start += part.nbytes
     blocks = (block for part in parts.values() for block in _blocks(part))
-    return ({name: _write_file(folder / name, blocks)} if parts else {}), starts
+    return ({name: write_new(folder / name, blocks)} if parts else {}), starts
 
 
 def _blocks(part: Tensor) -> Iterator[memoryview]:
@@ -630,70 +625,27 @@ def _read_part(path: Path, start: int, shape: list[int], offsets: Iterable[int],
             block.copy_(data.view(target.dtype).view(len(block), *shape[1:])[(slice(None), *columns)])
 
 
-def _write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write a new file through to the disk; its bytes and sha256."""
-    digest = hashlib.sha256()
-    num_bytes = 0
-    with path.open("xb") as file:
-        for block in blocks:
-            file.write(block)
-            digest.update(block)
-            num_bytes += len(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return num_bytes, digest.hexdigest()
-
-
 def _damage(path: Path, num_bytes: int, sha256: str) -> str | None:
     """How a file differs from what was written; None if it does not."""
-    name = f"{path.parent.name}/{path.name}"
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            if (found := os.fstat(file.fileno()).st_size) != num_bytes:
-                return f"{name}: {found} bytes instead of {num_bytes}"
-            while block := file.read(BLOCK):
-                digest.update(block)
-    except OSError as error:
-        return f"{name}: {'missing' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}'}"
-    return None if digest.hexdigest() == sha256 else f"{name}: not what was written (its sha256 differs)"
-
-
-def _write_sealed(path: Path, value: dict[str, Any]) -> str:
-    """Write JSON below its sha256, which is returned."""
-    body = json.dumps(value, indent=1).encode()
-    seal = hashlib.sha256(body).hexdigest()
-    _write_file(path, [seal.encode(), b"\n", body])
-    return seal
+    damage = damage_of(path, num_bytes, ((0, sha256),))
+    return damage and f"{path.parent.name}/{path.name}: {damage}"
 
 
 def _read_sealed(path: Path) -> tuple[dict[str, Any], str]:
-    name = path.name if path.name == "LATEST" else f"{path.parent.name}/{path.name}"
-    try:
-        seal, _, body = path.read_bytes().partition(b"\n")
-    except FileNotFoundError:
-        raise _Damage(f"{name}: missing") from None
-    except OSError as error:
-        raise _Damage(f"{name}: cannot be read: {error}") from error
-    if hashlib.sha256(body).hexdigest().encode() != seal:
-        raise _Damage(f"{name}: damaged (its first line is not the sha256 of the rest)")
-    value: dict[str, Any] = json.loads(body)
-    if value.get("format") != FORMAT:
-        raise _Damage(f"{name}: of format {value.get('format')}, this version reads {FORMAT}")
-    return value, seal.decode()
+    return read_sealed(path, path.name if path.name == "LATEST" else f"{path.parent.name}/{path.name}", FORMAT)
 
 
 def _read_manifest(folder: Path) -> _Manifest:
     value, seal = _read_sealed(folder / "MANIFEST")
     try:
         if value["folder"] != folder.name:
-            raise _Damage(f"{folder.name}/MANIFEST: that of {value['folder']}")
+            raise Damage(f"{folder.name}/MANIFEST: that of {value['folder']}")
         files = {name: (num_bytes, sha256) for name, (num_bytes, sha256) in value["files"].items()}
         manifest = _Manifest(folder, seal, value["step"], value["save"], value["needs"], files)
     except (KeyError, TypeError, ValueError) as error:
-        raise _Damage(f"{folder.name}/MANIFEST: not written by this version: {error!r}") from error
+        raise Damage(f"{folder.name}/MANIFEST: not written by this version: {error!r}") from error
     if not {"tensors.json", "state.json"} <= files.keys() or any(Path(name).name != name for name in files):
-        raise _Damage(f"{folder.name}/MANIFEST: not written by this version: it lists {sorted(files)}")
+        raise Damage(f"{folder.name}/MANIFEST: not written by this version: it lists {sorted(files)}")
     return manifest
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +18,10 @@ from rich.console import Console
 from ctrlib import plots
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import init_process_group, rank, world_size
+from ctrlib.making import new_file, remove, write_text
+from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
-from ctrlib.schema import Schema
+from ctrlib.schema import Schema, SchemaError
 from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.evaluate import evaluate, predict, score
@@ -167,7 +168,8 @@ def run(
         init_process_group(chosen_device)
     is_first = rank() == 0
     console = (console or Console(stderr=True)) if is_first else Console(quiet=True)
-    schema = Schema.load(data)
+    check_folder(data)  # all that is read after the training, too
+    schema, note = load_schema(data), _note(data)
     torch.manual_seed(seed)
     model = build(schema)
     parameters, embedding_bytes, printout = model.num_parameters(), model.embedding_bytes(), str(model)
@@ -201,6 +203,7 @@ def run(
     identity = {
         **(identity or {}),
         **{"data": schema.hash, "model": hashlib.sha256(printout.encode()).hexdigest(), "engine": engine},
+        "rows": train.data_hash,
         **{"batch_size": batch_size, "learning_rate": learning_rate, "embedding_l2": embedding_l2, "seed": seed},
         **{"embedding_learning_rate": embedding_learning_rate, "precision": precision, "patience": patience},
     }
@@ -258,17 +261,23 @@ def run(
         "precision": precision,
         "seed": seed,
         "data_hash": schema.hash,
-        "note": _note(data),
+        "note": note,
     }
     if out is not None and is_first:
-        (out / "metrics.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-        plots.learning_curve(history, out / "curve.png")
+        write_text(out / "metrics.json", to_json(result, indent=1) + "\n")
+        with new_file(out / "curve.png") as picture:
+            plots.learning_curve(history, picture)
         if checkpoint_seconds is not None:
-            shutil.rmtree(out / "checkpoints")  # the run is over: started again, it begins anew
+            remove(out / "checkpoints")  # the run is over: started again, it begins anew
     return plain, result
 
 
 def _note(data: Path) -> str:
     """What whoever prepared the data wants said with every number."""
     report = data / "report.json"
-    return str(json.loads(report.read_text(encoding="utf-8")).get("note", "")) if report.is_file() else ""
+    if not report.is_file():
+        return ""
+    try:
+        return str(dict(json.loads(report.read_text(encoding="utf-8"))).get("note", ""))
+    except (TypeError, ValueError) as error:
+        raise SchemaError(f"{report} cannot be read ({error}): copy it again, or delete it") from error
