@@ -321,7 +321,7 @@ def data_hash(folder: str | Path) -> str:
     if (manifest := manifest_of(folder)) is not None:
         return manifest.seal
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*/*.parquet")):
+    for path in (path for path in sorted(folder.glob("*/*.parquet")) if path.is_file()):
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL))

@@ -17,6 +17,7 @@ import ctrlib as ctr
 from ctrlib import cli, models
 from ctrlib.data.fingerprint import fingerprint
 from ctrlib.embeddings.din import read_counts
+from ctrlib.manifest import write_manifest
 from ctrlib.search.compression import Head
 from ctrlib.search.dnis import search as search_blocks
 from ctrlib.search.floors import frequency_cut
@@ -166,10 +167,14 @@ def test_a_model_folder_will_do(monday: Path, tmp_path: Path) -> None:
         like_model = prepared(1, tmp_path / f"a{extend}", like=tmp_path / "model", extend=extend)
         assert fingerprint(like_model) == fingerprint(prepared(1, tmp_path / f"b{extend}", like=monday, extend=extend))
     shutil.rmtree(tmp_path / "model" / "numbers")
+    with pytest.raises(ctr.SchemaError, match=r"numbers/.*.parquet is missing"):
+        prepared(1, tmp_path / "c", like=tmp_path / "model")
+    write_manifest(tmp_path / "model")  # as if it never had had them
     with pytest.raises(ctr.SchemaError, match=r"model has no folder `numbers`.*older ctrlib.*the prepared folder"):
         prepared(1, tmp_path / "c", like=tmp_path / "model")
     shutil.copytree(monday, tmp_path / "old")
     shutil.rmtree(tmp_path / "old" / "numbers")
+    write_manifest(tmp_path / "old")
     older = prepared(1, tmp_path / "d", like=tmp_path / "old")
     assert ctr.quantile_edges(older) == ctr.quantile_edges(monday)
     save_model(model, config, tmp_path / "old", tmp_path / "model")

@@ -12,6 +12,7 @@ import torch
 
 import ctrlib as ctr
 from ctrlib import models
+from ctrlib.manifest import write_manifest
 from ctrlib.serving.predictor import Predictor, save_model
 from ctrlib.testing import example_batch, example_schema
 
@@ -68,6 +69,7 @@ def test_a_saved_model_looks_up_alike(tmp_path: Path) -> None:
     # Another number of rows is refused by name, and so is another seed of the hashes.
     changed = {**config, "tables": {"kind": "unified", "num_embeddings": 7}}
     (tmp_path / "model" / "model.json").write_text(json.dumps(changed))
+    write_manifest(tmp_path / "model")
     with pytest.raises(ctr.SchemaError, match="does not fit"):
         Predictor.load(tmp_path / "model")
 

@@ -24,6 +24,7 @@ from ctrlib.data.raw import RawTable, read_raw
 from ctrlib.data.scan import DataError
 from ctrlib.data.vocabulary import hash_values
 from ctrlib.data.workers import ThisMachine
+from ctrlib.manifest import write_manifest
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema, SchemaError
 
 X = {"x": pl.col("x")}
@@ -231,6 +232,7 @@ def test_a_fingerprint_does_not_see_files_and_row_groups(folder):
     rows = pl.read_parquet(path)
     rows.head(2).write_parquet(path, row_group_size=1, compression="zstd")
     rows.tail(1).write_parquet(folder / "train" / "part-00001.parquet", use_pyarrow=True)
+    write_manifest(folder)
     assert fingerprint(folder) == before
 
 
@@ -251,6 +253,9 @@ def test_a_fingerprint_sees_every_other_change(folder, part, change):
     before = fingerprint(folder)
     path = folder / ("train/part-00000.parquet" if part == "train" else f"{part}.parquet")
     change(pl.read_parquet(path)).write_parquet(path)
+    with pytest.raises(SchemaError, match=path.name):
+        fingerprint(folder)
+    write_manifest(folder)
     assert {name for name, digits in fingerprint(folder).items() if digits != before[name]} == {part}
 
 

@@ -17,6 +17,7 @@ from torch import nn
 import ctrlib as ctr
 from ctrlib import cli, models
 from ctrlib.data.scan import DataError
+from ctrlib.manifest import write_manifest
 from ctrlib.schema import Categorical, Numeric, SchemaError, Sequence
 
 CONFIG: dict[str, Any] = {"model": "fm", "embedding_dim": 4}
@@ -133,6 +134,9 @@ def test_a_column_of_another_type_is_refused(predictor, tmp_path):
 def test_files_of_two_models_are_refused(predictor, tmp_path):
     other = model_of(rows().with_columns(price=pl.col("price") * 2), tmp_path / "other")
     shutil.copy(other.folder / "schema.json", predictor.folder / "schema.json")
+    with pytest.raises(SchemaError, match=r"schema.json: .*: copy the folder again"):
+        ctr.Predictor.load(predictor.folder)
+    write_manifest(predictor.folder)  # whoever says that it is right so
     with pytest.raises(SchemaError, match=r"model.safetensors was trained with a schema of hash .*different models"):
         ctr.Predictor.load(predictor.folder)
 
@@ -147,10 +151,14 @@ def test_files_of_two_models_are_refused(predictor, tmp_path):
         ('{"model": "fm", "colour": 1}', "describes no model .*colour"),
         ('{"model": "fm", "embedding_dim": "4"}', "describes no model"),
         ('{"model": ["fm"]}', "describes no model"),
+        ('{"model": "fm", "replaced": [1]}', "describes no model"),
+        ('{"model": "fm", "tables": "abc"}', "describes no model"),
+        ('{"model": "mlp", "hidden": [4, 1000000000000]}', "describes no model .*its sizes take more memory"),
     ],
 )
 def test_a_damaged_description_is_named(predictor, content, message):
     (predictor.folder / "model.json").write_text(content)
+    write_manifest(predictor.folder)
     with pytest.raises(SchemaError, match=rf"model.json {message}"):
         ctr.Predictor.load(predictor.folder)
 

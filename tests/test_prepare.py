@@ -19,6 +19,7 @@ from ctrlib.data.prepare import prepare
 from ctrlib.data.raw import RawTable, read_raw
 from ctrlib.data.scan import DataError
 from ctrlib.data.split import row_hash
+from ctrlib.manifest import write_manifest
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema, SchemaError, Sequence
 
 
@@ -563,6 +564,9 @@ def test_a_vocabulary_of_other_data_is_refused(fitted, tmp_path):
     schema, vocab = fitted
     table = pl.read_parquet(vocab / "user.parquet")
     table.reverse().write_parquet(vocab / "user.parquet")
+    with pytest.raises(SchemaError, match=r"user.parquet: .* `ctrlib prepare ... --out .*p --overwrite`"):
+        Encoder.of(schema, vocab.parent)
+    write_manifest(vocab.parent)
     with pytest.raises(SchemaError, match="belongs to other data"):
         Encoder.of(schema, vocab.parent)
     (vocab / "user.parquet").unlink()
