@@ -28,6 +28,7 @@ from ctrlib.schema import Schema, SchemaError
 LOGGER = logging.getLogger(__name__)
 NAME = "MANIFEST"
 FORMAT = 1
+MISSING = "missing"
 BLOCK = 1 << 24  # bytes hashed at a time
 TAIL = 1 << 16  # last bytes of a file by which data without a manifest is known
 # How what is damaged is made again.
@@ -71,7 +72,7 @@ def damage_of(path: Path, num_bytes: int, parts: Parts, wanted: Sequence[int] | 
                     where = f" in bytes {start} to {stop}" if len(parts) > 1 else ""
                     return f"not what was written (its sha256 differs{where})"
     except OSError as error:
-        return "missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        return MISSING if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
     return None
 
 
@@ -139,7 +140,8 @@ class Manifest:
         if name not in self.files:
             raise SchemaError(f"{self.folder / name} is not in {self.folder / NAME}: {self._cure()}")
         if damage := damage_of(self.folder / name, *self.files[name], parts):
-            raise SchemaError(f"{self.folder / name}: {damage}: {self._cure()}")
+            said = "is missing" if damage == MISSING else f"is damaged: {damage}"
+            raise SchemaError(f"{self.folder / name} {said}: {self._cure()}")
 
     def under(self, part: str) -> list[str]:
         """The files of a subfolder, by name."""
@@ -217,8 +219,8 @@ def write_manifest(folder: str | Path, kind: str | None = None) -> str:
     >>> seal = write_manifest(folder)
     >>> _ = (folder / "model.json").write_text("[]")
     >>> try: check_file(folder, "model.json")
-    ... except SchemaError as error: print(str(error).partition("model.json")[2].partition(":  copy")[0][:58])
-    : not what was written (its sha256 differs): copy the fold
+    ... except SchemaError as error: print(str(error).partition("model.json ")[2][:71])
+    is damaged: not what was written (its sha256 differs): copy the folder
     """
     folder = Path(folder)
     kind = kind or ("model" if (folder / "model.json").exists() else "prepared")

@@ -134,7 +134,7 @@ def test_a_column_of_another_type_is_refused(predictor, tmp_path):
 def test_files_of_two_models_are_refused(predictor, tmp_path):
     other = model_of(rows().with_columns(price=pl.col("price") * 2), tmp_path / "other")
     shutil.copy(other.folder / "schema.json", predictor.folder / "schema.json")
-    with pytest.raises(SchemaError, match=r"schema.json: .*: copy the folder again"):
+    with pytest.raises(SchemaError, match=r"schema.json is damaged: .*: copy the folder again"):
         ctr.Predictor.load(predictor.folder)
     write_manifest(predictor.folder)  # whoever says that it is right so
     with pytest.raises(SchemaError, match=r"model.safetensors was trained with a schema of hash .*different models"):

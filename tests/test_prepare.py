@@ -564,7 +564,7 @@ def test_a_vocabulary_of_other_data_is_refused(fitted, tmp_path):
     schema, vocab = fitted
     table = pl.read_parquet(vocab / "user.parquet")
     table.reverse().write_parquet(vocab / "user.parquet")
-    with pytest.raises(SchemaError, match=r"user.parquet: .* `ctrlib prepare ... --out .*p --overwrite`"):
+    with pytest.raises(SchemaError, match=r"user.parquet is damaged: .* `ctrlib prepare ... --out .*p --overwrite`"):
         Encoder.of(schema, vocab.parent)
     write_manifest(vocab.parent)
     with pytest.raises(SchemaError, match="belongs to other data"):

@@ -263,7 +263,7 @@ def test_wrong_data_says_how_to_fix_it(tmp_path: Path) -> None:
         with pytest.raises(SchemaError, match=r"price.parquet does not hold finite values that increase"):
             quantile_edges(folder)
     kept.unlink()
-    with pytest.raises(SchemaError, match=r"price.parquet: missing: copy the folder"):
+    with pytest.raises(SchemaError, match=r"price.parquet is missing: copy the folder"):
         quantile_edges(folder)
 
 

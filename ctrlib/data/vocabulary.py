@@ -258,10 +258,9 @@ def load_vocabulary(folder: Path, name: str, schema: Schema) -> pl.Series:
     Raises:
         SchemaError: it is missing or is not the one that the schema was fitted with.
     """
-    path = vocabulary_path(folder, name)
+    path = _checked(folder, name)
     if not path.is_file():
         raise SchemaError(f"{path} is missing, expected the vocabulary {name!r}: prepare the data again")
-    _checked(folder, name)
     try:
         values = pl.read_parquet(path, columns=["value"], glob=False)["value"]
     except pl.exceptions.PolarsError as error:

@@ -116,10 +116,10 @@ class Predictor:
         folder = Path(folder)
         manifest = manifest_of(folder)
         for name in ("model.json", "model.safetensors", "schema.json"):
-            if not (folder / name).is_file():
-                raise SchemaError(f"{folder} is not a model folder, it has no {name}: `ctrlib train --out` writes one")
-            if manifest is not None:
+            if manifest is not None and manifest.kind == "model":
                 manifest.check(name)
+            elif not (folder / name).is_file():
+                raise SchemaError(f"{folder} is not a model folder, it has no {name}: `ctrlib train --out` writes one")
         schema = load_schema(folder)
         with _Undrawn():
             model = _build(folder / "model.json", schema)
