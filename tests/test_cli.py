@@ -23,6 +23,7 @@ from ctrlib.cli.models import describe, venue_of
 from ctrlib.data.prepare import prepare
 from ctrlib.data.scan import OnBadRow
 from ctrlib.data.synthetic import Teacher, generate
+from ctrlib.manifest import write_manifest
 from ctrlib.models import MODELS, build
 from ctrlib.models.costs import Costs, costs, usual_schema
 from ctrlib.models.table import KINDS
@@ -365,6 +366,7 @@ def refusals(
         (folder / name).mkdir()
     (folder / "model" / "model.json").write_text("{}")
     ctr.Schema((ctr.Categorical("item", num_embeddings=9),), ("click",)).save(folder / "prepared" / "schema.json")
+    write_manifest(folder / "prepared")
     marks = [*test_refusals_are_clear.pytestmark, *test_wrong_usage_is_answered_in_short.pytestmark]  # type: ignore[attr-defined]
     cases = [arguments for mark in marks for arguments, *_ in mark.args[1]]
     code = """
