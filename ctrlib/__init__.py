@@ -14,6 +14,7 @@ from __future__ import annotations
 from ctrlib import _lazy
 
 _NAMES = {
+    "errors": ("CtrlibError",),
     "schema": ("Categorical", "Feature", "MultiValued", "Numeric", "RawId", "Schema", "SchemaError", "Sequence"),
     "data.encoder": ("Encoder",),
     "data.prepare": ("prepare",),

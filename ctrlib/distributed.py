@@ -76,6 +76,15 @@ def any_rank(*flags: bool) -> list[bool]:
     return [bool(total) for total in totals]
 
 
+def total(value: float) -> float:
+    """The sum of what each rank says, in every process."""
+    if world_size() == 1:
+        return value
+    sums = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(sums)
+    return float(sums)
+
+
 def broadcast(value: T) -> T:
     """What rank 0 calls `value`, in every process."""
     if world_size() == 1:

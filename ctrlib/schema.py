@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from ctrlib.errors import CtrlibError
+
 # Three reserved ids in every vocabulary, distinct from each other and from every value of the data.
 PADDING_ID = 0  # no value at all: never looked up, only there so that padded layouts have a neutral id
 MISSING_ID = 1  # the cell was empty (null, or one of the missing tokens)
@@ -171,7 +173,7 @@ def vocabulary_of(feature: SparseFeature) -> str:
     return feature.vocabulary or feature.name
 
 
-class SchemaError(ValueError):
+class SchemaError(CtrlibError, ValueError):
     """Data or model does not fit the schema; the message says what was expected, what came and how to mend it."""
 
 

@@ -220,7 +220,7 @@ TRAIN_FLAGS = ", ".join(flag.name for flag in usage.flags_of(CLASSES["train"]) i
     [
         (
             "train d --modle dcnv2",
-            "ctrlib train: there is no flag --modle; the closest are --model, --hidden, --device\n"
+            "ctrlib train: there is no flag --modle; the closest are --model, --debug, --hidden\n"
             "`ctrlib train --help` says more.",
         ),
         (
@@ -321,13 +321,20 @@ def test_values_that_look_like_flags_or_fill_a_place() -> None:
             "--numeric price:logg: unknown transform 'logg'; the closest are log, log_squared, log_standard; expected "
             f"some of {', '.join(get_args(NumericTransform))}",
         ),
-        ("prepare x.csv --out prepared", "prepared exists: give another --out, or --overwrite to replace it"),
-        ("prepare x.csv --out x.csv", "--out x.csv: that is a file, expected a folder"),
+        (
+            "prepare x.csv --out prepared",
+            "prepared is a prepared folder already: give another --out, or --overwrite (overwrite=True) to replace it",
+        ),
+        (
+            "prepare x.csv --out x.csv",
+            "--out x.csv is x.csv, which is read: nothing is written over, into or around its",
+        ),
+        ("prepare x.csv --out y.csv", "--out y.csv: that is a file, expected a folder"),
         ("train nowhere", "nowhere does not exist: not a prepared folder; make one with `ctrlib prepare`"),
         ("train x.csv", "x.csv is a file, not a prepared folder; make one with `ctrlib prepare x.csv --out FOLDER`"),
         ("train empty", "schema.json does not exist: not a prepared folder"),
         ("train prepared --out x.csv/deep/er", "--out x.csv/deep/er: x.csv is a file, so no folder can be made in it"),
-        ("train prepared --out model", "model holds a model already: give another --out, or --overwrite"),
+        ("train prepared --out model", "model is a model folder already: give another --out, or --overwrite"),
         ("train prepared --warm-start empty", "empty is not a model folder, it has no model.json"),
         ("train prepared --plan plan.json", "--plan plan.json: there is no such file"),
         ("train nowhere --model fm --dropout 0.5", "--dropout: fm has no dropout"),
@@ -338,12 +345,18 @@ def test_values_that_look_like_flags_or_fill_a_place() -> None:
         ("predict model x.csv --out scores.txt", "--out must end in .csv or .parquet, got 'scores.txt'"),
         ("predict model nowhere --out scores.csv", "nowhere does not exist"),
         ("predict model x.csv --out folder.csv", "--out folder.csv: that is a folder, expected a file"),
-        ("compress model prepared --out x", "give the budget as --bytes or as --ratio, one of them"),
+        (
+            "compress model prepared --out x",
+            "give the budget as num_bytes (--bytes) or as ratio (--ratio), one of them",
+        ),
         ("compress model prepared --out x --ratio 2 --bytes 1MB", "one of them"),
         ("compress model nowhere --out x --ratio 2", "not a prepared folder"),
         ("compress model prepared --out x --ratio 2 --teachers empty", "empty is not a model folder"),
         ("search optfs nowhere --out x", "not a prepared folder"),
-        ("search optfs prepared --out model", "model holds a model already"),
+        (
+            "search optfs prepared --out model",
+            "model is a model folder, and what is written is a folder of `ctrlib search`",
+        ),
         ("search optfs prepared --out x --setting penalty", "--option penalty: expected NAME=VALUE"),
     ],
 )
@@ -361,7 +374,8 @@ def refusals(
 ) -> dict[str, tuple[int, str, list[str]]]:
     """Arguments -> status, message, and the heavy modules that were imported by then, all of one new interpreter."""
     folder = tmp_path_factory.mktemp("refusals")
-    (folder / "x.csv").write_text("label\n1\n")
+    for name in ("x.csv", "y.csv"):
+        (folder / name).write_text("label\n1\n")
     for name in ("empty", "model", "prepared", "folder.csv"):
         (folder / name).mkdir()
     (folder / "model" / "model.json").write_text("{}")

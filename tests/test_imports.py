@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 # Bottom to top. A part (a module or a folder of ctrlib) imports from lower layers and from itself.
 LAYERS = [
     {"doctor"},
-    {"_lazy"},  # an installation that does not load is explained by `doctor`
-    {"schema", "batch", "layers", "metrics", "plots", "distributed", "making"},
+    {"errors", "making"},
+    {"_lazy", "_target"},  # an installation that does not load is explained by `doctor`
+    {"schema", "batch", "layers", "metrics", "plots", "distributed"},
     {"losses", "manifest"},
     {"data", "embeddings", "towers", "heads"},
     {"model", "testing"},
@@ -28,10 +29,12 @@ LAYERS = [
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # Parts of one layer that may use each other, as long as no circle comes of it (serving evaluates as training does).
-FRIENDS = LAYERS[9]
+FRIENDS = LAYERS[LEVEL["training"]]
 # Stricter than the layer: the only other parts of ctrlib, and the only packages, that these may import.
 STRICT = {
     "doctor": (set(), set()),  # runs where nothing else does
+    "errors": (set(), set()),
+    "_target": ({"errors"}, set()),  # nobody waits for torch to be told that a folder is taken
     "_lazy": ({"doctor"}, set()),
     "metrics": (set(), {"numpy"}),  # an offline AUC needs no torch
     "layers": (set(), {"torch"}),

@@ -417,7 +417,7 @@ def test_an_existing_folder_is_kept_unless_told(tmp_path):
     assert Schema.load(tmp_path / "p")["x"].num_embeddings == 5
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(FileExistsError, match="not a prepared folder"):
+    with pytest.raises(FileExistsError, match=r"mine is a folder with other files \(thesis.txt\)"):
         prepare({"train": frame}, tmp_path / "mine", log=None, overwrite=True)
 
 

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from typing import Any
 
 from ctrlib._lazy import instead
@@ -19,6 +20,7 @@ from ctrlib._lazy import instead
 # Each is a module here, and in it the class of that name: what its fields say is what the command takes.
 COMMANDS = ("prepare", "train", "evaluate", "predict", "compress", "search", "models", "doctor")
 HELP = ("-h", "--help")
+PANIC = "PanicException"  # what polars raises of its own faults, which is no Exception
 
 OVERVIEW = """\
 usage: ctrlib COMMAND ...
@@ -47,7 +49,10 @@ def command_class(name: str) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the `ctrlib` command; returns the exit status: 0 done, 1 a clear refusal, 2 wrong usage."""
+    """Entry point of the `ctrlib` command; returns the exit status.
+
+    0 done, 1 a clear refusal, 2 wrong usage, 130 stopped by Ctrl-C.
+    """
     try:
         status = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
@@ -74,25 +79,25 @@ def _run(arguments: list[str]) -> int:
             known = ("--help", "--version") if name.startswith("-") else COMMANDS
             raise usage.WrongUsage(f"there is no command {name}; {instead([name], known)}", "ctrlib")
         command = usage.parse(command_class(name), f"ctrlib {name}", rest)
-        return 0 if command is None else int(command())  # None: its help was asked for, and shown
     except usage.WrongUsage as wrong:
         print(wrong, file=sys.stderr)
         return 2
-    except BrokenPipeError:
+    if command is None:  # its help was asked for, and shown
+        return 0
+    try:
+        return int(command())
+    except (BrokenPipeError, SystemExit):
         raise
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        said = f"ctrlib: {error}{_advice(error)}"
+    except BaseException as error:
+        if not (isinstance(error, Exception | KeyboardInterrupt) or type(error).__name__ == PANIC):
+            raise
+        from ctrlib.cli.refusals import explain
+
+        if command.debug:
+            traceback.print_exc()
+        said, status = f"ctrlib: {explain(error)}", 130 if isinstance(error, KeyboardInterrupt) else 1
         print(usage.fill(said) if sys.stderr.isatty() else said, file=sys.stderr)
-        return 1
-
-
-def _advice(error: Exception) -> str:
-    """What to do about an error that is the installation's fault."""
-    if not isinstance(error, ImportError | OSError):
-        return ""
-    from ctrlib.doctor import hint
-
-    return f". {advice}" if (advice := hint(error)) else ""
+        return status
 
 
 def _overview() -> str:

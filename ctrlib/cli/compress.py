@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
+from ctrlib._target import check_target
 from ctrlib.cli.flags import Command
-from ctrlib.cli.kinds import OptionalFloat, OptionalText, Texts, shown
-from ctrlib.cli.paths import check_model, check_out, check_prepared
+from ctrlib.cli.kinds import OptionalFloat, OptionalText, Switch, Texts, shown
+from ctrlib.cli.paths import check_model, check_prepared
 from ctrlib.cli.tables import new_table, show
 from ctrlib.cli.usage import fill
+from ctrlib.search.settings import check_settings, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Output:
 
     out: Path
     """Folder for the smaller model, compression.json and compression.png."""
+    overwrite: Switch = False
+    """Replace the compressed model in --out if there is one."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Budget:
     bytes: OptionalText = None
     """Bytes for tables, decoders, remaps and wide part, as a number or as 5MB, 800kB, 2MiB."""
     ratio: OptionalFloat = None
-    """How many times fewer bytes than now."""
+    """How many times fewer bytes than now, above 1."""
     layer_ratio: OptionalFloat = None
     """How many times fewer weights the linear layers shall have, by low rank; otherwise they stay."""
 
@@ -73,14 +77,24 @@ class Compress(Command):
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
-        if (self.budget.bytes is None) == (self.budget.ratio is None):
-            raise ValueError("give the budget as --bytes or as --ratio, one of them")
+        budget, tuning = self.budget, self.tuning
+        num_bytes = None if budget.bytes is None else parse_bytes(budget.bytes)
+        check_settings(
+            num_bytes,
+            budget.ratio,
+            budget.layer_ratio,
+            tuning.epochs,
+            tuning.learning_rate,
+            tuning.batch_size,
+            tuning.seed,
+        )
         for folder in (self.model, *map(Path, self.tuning.teachers)):
             check_model(folder)
         check_prepared(self.data)
-        check_out(self.output.out)
+        inputs: list[str | Path] = [self.model, self.data, *self.tuning.teachers]
+        check_target(self.output.out, "compressed", inputs=inputs, overwrite=self.output.overwrite)
 
-        from ctrlib.search.compression import compress, parse_bytes
+        from ctrlib.search.compression import compress
         from ctrlib.training.allocator import keep_freed_memory
         from ctrlib.training.loop import to_json
 
@@ -89,14 +103,14 @@ class Compress(Command):
             self.model,
             self.data,
             self.output.out,
-            num_bytes=None if self.budget.bytes is None else parse_bytes(self.budget.bytes),
-            ratio=self.budget.ratio,
-            layer_ratio=self.budget.layer_ratio,
-            epochs=self.tuning.epochs,
-            learning_rate=self.tuning.learning_rate,
-            teachers=self.tuning.teachers,
-            batch_size=self.tuning.batch_size,
-            seed=self.tuning.seed,
+            num_bytes=num_bytes,
+            ratio=budget.ratio,
+            layer_ratio=budget.layer_ratio,
+            epochs=tuning.epochs,
+            learning_rate=tuning.learning_rate,
+            teachers=tuning.teachers,
+            batch_size=tuning.batch_size,
+            seed=tuning.seed,
         )
         if self.json:
             print(to_json(result))

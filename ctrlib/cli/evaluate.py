@@ -36,6 +36,7 @@ class Evaluate(Command):
     def __call__(self) -> int:
         """Run the command; the exit status."""
         check_model(self.model)
+        self.scoring.check()
         check_raw(self.data)
         is_prepared = (self.data / "schema.json").is_file()
         if is_prepared or (self.data.is_dir() and not holds_parquet(self.data)):

@@ -20,6 +20,7 @@ from ctrlib.cli.kinds import (
     Settings,
     Switch,
 )
+from ctrlib.errors import check_number, check_whole
 from ctrlib.models.build import for_engine
 from ctrlib.models.table import MODELS
 from ctrlib.schema import NumericFields, SequenceFields
@@ -41,6 +42,8 @@ class Command:
 
     json: Switch = False
     """Print the answer as one JSON object, and nothing else, to stdout."""
+    debug: Switch = False
+    """Show where in the program an error comes from, with the error."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,17 @@ class ModelFlags:
             raise ValueError("\n".join(idle))
         config: dict[str, Any] = {"model": self.model, **{ARGUMENT_OF[name]: value for name, value in changed.items()}}
         config |= {"numeric": self.numeric, "sequence": self.sequence}
-        if self.bins is not None and self.numeric not in BINNED:
-            raise ValueError(f"--bins {self.bins}: there are no bins in --numeric {self.numeric}")
+        if self.bins is not None:
+            if self.numeric not in BINNED:
+                raise ValueError(f"--bins {self.bins}: there are no bins in --numeric {self.numeric}")
+            check_whole(1, bins=self.bins)
+        for name, value in (("dim", self.dim), ("cross_layers", self.cross_layers)):
+            if value is not None:
+                check_whole(1, **{name: value})
+        for width in self.hidden or ():
+            check_whole(1, hidden=width)
+        if self.dropout is not None:
+            check_number(0, below=1, dropout=self.dropout)
         config = for_engine(config, engine)
         said = {**config, "edges": "quantiles of the training rows"} if self.numeric in BINNED else config
         for name, value in map(parse_option, self.option):
@@ -146,6 +158,18 @@ class TrainingFlags:
     seed: int = 0
     """Number that initial weights, the order of rows, dropout and searches are drawn from."""
 
+    def check(self) -> None:
+        """Refuse numbers with which nothing could be trained.
+
+        Raises:
+            ArgumentError: as said.
+        """
+        check_whole(1, max_epochs=self.epochs, patience=self.patience)
+        check_whole(0, seed=self.seed)
+        check_number(0, learning_rate=self.learning_rate, embedding_l2=self.l2)
+        if self.batch_size is not None:
+            check_whole(1, batch_size=self.batch_size)
+
     def rows_per_step(self, data: Path) -> int:
         """`batch_size`, or 4096, or the power of two, not below 64, that makes about 100 steps of smaller data."""
         if self.batch_size is not None:
@@ -165,3 +189,11 @@ class ScoringFlags:
     """Rows per step."""
     on_bad_row: Literal["raise", "skip"] = "raise"
     """What to do about damaged rows of a raw file: stop and name the first, or leave them out and count them."""
+
+    def check(self) -> None:
+        """Refuse numbers of rows that are none.
+
+        Raises:
+            ArgumentError: as said.
+        """
+        check_whole(1, batch_size=self.batch_size)

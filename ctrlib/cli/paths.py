@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ctrlib.making import settle
@@ -50,32 +49,3 @@ def check_raw(path: Path) -> None:
 def holds_parquet(folder: Path) -> bool:
     """Whether there are parquet files in a folder, or in folders in it."""
     return any(path.suffix in (".parquet", ".pq", ".parq") for path in folder.rglob("*"))
-
-
-def check_out(out: Path, *, file: bool = False) -> None:
-    """Refuse a place where no folder (or file) can be written.
-
-    Raises:
-        ValueError: as said.
-    """
-    if not file:
-        settle(out)
-    wanted = "file" if file else "folder"
-    if out.exists() and out.is_dir() == file:
-        raise ValueError(f"--out {out}: that is a {'folder' if file else 'file'}, expected a {wanted}")
-    place = next(place for place in (out, *out.parents) if place.exists())
-    if place != out and not place.is_dir():
-        raise ValueError(f"--out {out}: {place} is a file, so no {wanted} can be made in it")
-    if not os.access(place, os.W_OK):
-        raise ValueError(f"--out {out}: {place} may not be written to")
-
-
-def check_new_model(out: Path, *, overwrite: bool) -> None:
-    """Refuse to write a model where there is one, unless that is wanted.
-
-    Raises:
-        ValueError: as said.
-    """
-    check_out(out)
-    if (out / "model.json").exists() and not overwrite:
-        raise ValueError(f"{out} holds a model already: give another --out, or --overwrite to replace it")

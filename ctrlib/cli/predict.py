@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from ctrlib._target import check_target
 from ctrlib.cli.flags import Command, ScoringFlags
-from ctrlib.cli.kinds import Names
-from ctrlib.cli.paths import check_model, check_out, check_raw
+from ctrlib.cli.kinds import Names, Switch
+from ctrlib.cli.paths import check_model, check_raw
 from ctrlib.cli.tables import print_counts, progress_line
 
 
@@ -22,6 +23,8 @@ class Output:
     """File to write: .csv or .parquet, with a column per label and a row per row of DATA."""
     keep: Names = ()
     """Columns of DATA to write before the probabilities, such as ids."""
+    overwrite: Switch = False
+    """Replace the file in --out if there is one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Predict(Command):
             raise ValueError(f"--out must end in .csv or .parquet, got {out.name!r}")
         check_model(self.model)
         check_raw(self.data)
-        check_out(out, file=True)
+        self.scoring.check()
+        check_target(out, "file", inputs=[self.model, self.data], overwrite=self.output.overwrite)
 
         from ctrlib.serving.predictor import Predictor
 
@@ -62,6 +66,7 @@ class Predict(Command):
                 keep=self.output.keep,
                 batch_size=self.scoring.batch_size,
                 on_bad_row=self.scoring.on_bad_row,
+                overwrite=self.output.overwrite,
                 progress=progress,
             )
         if self.json:

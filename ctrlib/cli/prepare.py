@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Optional, cast, get_args
 from tyro.conf import Positional
 
 from ctrlib._lazy import instead
+from ctrlib._target import check_target
 from ctrlib.cli.flags import Command
 from ctrlib.cli.kinds import (
     Names,
@@ -27,7 +28,7 @@ from ctrlib.cli.kinds import (
     Texts,
     shown,
 )
-from ctrlib.cli.paths import check_out, check_raw
+from ctrlib.cli.paths import check_raw
 from ctrlib.schema import Categorical, Feature, MultiValued, Numeric, NumericTransform, Schema, Sequence
 
 LIMITS = ("min_count", "max_values")
@@ -45,7 +46,7 @@ class Output:
     out: Path
     """Prepared folder to write."""
     overwrite: Switch = False
-    """Replace the prepared folder that is there."""
+    """Replace the prepared folder in --out if there is one."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,8 @@ class Prepare(Command):
         for paths in given.values():
             for path in paths:
                 check_raw(path)
-        check_out(out)
-        if out.exists() and not self.output.overwrite:
-            raise ValueError(f"{out} exists: give another --out, or --overwrite to replace it")
+        read = [*(path for paths in given.values() for path in paths), self.kept.like]
+        check_target(out, "prepared", inputs=read, overwrite=self.output.overwrite)
 
         from rich.console import Console
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ctrlib._target import check_target
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags, parse_option
 from ctrlib.cli.kinds import Settings, Switch
-from ctrlib.cli.paths import check_new_model, check_prepared
+from ctrlib.cli.paths import check_prepared
 from ctrlib.cli.tables import print_scores
 from ctrlib.cli.usage import fill
 from ctrlib.search.methods import SEARCHES
@@ -29,7 +30,7 @@ class Output:
     out: Path
     """Folder for the model, search.json and search.png."""
     overwrite: Switch = False
-    """Replace the model in --out if there is one."""
+    """Replace what an earlier search left in --out."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class Search(Command):
         """Run the command; the exit status."""
         out, how = self.output.out, self.training
         self.model.config()
+        how.check()
         values = {"learning_rate": how.learning_rate, "embedding_l2": how.l2}
         values |= dict(map(parse_option, self.search.setting))
         check_prepared(self.data)
-        unfinished = (out / "checkpoints").exists()  # of this very search, or it is refused
-        check_new_model(out, overwrite=self.output.overwrite or unfinished)
+        check_target(out, "search", inputs=[self.data], overwrite=self.output.overwrite)
 
         from ctrlib.search.run import search_and_retrain, settings_of
         from ctrlib.training.allocator import keep_freed_memory

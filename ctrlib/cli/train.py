@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
+from ctrlib._target import check_target
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
 from ctrlib.cli.kinds import OptionalPath, Switch
-from ctrlib.cli.paths import check_model, check_new_model, check_prepared
+from ctrlib.cli.paths import check_model, check_prepared
 from ctrlib.cli.tables import print_scores
+from ctrlib.errors import check_number, check_whole
 
 if TYPE_CHECKING:
     from ctrlib.model import Model
@@ -86,9 +88,13 @@ class Train(Command):
         name, how, engine = self.model.model, self.training, self.engine
         out = self.output.out or Path("runs") / f"{self.data.name}-{name}"
         self.model.config(engine.engine)
+        how.check()
+        check_number(0, embedding_learning_rate=engine.embedding_learning_rate)
+        check_number(0, checkpoint_seconds=self.output.checkpoint_seconds)
+        check_whole(0, workers=engine.workers)
         check_prepared(self.data)
-        unfinished = (out / "checkpoints").exists()  # of this very run, or `run` refuses it
-        check_new_model(out, overwrite=self.output.overwrite or unfinished)
+        inputs = [self.data, how.warm_start, engine.plan]
+        check_target(out, ("model", "run"), inputs=inputs, overwrite=self.output.overwrite)
         if how.warm_start is not None:
             check_model(how.warm_start)
         if engine.plan is not None and not engine.plan.is_file():

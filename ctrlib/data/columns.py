@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ctrlib.data.scan import DataError
 from ctrlib.manifest import Manifest, manifest_of
 from ctrlib.schema import Categorical, RawId, Schema, SchemaError, SparseFeature, VocabularyFeature
 
@@ -204,6 +205,40 @@ def decode(groups: Sequence[RowGroup], schema: Schema, with_group: bool = False)
         lengths = np.concatenate([np.diff(part.offsets) for part in parts])
         ragged[name] = Ragged(np.concatenate([part.values for part in parts]), offsets_of(lengths))
     return Columns(ids, ragged, floats, group_column)
+
+
+def check_classes(groups: Sequence[RowGroup], schema: Schema) -> None:
+    """Read labels and weights, row group by row group, until every label has shown both classes among rows with weight.
+
+    Raises:
+        DataError: one has not, or no row has weight; the message names folder, column and what is there.
+    """
+    folder, num_rows = groups[0].path.parent, sum(group.num_rows for group in groups)
+    seen: dict[str, set[float]] = {name: set() for name in schema.labels}
+    weighs = schema.weight is None
+    for group in groups:
+        if weighs and all(len(classes) == 2 for classes in seen.values()):
+            return
+        table = _read(group, [*schema.labels, *([schema.weight] if schema.weight else [])])
+        kept = slice(None) if schema.weight is None else _plain(table[schema.weight], schema.weight, group) > 0
+        for name, classes in seen.items():
+            labels = _plain(table[name], name, group)[kept]
+            classes.update(np.unique(labels[~np.isnan(labels)]).tolist())
+            weighs |= len(labels) > 0
+    if not weighs:
+        raise DataError(
+            f"{folder}: the weight, column {schema.weight!r}, is 0 in all {num_rows:,} rows, so none of them counts: "
+            "expected weights above 0; prepare the data without --weight, or with one that is larger"
+        )
+    rows = "rows" if schema.weight is None else "rows with weight"
+    for name, classes in seen.items():
+        if len(classes) < 2:
+            found = f"it is {classes.pop():g} in all of them that have one" if classes else "none of them has one"
+            raise DataError(
+                f"{folder}: label {name!r} has one class only among the {rows} ({found}, {num_rows:,} rows): expected "
+                "both 0 and 1, or nothing is learnt and no AUC is defined; prepare more rows, split them otherwise "
+                "(--stratify), or leave that label out"
+            )
 
 
 def _reader(path: Path) -> Any:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pooch
 
+from ctrlib.errors import CtrlibError
 
-class DownloadError(RuntimeError):
+
+class DownloadError(CtrlibError, RuntimeError):
     """A data set could not be had; the message says from where and what to do instead."""
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from ctrlib.batch import Batch
 from ctrlib.data.collate import collate
-from ctrlib.data.columns import Array, Columns, RowGroup, decode, find_row_groups, offsets_of
+from ctrlib.data.columns import Array, Columns, RowGroup, check_classes, decode, find_row_groups, offsets_of
 from ctrlib.manifest import data_hash, load_schema
 
 _Span = tuple[int, int, int]  # window, first row in it, last row + 1
@@ -149,6 +149,15 @@ class Loader:
         """
         for group in self._row_groups:
             decode([group], self.schema, self.with_group)
+
+    def check_classes(self) -> None:
+        """Read labels and weights until every label has shown both of its classes, mostly one row group.
+
+        Raises:
+            DataError: no row has weight, or those that have are all of one class, so that nothing can be learnt from
+                them, and no AUC is defined on them.
+        """
+        check_classes(self._row_groups, self.schema)
 
     def state_dict(self, in_flight: int = 0) -> dict[str, Any]:
         """Where to go on: the epoch and the number of its batches that were consumed.

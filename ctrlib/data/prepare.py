@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ctrlib._target import check_target
 from ctrlib.data import remarks
 from ctrlib.data.cells import TOO_LARGE, check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
@@ -23,11 +25,12 @@ from ctrlib.data.infer import HOURS, NO_CELLS
 from ctrlib.data.like import Earlier
 from ctrlib.data.raw import RawData, RawTable, naming
 from ctrlib.data.scan import DataError, OnBadRow
-from ctrlib.data.split import SPLITS, split_table
+from ctrlib.data.split import SPLITS, check_ratio, split_table
 from ctrlib.data.unknown import refuse_two_spellings
 from ctrlib.data.vocabulary import fit, values_in, vocabulary_path
 from ctrlib.data.workers import ThisMachine, Workers
-from ctrlib.making import new_folder, settle
+from ctrlib.errors import check_type
+from ctrlib.making import new_folder
 from ctrlib.manifest import write_manifest
 from ctrlib.schema import Feature, Numeric, RawId, Schema, SchemaError, kind_of
 
@@ -108,6 +111,8 @@ def prepare(
         SchemaError: names or types of columns do not fit.
         DataError: the data is damaged; the message names file, row and column.
         ValueError: an argument is out of range, or `extend` comes without `like`.
+        TargetError: `out` is there already, is something else than a prepared folder, or is what is read.
+        TypeError: an argument is of another type.
 
     >>> import tempfile
     >>> import polars as pl
@@ -126,8 +131,15 @@ def prepare(
     >>> pl.read_parquet(folder.with_name("newer") / "train")["item"].to_list()
     [5, 4]
     """
+    files = [one for part in _parts(data).values() for one in (part if isinstance(part, list | tuple) else [part])]
+    read = [one for one in (*files, like) if isinstance(one, str | os.PathLike)]
+    check_target(out, "prepared", inputs=read, overwrite=overwrite)
+    check_ratio(split)
+    check_type("a whole number", int, seed=seed)
     out = Path(out)
     given = tuple(features or ())
+    for feature in given:
+        check_type("features such as ctr.Categorical(name) or ctr.Numeric(name)", Feature, feature=feature)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     said: dict[str, Any] = {
         "labels": (labels,) if isinstance(labels, str) else labels if labels is None else tuple(labels),
@@ -157,7 +169,6 @@ def prepare(
     raw_format = {**said, "missing_values": list(said["missing_values"])}
     reading: dict[str, Any] = {name: said[name] for name in ("separator", "columns", "missing_values")}
     parts = _parts(data)
-    _check_out(out, overwrite)
     with new_folder(out) as folder:
         workers = _workers(parts, spark, folder)
         tables = {
@@ -240,20 +251,6 @@ def prepare(
     if log is not None:
         report.show(out, log)
     return schema
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuse to replace what is there, unless that is wanted and it is a prepared folder.
-
-    Raises:
-        FileExistsError: as said.
-    """
-    settle(out)
-    if out.exists():
-        if not overwrite:
-            raise FileExistsError(f"{out} exists: give another folder, or replace it with overwrite=True (--overwrite)")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / "schema.json").is_file()):
-            raise FileExistsError(f"{out} is not a prepared folder and will not be overwritten: give another")
 
 
 def _check_stratify(stratify: str | None, labels: Sequence[str], split_by: str | None, is_split: bool) -> None:

@@ -28,6 +28,8 @@ from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ctrlib.errors import CtrlibError
+
 BLOCK_BYTES = 16 << 20
 MAX_ROW_BYTES = 16 << 20  # a quote that stays open for longer is a stray one
 NEWLINE, QUOTE = ord("\n"), ord('"')
@@ -51,7 +53,7 @@ _CODES = {reason: code for code, reason in enumerate(REASONS, start=1)}
 _STRAY = -1  # in place of a row's number of cells
 
 
-class DataError(ValueError):
+class DataError(CtrlibError, ValueError):
     """The data itself is damaged; the message names file, row or column, what was expected and how to mend it."""
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import polars as pl
 
 from ctrlib.data.cells import label
 from ctrlib.data.raw import ROW, RawTable, is_cell
 from ctrlib.data.scan import DataError
+from ctrlib.errors import check_type
 from ctrlib.schema import SchemaError
 
 SPLITS = ("train", "valid", "test")
@@ -50,8 +52,7 @@ def split_table(
         SchemaError: the ratio makes no sense, or `split_by` or `stratify` is no column.
         DataError: `split_by` holds what is neither number nor date.
     """
-    if len(ratio) != 3 or min(ratio) < 0 or ratio[0] <= 0 or not sum(ratio) < float("inf"):
-        raise SchemaError(f"split is {ratio}, expected three numbers (train, valid, test) such as (8, 1, 1)")
+    check_ratio(ratio)
     total = float(sum(ratio))
     bounds = [0.0, ratio[0] / total, (ratio[0] + ratio[1]) / total, 1.0]
     if stratify is not None:
@@ -70,6 +71,20 @@ def split_table(
         if share > 0:
             parts[name] = _between(position, low, high, by_hash=split_by is None)
     return parts
+
+
+def check_ratio(ratio: Sequence[float]) -> None:
+    """Refuse what are no sizes of train, valid and test.
+
+    Raises:
+        WrongTypeError, SchemaError: as said.
+    """
+    expected = "three numbers (train, valid, test) such as (8, 1, 1)"
+    check_type(expected, Sequence, split=ratio)
+    for size in ratio:
+        check_type(f"{expected}: each of them a number", Real, split=size)
+    if len(ratio) != 3 or min(ratio) < 0 or ratio[0] <= 0 or not sum(ratio) < float("inf"):
+        raise SchemaError(f"split is {ratio}, expected {expected}")
 
 
 def _stratified(

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ctrlib import plots
+from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
+from ctrlib.errors import ArgumentError, check_path
 from ctrlib.manifest import check_folder
 from ctrlib.model import Ensemble, Model
 from ctrlib.search.bytes import bytes_of
@@ -21,11 +24,14 @@ from ctrlib.search.floors import frequency_cut, rounded_rows
 from ctrlib.search.mimicking import apply_low_rank, low_rank
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.ranks import Goal
+from ctrlib.search.settings import check_settings
 from ctrlib.serving.predictor import Predictor, model_in_the_making
-from ctrlib.structure import describe
+from ctrlib.sharding.plan import TABLES
+from ctrlib.structure import KINDS, describe
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.loop import to_json
 
+SMALLER = tuple(KINDS.values())  # what tables have given way to in a model that was made smaller already
 SAMPLE_ROWS = 400_000  # of train, to see how tables are used
 
 
@@ -38,25 +44,6 @@ class Candidate:
     total_bytes: int
     valid_auc: float
     valid_log_loss: float
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes as people write it.
-
-    Raises:
-        ValueError: it is not one.
-
-    >>> parse_bytes("5MB"), parse_bytes("800 kB"), parse_bytes("2MiB"), parse_bytes("1000")
-    (5000000, 800000, 2097152, 1000)
-    """
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    number = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz").strip()
-    unit = text.strip().lower()[len(number) :].strip()
-    try:
-        size = float(number) * units[unit]
-    except (ValueError, KeyError):
-        raise ValueError(f"{text!r} is no number of bytes: write 5MB, 800kB, 2MiB or 1000") from None
-    return int(size)
 
 
 def compress(
@@ -98,9 +85,14 @@ def compress(
     Raises:
         ValueError: both budgets or none, or one that cannot be met; the message says what the smallest is.
         SchemaError: the data were prepared differently.
+        DataError: validation has one class of a label only, so nothing can be chosen by it.
+        TargetError: `out` is a model or the data, or holds something else than a compressed model.
+        TypeError: an argument is of another type.
     """
-    if (num_bytes is None) == (ratio is None):
-        raise ValueError(f"give the budget in bytes or as a ratio, one of them: got {num_bytes} and {ratio}")
+    check_path("a model folder", folder=folder, **{f"teacher {n}": other for n, other in enumerate(teachers, 1)})
+    check_path("a prepared folder", data=data)
+    check_settings(num_bytes, ratio, layer_ratio, epochs, learning_rate, batch_size, seed)
+    check_target(out, ("compressed", "other"), inputs=[folder, data, *teachers], overwrite=True)
     console = console or Console(stderr=True)
     predictor = Predictor.load(folder)
     predictor.check_prepared(data)
@@ -111,6 +103,7 @@ def compress(
         other.check_prepared(data)
     teacher = Ensemble([model, *(other.model for other in others)]) if others else model
     before = bytes_of(model)
+    check_tables(model, folder)
     budget = num_bytes if num_bytes is not None else int(before.embedding / (ratio or 1.0))
     if budget >= before.embedding:
         raise ValueError(
@@ -119,6 +112,7 @@ def compress(
         )
     train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
     valid, test = (Loader(data, split, batch_size=batch_size) for split in ("valid", "test"))
+    valid.check_classes()
     sample = Head(train, SAMPLE_ROWS)
 
     tried: list[Candidate] = []
@@ -194,6 +188,27 @@ def compress(
         (making / "compression.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         plots.compression(tried, budget, making / "compression.png")
     return result
+
+
+def check_tables(model: Model, folder: str | Path) -> None:
+    """Refuse a model without tables, or with none that the methods take.
+
+    Raises:
+        ArgumentError: as said.
+    """
+    before = bytes_of(model)
+    if not before.weights + before.remap + before.decoder:
+        raise ArgumentError(
+            f"the model in {folder} has no tables, so there is nothing to compress: expected one with features that "
+            "have ids (categorical, multi-valued or histories)"
+        )
+    if not any(isinstance(part, EmbeddingBagCollection) for part in model.embedding.modules()):
+        kinds = {type(part).__name__ for part in model.embedding.modules() if isinstance(part, (*TABLES, *SMALLER))}
+        raise ArgumentError(
+            f"the tables of the model in {folder} cannot be compressed, they are {', '.join(sorted(kinds)) or 'others'}"
+            ": expected plain tables, such as those of features with one id a row; a model that was made smaller "
+            "already is compressed anew from the one that it came from"
+        )
 
 
 class Head:

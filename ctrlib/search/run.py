@@ -15,7 +15,9 @@ from rich.console import Console
 
 from ctrlib import models, plots
 from ctrlib._lazy import instead
+from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
+from ctrlib.errors import check_number, check_path, check_type, check_whole
 from ctrlib.making import remove
 from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
@@ -28,7 +30,7 @@ from ctrlib.structure import describe
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.exact import ExactEngine
-from ctrlib.training.loop import fit, to_json
+from ctrlib.training.loop import check_schedule, fit, to_json
 
 
 def settings_of(method: str, values: dict[str, Any]) -> Any:
@@ -88,7 +90,17 @@ def search_and_retrain(
 
     Raises:
         ValueError: an argument does not fit, or `out` holds another search.
+        TargetError: `out` is the data, or a folder of another kind.
+        DataError: train or valid has one class of a label only, or no row with weight.
+        TypeError: an argument is of another type.
     """
+    check_path("a prepared folder", data=data)
+    check_type('a dictionary {"model": name, **arguments}', dict, config=config)
+    check_schedule(max_epochs, patience)
+    check_whole(1, batch_size=batch_size)
+    check_whole(0, seed=seed)
+    check_number(0, learning_rate=learning_rate, embedding_l2=embedding_l2)
+    check_target(out, ("search", "other"), inputs=[data], overwrite=True)
     data, out, console = Path(data), Path(out), console or Console(stderr=True)
     settings = settings or settings_of(method, {"learning_rate": learning_rate, "embedding_l2": embedding_l2})
     torch.manual_seed(seed)
@@ -98,6 +110,8 @@ def search_and_retrain(
     before = bytes_of(model)
     train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
     valid, test = (Loader(data, split, batch_size=2 * batch_size) for split in ("valid", "test"))
+    for loader in (train, valid):
+        loader.check_classes()
     out.mkdir(parents=True, exist_ok=True)
 
     plan = _plan(method, model, train, valid, settings, seed, out, checkpoints or out / "search", console)

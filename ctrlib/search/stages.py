@@ -23,7 +23,7 @@ from ctrlib.distributed import world_size
 from ctrlib.model import Model
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.loop import Engine, NonFiniteLossError
-from ctrlib.training.progress import random_state, set_random_state
+from ctrlib.training.progress import known_weight, random_state, set_random_state
 
 
 def search_epochs(
@@ -87,7 +87,7 @@ def search_epochs(
             break
         before(epoch)
         engine.model.train()
-        started, total, rows = time.perf_counter(), 0.0, 0
+        started, total, weight = time.perf_counter(), 0.0, 0.0
         for batch, loss in engine.train(train):
             value = loss.item()
             if not np.isfinite(value):
@@ -95,9 +95,12 @@ def search_epochs(
                     f"search, epoch {epoch + 1}: the loss is {value}; no weight was changed by this batch. Usual "
                     "cause: a learning rate that is too high"
                 )
-            total, rows = total + value * batch.size, rows + batch.size
+            known = known_weight(batch)
+            total, weight = total + value * known, weight + known
         seconds = time.perf_counter() - started
-        console.print(f"search epoch {epoch + 1:2d}  loss {total / rows:.5f}  {seconds:.1f} s", highlight=False)
+        console.print(
+            f"search epoch {epoch + 1:2d}  loss {total / max(weight, 1e-30):.5f}  {seconds:.1f} s", highlight=False
+        )
         over = after(epoch)
         if checkpoints is not None:
             plain = {

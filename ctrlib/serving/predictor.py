@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import reprlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from ctrlib import models
 from ctrlib._lazy import instead
+from ctrlib._target import check_target
 from ctrlib.batch import Batch
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns
@@ -38,6 +40,7 @@ from ctrlib.data.quantiles import has_points
 from ctrlib.data.raw import ROW, RawTable, as_frame
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
 from ctrlib.data.stream import ahead
+from ctrlib.errors import ArgumentError, check_path, check_type, check_whole
 from ctrlib.making import new_file, new_folder, remove
 from ctrlib.manifest import load_schema, manifest_of, write_manifest
 from ctrlib.schema import Schema, SchemaError
@@ -58,8 +61,16 @@ def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: 
 
     Raises:
         SchemaError: a file of `data` that is copied is damaged.
+        ValueError: `config` describes another model than this one, or none.
+        TargetError: `out` is `data`, or a prepared folder.
+        TypeError: an argument is of another type.
         OSError: the disk is full.
     """
+    check_type("a torch module", nn.Module, model=model)
+    check_type('a dictionary {"model": name, **arguments}', dict, config=config)
+    check_path("a prepared folder", data=data)
+    check_target(out, ("model", "run", "search", "compressed", "other"), inputs=[data], overwrite=True)
+    _check_config(model, config, load_schema(data))
     with model_in_the_making(model, config, data, out):
         pass
 
@@ -88,6 +99,33 @@ def model_in_the_making(model: nn.Module, config: dict[str, Any], data: str | Pa
         remove(out / "numbers")  # an older model's
 
 
+def _check_config(model: nn.Module, config: dict[str, Any], schema: Schema) -> None:
+    """Refuse a config that makes another model, which could be saved and then not be loaded.
+
+    Raises:
+        ArgumentError: as said.
+    """
+    if "model" not in config:
+        raise ArgumentError(f'config does not name a "model": expected {{"model": name, **arguments}}, got {config}')
+    with torch.device("meta"):  # its shapes alone, which costs no memory
+        expected = {name: tensor.shape for name, tensor in models.build(config, schema).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    unfit = [
+        f"{name} is {_shape(shapes.get(name))}, that of the config {_shape(expected.get(name))}"
+        for name in sorted({*shapes, *expected})
+        if shapes.get(name) != expected.get(name)
+    ]
+    if unfit:
+        raise ArgumentError(
+            f"config describes another model than the one to save, {len(unfit)} tensors differ: "
+            f"{'; '.join(unfit[:3])}. Give what `ctrlib.models.build` made this model from: {reprlib.repr(config)}"
+        )
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))
+
+
 NOTHING = pl.DataFrame()  # made once: a frame costs a tenth of a millisecond
 
 
@@ -113,6 +151,7 @@ class Predictor:
         Raises:
             SchemaError: a file is missing, damaged, or of another model; the message names it.
         """
+        check_path("a model folder", folder=folder)
         folder = Path(folder)
         manifest = manifest_of(folder)
         for name in ("model.json", "model.safetensors", "schema.json"):
@@ -180,6 +219,7 @@ class Predictor:
         keep: Sequence[str] = (),
         batch_size: int = 8192,
         on_bad_row: OnBadRow = "raise",
+        overwrite: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
         """Score a file into a file, in memory that does not grow with it; returns the counts that `predict` gives.
@@ -192,13 +232,20 @@ class Predictor:
             keep: raw columns to carry over, such as ids.
             batch_size: rows per step.
             on_bad_row: as in `predict`.
+            overwrite: replace a file that is there.
             progress: is called with the number of rows scored so far.
 
         Raises:
             ValueError: `out` has another ending, or a column to keep has the name of a label.
+            TargetError: `out` is there already, or it is the data, or lies in the model folder.
             SchemaError, DataError: as `predict`.
             OSError: the disk is full.
         """
+        check_path("a raw file", data=data)
+        check_path("a .csv or .parquet file", out=out)
+        check_whole(1, batch_size=batch_size)
+        check_on_bad_row(on_bad_row)
+        check_target(out, "file", inputs=[data, self.folder], overwrite=overwrite)
         out, report = Path(out), Report(self.encoder)
         if out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"the file to write must end in .csv or .parquet, got {out.name!r}")
@@ -247,6 +294,7 @@ class Predictor:
                 than in training.
         """
         check_on_bad_row(on_bad_row)
+        check_whole(1, batch_size=batch_size)
         report = report or Report(self.encoder)
         for columns, kept in self._encoded(data, on_bad_row, keep, report):
             yield self._probabilities(columns, batch_size, report), kept
@@ -294,6 +342,7 @@ class Predictor:
             SchemaError, DataError: as in `predict`, labels included.
         """
         check_on_bad_row(on_bad_row)
+        check_whole(1, batch_size=batch_size)
         groups: dict[str, int] = {}
         report = Report(self.encoder)
 

@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ctrlib import distributed
+from ctrlib.errors import CtrlibError
 from ctrlib.making import DISK_FULL
 from ctrlib.manifest import Damage, damage_of, read_sealed, write_new, write_sealed
 from ctrlib.sharding.shards import Shards
@@ -59,7 +60,7 @@ BLOCK = 1 << 24  # bytes copied or read at a time: a table is never held twice
 FORMAT = 1
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(CtrlibError, RuntimeError):
     """A checkpoint could not be written, or none could be read; the message says why and what to do."""
 
 

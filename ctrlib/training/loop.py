@@ -20,11 +20,12 @@ from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
-from ctrlib.distributed import any_rank, rank, world_size
+from ctrlib.distributed import any_rank, rank, total, world_size
+from ctrlib.errors import CtrlibError, check_whole
 from ctrlib.sharding.shards import State
 from ctrlib.training.checkpoint import CheckpointError, Checkpoints
 from ctrlib.training.evaluate import evaluate
-from ctrlib.training.progress import Epoch, Progress, random_state, set_random_state
+from ctrlib.training.progress import Epoch, Progress, known_weight, random_state, set_random_state
 from ctrlib.training.state import copy_state, restore_state
 
 
@@ -56,11 +57,11 @@ class Engine(Protocol):
     def weights(self) -> dict[str, Tensor]: ...  # noqa: D102
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(CtrlibError, RuntimeError):
     """The loss of a batch is NaN or infinite. Raised before that batch touches a weight; says where."""
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(CtrlibError, RuntimeError):
     """Another process of the same training died, or did not answer in time."""
 
 
@@ -73,7 +74,10 @@ class Terminated(SystemExit):
 
 @dataclasses.dataclass
 class History:
-    """What `fit` did. `samples_per_second` counts training alone, loading included and validation not."""
+    """What `fit` did. `samples_per_second` counts training alone, loading included and validation not.
+
+    `seconds` are of everything, those before a kill included, up to the checkpoint from which it went on.
+    """
 
     epochs: list[Epoch] = dataclasses.field(default_factory=list)
     best_epoch: int = 0
@@ -134,7 +138,6 @@ def fit(
     check_schedule(max_epochs, patience)
     out = None if out is None else Path(out)
     console = console or Console(stderr=True)
-    started = time.perf_counter()
     keeper = _Keeper(engine, train, checkpoints, checkpoint_seconds, identity or {}, console)
     with _Log(out if rank() == 0 else None, tensorboard and rank() == 0) as log, keeper, _name_lost_processes():
         progress = keeper.load()
@@ -157,7 +160,7 @@ def fit(
                 )
             line = Epoch(
                 epoch=number,
-                train_loss=progress.loss_sum / max(progress.rows, 1),
+                train_loss=progress.train_loss,
                 valid_auc=scored["auc"],
                 valid_log_loss=scored["log_loss"],
                 learning_rate=engine.learning_rates[0],
@@ -182,7 +185,7 @@ def fit(
     history = History(progress.epochs, progress.best_epoch)
     if progress.total_seconds:
         history.samples_per_second = round(progress.total_rows / progress.total_seconds, 1)
-    history.seconds = round(time.perf_counter() - started, 3)
+    history.seconds = round(progress.look_at_the_clock(), 3)
     return history
 
 
@@ -190,11 +193,9 @@ def check_schedule(max_epochs: int, patience: int) -> None:
     """Refuse numbers of epochs with which nothing would be trained.
 
     Raises:
-        ValueError: as said.
+        ArgumentError, WrongTypeError: as said.
     """
-    for name, value in (("max_epochs (--epochs)", max_epochs), ("patience (--patience)", patience)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+    check_whole(1, max_epochs=max_epochs, patience=patience)
 
 
 def _train_epoch(
@@ -229,7 +230,7 @@ def _train_epoch(
                     f"{title}, batch {progress.batches}: the loss is {value}; no weight was changed by this batch. "
                     f"{where} Usual causes: a learning rate that is too high, or numeric features without a transform"
                 )
-            progress.add(value, batch.size * world_size())
+            progress.add(value, batch.size * world_size(), total(known_weight(batch)))
             progress.seconds = seconds + time.perf_counter() - started
             bar.update(task, advance=1, loss=f"loss {value:.4f}")
             keeper.save_if_due(progress)

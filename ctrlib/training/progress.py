@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ctrlib.batch import Batch
 from ctrlib.distributed import gather, rank
 
 
@@ -36,26 +38,44 @@ class Progress:
     best_auc: float = float("-inf")
     best_checkpoint: str | None = None  # which holds the best weights
     stale: int = 0  # epochs since the best one
-    batches: int = 0  # of the epoch at work, as the next three
+    batches: int = 0  # of the epoch at work, as the next four
     rows: int = 0
-    loss_sum: float = 0.0
+    weight: float = 0.0  # of the rows whose label is known
+    loss_sum: float = 0.0  # of the rows, each by its weight
     seconds: float = 0.0
     total_rows: int = 0
     total_seconds: float = 0.0
+    # Of everything, in this process and in the ones before it that were killed, up to their last checkpoint.
+    all_seconds: float = field(default=0.0, compare=False)
+    _looked: float = field(default_factory=time.perf_counter, compare=False)
 
-    def add(self, loss: float, rows: int) -> None:
-        """A step on so many rows."""
+    def add(self, loss: float, rows: int, weight: float) -> None:
+        """A step on so many rows, of which those with a label weigh so much together."""
         self.step += 1
         self.batches += 1
         self.rows += rows
-        self.loss_sum += loss * rows
+        self.weight += weight
+        # A batch in which nothing has weight has no loss.
+        self.loss_sum += loss * weight if weight else 0.0
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss of the epoch at work, in which every row counts by its weight; NaN before its first row."""
+        return self.loss_sum / self.weight if self.weight else float("nan")
+
+    def look_at_the_clock(self) -> float:
+        """`all_seconds`, up to now."""
+        now = time.perf_counter()
+        self.all_seconds += now - self._looked
+        self._looked = now
+        return self.all_seconds
 
     def end_epoch(self, line: Epoch, better: bool) -> None:
         """The epoch at work is over, and validated."""
         self.epochs.append(line)
         self.total_rows += self.rows
         self.total_seconds += self.seconds
-        self.batches, self.rows, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
+        self.batches, self.rows, self.weight, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0, 0.0
         if better:
             self.best_epoch, self.best_auc, self.stale = line.epoch, line.valid_auc, 0
         else:
@@ -63,7 +83,10 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        self.look_at_the_clock()
+        plain = dataclasses.asdict(self)
+        del plain["_looked"]  # a clock of this process
+        return plain
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Progress:
@@ -74,6 +97,12 @@ class Progress:
         True
         """
         return cls(**{**content, "epochs": [Epoch(**line) for line in content["epochs"]]})
+
+
+def known_weight(batch: Batch) -> float:
+    """The weight of a batch's rows whose label is known, of several labels their mean: how much its loss counts."""
+    known = ~torch.isnan(batch.labels)
+    return float((batch.weights.double().unsqueeze(1) * known).sum()) / known.shape[1]
 
 
 def random_state() -> list[dict[str, str]]:

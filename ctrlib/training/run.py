@@ -16,8 +16,10 @@ import torch
 from rich.console import Console
 
 from ctrlib import plots
+from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import init_process_group, rank, world_size
+from ctrlib.errors import check_callable, check_number, check_path, check_whole
 from ctrlib.making import new_file, remove, write_text
 from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
@@ -154,10 +156,23 @@ def run(
 
     Raises:
         ValueError: an argument does not fit, or `out` holds the checkpoints of another run.
+        TargetError: `out` is the data, or a folder of another kind.
+        DataError: train or valid has one class of a label only, or no row with weight.
+        TypeError: an argument is of another type.
     """
     started = time.perf_counter()
-    data, out = Path(data), None if out is None else Path(out)
+    check_path("a prepared folder", data=data)
+    check_callable("a function from a Schema to a model, such as lambda s: ctr.models.build(config, s)", build=build)
     check_schedule(max_epochs, patience)
+    check_whole(1, batch_size=batch_size)
+    check_whole(0, seed=seed, workers=workers)
+    check_number(0, learning_rate=learning_rate, embedding_learning_rate=embedding_learning_rate)
+    check_number(0, embedding_l2=embedding_l2)
+    if checkpoint_seconds is not None:
+        check_number(0, checkpoint_seconds=checkpoint_seconds)
+    if out is not None:
+        check_target(out, ("model", "run", "other"), inputs=(data, plan), overwrite=True)
+    data, out = Path(data), None if out is None else Path(out)
     if batch_size % world_size():
         raise ValueError(
             f"{world_size()} processes cannot share a batch of {batch_size} rows evenly: use a multiple of "
@@ -200,6 +215,8 @@ def run(
     valid, test = (
         Loader(data, split, batch_size=2 * own_size, with_group=with_group, **share) for split in ("valid", "test")
     )
+    for loader in (train, valid):
+        loader.check_classes()
     identity = {
         **(identity or {}),
         **{"data": schema.hash, "model": hashlib.sha256(printout.encode()).hexdigest(), "engine": engine},
@@ -207,6 +224,7 @@ def run(
         **{"batch_size": batch_size, "learning_rate": learning_rate, "embedding_l2": embedding_l2, "seed": seed},
         **{"embedding_learning_rate": embedding_learning_rate, "precision": precision, "patience": patience},
     }
+    before_training = time.perf_counter() - started
     with contextlib.ExitStack() as stack:
         checkpoints = None
         if out is not None and checkpoint_seconds is not None:
@@ -226,6 +244,7 @@ def run(
             tensorboard=tensorboard,
             console=console,
         )
+    trained = time.perf_counter()
     # The engine may have wrapped the model or moved it: a plain one with the trained weights, for saving and serving.
     weights = trainer.weights()
     with contextlib.nullcontext() if is_first else torch.device("meta"):
@@ -253,7 +272,7 @@ def run(
         "embedding_bytes": embedding_bytes,
         "samples_per_second": history.samples_per_second,
         "inference_samples_per_second": round(inference, 1),
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(before_training + history.seconds + time.perf_counter() - trained, 2),
         "epochs": len(history.epochs),
         "best_epoch": history.best_epoch,
         "engine": trainer.name,

@@ -1,0 +1,133 @@
+"""What a user can cause and mend: the class of such errors, and the checks of arguments that come before any work."""
+
+from __future__ import annotations
+
+import math
+import os
+import reprlib
+from numbers import Integral, Real
+from types import UnionType
+
+
+class CtrlibError(Exception):
+    """Something that whoever called can mend: the message says where, what was expected, what came and what to do.
+
+    The classes that derive from it stay what Python calls such a thing besides, a `ValueError` mostly.
+
+    >>> from ctrlib.schema import Schema
+    >>> try:
+    ...     Schema.load("nowhere")
+    ... except CtrlibError as error:
+    ...     print(error)
+    nowhere does not exist: not a prepared folder; make one with `ctrlib prepare`
+    """
+
+
+class ArgumentError(CtrlibError, ValueError):
+    """An argument is out of range, or does not go with another."""
+
+
+class WrongTypeError(CtrlibError, TypeError):
+    """An argument is of another type than expected."""
+
+
+# Arguments whose flag on the command line is not their name.
+FLAGS = {"max_epochs": "--epochs", "embedding_l2": "--l2", "num_bytes": "--bytes"}
+
+
+def named(argument: str) -> str:
+    """An argument as messages name it, for Python and for the command line.
+
+    >>> named("max_epochs"), named("batch_size")
+    ('max_epochs (--epochs)', 'batch_size (--batch-size)')
+    """
+    return f"{argument} ({FLAGS.get(argument, '--' + argument.replace('_', '-'))})"
+
+
+def check_whole(least: int, /, **values: object) -> None:
+    """Refuse what is no whole number from `least` on.
+
+    Raises:
+        WrongTypeError, ArgumentError: as said.
+
+    >>> check_whole(1, batch_size=0)
+    Traceback (most recent call last):
+        ...
+    ctrlib.errors.ArgumentError: batch_size (--batch-size) must be 1 or more, got 0
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise WrongTypeError(f"{named(name)} must be a whole number, got {shown(value)}")
+        if value < least:
+            raise ArgumentError(f"{named(name)} must be {least} or more, got {value}")
+
+
+def check_number(least: float, /, *, above: bool = False, below: float = math.inf, **values: object) -> None:
+    """Refuse what is no finite number from `least` on (`above`: beyond it) and below `below`.
+
+    Raises:
+        WrongTypeError, ArgumentError: as said.
+
+    >>> check_number(1, above=True, ratio=float("nan"))
+    Traceback (most recent call last):
+        ...
+    ctrlib.errors.ArgumentError: ratio (--ratio) must be a finite number above 1, got nan
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise WrongTypeError(f"{named(name)} must be a number, got {shown(value)}")
+        number = float(value)
+        if not math.isfinite(number) or number < least or (above and number == least) or number >= below:
+            low = f"above {least:g}" if above else f"that is {least:g} or more"
+            high = f" and below {below:g}" if below < math.inf else ""
+            raise ArgumentError(f"{named(name)} must be a finite number {low}{high}, got {value}")
+
+
+def check_type(expected: str, kinds: type | UnionType | tuple[type, ...], /, **values: object) -> None:
+    """Refuse what is of none of the kinds; `expected` says in words what would be right.
+
+    Raises:
+        WrongTypeError: as said.
+
+    >>> check_type("a dictionary", dict, config="dcnv2")
+    Traceback (most recent call last):
+        ...
+    ctrlib.errors.WrongTypeError: config must be a dictionary, got str 'dcnv2'
+    """
+    for name, value in values.items():
+        if not isinstance(value, kinds):
+            raise WrongTypeError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def check_callable(expected: str, /, **values: object) -> None:
+    """Refuse what cannot be called; `expected` says in words what would be right.
+
+    Raises:
+        WrongTypeError: as said.
+    """
+    for name, value in values.items():
+        if not callable(value):
+            raise WrongTypeError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def check_path(expected: str, /, **values: object) -> None:
+    """Refuse what is no path; `expected` says in words of what it should be.
+
+    Raises:
+        WrongTypeError: as said.
+
+    >>> check_path("a prepared folder", data=3)
+    Traceback (most recent call last):
+        ...
+    ctrlib.errors.WrongTypeError: data must be the path of a prepared folder, got int 3
+    """
+    check_type(f"the path of {expected}", (str, os.PathLike), **values)
+
+
+def shown(value: object) -> str:
+    """A value with its type, cut to what fits a message.
+
+    >>> shown([1, 2, 3]), shown(None)
+    ('list [1, 2, 3]', 'None')
+    """
+    return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
