@@ -110,6 +110,34 @@ def check_callable(expected: str, /, **values: object) -> None:
             raise WrongTypeError(f"{name} must be {expected}, got {shown(value)}")
 
 
+def check_has(expected: str, names: tuple[str, ...], /, **values: object) -> None:
+    """Refuse what has not all of these attributes; `expected` says in words what would be right.
+
+    Raises:
+        WrongTypeError: as said.
+
+    >>> check_has("an engine", ("train", "model"), engine="exact")
+    Traceback (most recent call last):
+        ...
+    ctrlib.errors.WrongTypeError: engine must be an engine, got str 'exact'
+    """
+    for name, value in values.items():
+        if not all(hasattr(value, attribute) for attribute in names):
+            raise WrongTypeError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def check_batches(names: tuple[str, ...] = ("__iter__",), /, **values: object) -> None:
+    """Refuse what gives no batches, a path or a text among them.
+
+    Raises:
+        WrongTypeError: as said.
+    """
+    for name, value in values.items():
+        fits = all(hasattr(value, attribute) for attribute in names)
+        if not fits or isinstance(value, str | bytes | os.PathLike):
+            raise WrongTypeError(f"{name} must be a ctrlib.Loader, or a list of batches, got {shown(value)}")
+
+
 def check_path(expected: str, /, **values: object) -> None:
     """Refuse what is no path; `expected` says in words of what it should be.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, get_args
 
 from torch import nn
@@ -22,6 +23,7 @@ from ctrlib.embeddings.sim import SIM, TargetAttention
 from ctrlib.embeddings.table import TableEmbedding, Wide
 from ctrlib.embeddings.tim import InterestEmbedding
 from ctrlib.embeddings.unified import UnifiedTables
+from ctrlib.errors import check_type
 from ctrlib.heads.linear import LinearHead
 from ctrlib.model import Model
 from ctrlib.schema import Categorical, NumericFields, Schema, SequenceFields, vocabulary_of
@@ -74,6 +76,8 @@ class Inputs:
     wide_columns: int = 1
 
     def __post_init__(self) -> None:
+        check_type("a ctrlib.Schema, as ctrlib.prepare returns it or Schema.load reads it", Schema, schema=self.schema)
+        check_type("a whole number", Integral, embedding_dim=self.embedding_dim)
         if self.tables is not None and self.tables.get("kind") not in LOOK_UPS:
             kind = str(self.tables.get("kind"))
             raise ValueError(f'tables={dict(self.tables)}: unknown "kind" {kind!r}; {instead([kind], LOOK_UPS)}')

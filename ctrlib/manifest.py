@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ctrlib.errors import check_path
 from ctrlib.making import new_file, settle
 from ctrlib.schema import Schema, SchemaError
 
@@ -293,6 +294,7 @@ def load_schema(folder: str | Path) -> Schema:
     Raises:
         SchemaError: there is none, or it is damaged.
     """
+    check_path("a prepared folder", folder=folder)
     folder = Path(folder)
     if folder.is_dir() and (manifest := manifest_of(folder)) is not None:
         manifest.check("schema.json")

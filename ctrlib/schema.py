@@ -22,11 +22,12 @@ import functools
 import hashlib
 import json
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from ctrlib.errors import CtrlibError
+from ctrlib.errors import CtrlibError, WrongTypeError, check_path, check_type
 
 # Three reserved ids in every vocabulary, distinct from each other and from every value of the data.
 PADDING_ID = 0  # no value at all: never looked up, only there so that padded layouts have a neutral id
@@ -198,6 +199,14 @@ class Schema:
     raw_format: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        check_type("a sequence of features", Iterable, features=self.features)
+        for feature in self.features:
+            check_type("a feature such as ctr.Categorical(name) or ctr.Numeric(name)", Feature, feature=feature)
+            check_type("the name of a column", str, name=feature.name)
+        labels: object = self.labels
+        if isinstance(labels, str):
+            raise WrongTypeError(f"labels must be a tuple of names of columns, got a text: write ({labels!r},)")
+        check_type("a tuple of names of columns", Iterable, labels=self.labels)
         object.__setattr__(self, "features", tuple(self.features))
         object.__setattr__(self, "labels", tuple(self.labels))
         if not self.features or not self.labels:
@@ -334,6 +343,7 @@ class Schema:
         Raises:
             SchemaError: there is no such file, or it is not a schema.
         """
+        check_path("a prepared folder", folder=path)
         path = Path(path)
         path = path / "schema.json" if path.is_dir() else path
         if not path.is_file():

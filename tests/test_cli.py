@@ -323,11 +323,11 @@ def test_values_that_look_like_flags_or_fill_a_place() -> None:
         ),
         (
             "prepare x.csv --out prepared",
-            "prepared is a prepared folder already: give another --out, or --overwrite (overwrite=True) to replace it",
+            "prepared is a prepared folder already: give another --out, or --overwrite",
         ),
         (
             "prepare x.csv --out x.csv",
-            "--out x.csv is x.csv, which is read: nothing is written over, into or around its",
+            "--out x.csv is x.csv, which is read: nothing is written over",
         ),
         ("prepare x.csv --out y.csv", "--out y.csv: that is a file, expected a folder"),
         ("train nowhere", "nowhere does not exist: not a prepared folder; make one with `ctrlib prepare`"),
@@ -347,7 +347,7 @@ def test_values_that_look_like_flags_or_fill_a_place() -> None:
         ("predict model x.csv --out folder.csv", "--out folder.csv: that is a folder, expected a file"),
         (
             "compress model prepared --out x",
-            "give the budget as num_bytes (--bytes) or as ratio (--ratio), one of them",
+            "as num_bytes (--bytes) or as ratio (--ratio), one of them: got neither",
         ),
         ("compress model prepared --out x --ratio 2 --bytes 1MB", "one of them"),
         ("compress model nowhere --out x --ratio 2", "not a prepared folder"),
@@ -355,7 +355,7 @@ def test_values_that_look_like_flags_or_fill_a_place() -> None:
         ("search optfs nowhere --out x", "not a prepared folder"),
         (
             "search optfs prepared --out model",
-            "model is a model folder, and what is written is a folder of `ctrlib search`",
+            "model is a model folder, and what is written is a folder of",
         ),
         ("search optfs prepared --out x --setting penalty", "--option penalty: expected NAME=VALUE"),
     ],

@@ -88,7 +88,7 @@ def test_the_command_makes_a_model_that_serves(data: Path, tmp_path: Path, capsy
     probabilities, counts = predictor.predict(raw)
     assert probabilities["label"].is_between(0, 1).all() and counts["unseen"] == {"a": 1, "b": 0, "noise": 1}
     for more, complaint in (
-        ([], "holds a model already: give another --out, or --overwrite"),
+        ([], "is a folder of `ctrlib search` already: give another --out, or --overwrite"),
         (["--overwrite", "--setting", "lambda=1"], "optfs has no setting ['lambda']; the closest are "),
     ):
         assert cli.main([*(arguments if not more else plain), *more]) == 1

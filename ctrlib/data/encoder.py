@@ -207,8 +207,7 @@ class Encoder:
         Raises:
             SchemaError: a file is missing, damaged, or of other data.
         """
-        folder = Path(folder)
-        return cls.of(load_schema(folder), folder)
+        return cls.of(load_schema(folder), Path(folder))
 
     @classmethod
     def of(cls, schema: Schema, folder: str | Path) -> Encoder:

@@ -38,8 +38,7 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
     >>> list(fingerprint(folder / "a")), fingerprint(folder / "a") == fingerprint(folder / "b")
     (['schema', 'vocab/item', 'train'], True)
     """
-    folder = Path(folder)
-    schema = load_schema(folder)
+    schema, folder = load_schema(folder), Path(folder)
     found = {"schema": _digits(json.dumps(schema.to_dict(), sort_keys=True).encode())}
     files = {f"vocab/{name}": vocabulary_path(folder / "vocab", name) for name in schema.vocabularies}
     if has_points(folder):

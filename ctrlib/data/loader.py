@@ -18,6 +18,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 from ctrlib.batch import Batch
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Array, Columns, RowGroup, check_classes, decode, find_row_groups, offsets_of
+from ctrlib.errors import check_path, check_type
 from ctrlib.manifest import data_hash, load_schema
 
 _Span = tuple[int, int, int]  # window, first row in it, last row + 1
@@ -92,6 +94,8 @@ class Loader:
         with_group: bool = False,
         drop_last: bool = False,
     ) -> None:
+        check_path("a prepared folder", folder=folder)
+        check_type("the name of a split", str, split=split)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("seed", seed, 0),
@@ -99,6 +103,7 @@ class Loader:
             ("workers", workers, 0),
             ("window_rows", window_rows, 1),
         ):
+            check_type("a whole number", Integral, **{name: value})
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= rank < world_size:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 import rich
@@ -29,7 +30,7 @@ from ctrlib.data.split import SPLITS, check_ratio, split_table
 from ctrlib.data.unknown import refuse_two_spellings
 from ctrlib.data.vocabulary import fit, values_in, vocabulary_path
 from ctrlib.data.workers import ThisMachine, Workers
-from ctrlib.errors import check_type
+from ctrlib.errors import check_callable, check_path, check_type
 from ctrlib.making import new_folder
 from ctrlib.manifest import write_manifest
 from ctrlib.schema import Feature, Numeric, RawId, Schema, SchemaError, kind_of
@@ -136,6 +137,14 @@ def prepare(
     check_target(out, "prepared", inputs=read, overwrite=overwrite)
     check_ratio(split)
     check_type("a whole number", int, seed=seed)
+    check_type("the name of a column, or several", (str, Sequence, NoneType), labels=labels)
+    check_type("a dictionary from label to text", (Mapping, NoneType), label_positive=label_positive)
+    check_type("a sequence of texts", (Sequence, NoneType), missing_values=missing_values, columns=columns)
+    check_type("a whole number, or None", (int, NoneType), min_count=min_count, max_values=max_values)
+    if like is not None:
+        check_path("a prepared folder or model folder", like=like)
+    if log is not None:
+        check_callable("a function that is called with each message, or None", log=log)
     out = Path(out)
     given = tuple(features or ())
     for feature in given:

@@ -8,6 +8,7 @@ edges of 6,400 bins are, and each other row of train is counted at the next of t
 
 from __future__ import annotations
 
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from ctrlib.data.columns import find_row_groups
 from ctrlib.data.vocabulary import vocabulary_path
+from ctrlib.errors import check_path, check_type
 from ctrlib.manifest import check_file, load_schema, manifest_of
 from ctrlib.schema import Schema, SchemaError
 
@@ -60,6 +62,8 @@ def quantile_edges(data: str | Path, num_bins: int = 32) -> list[list[float]]:
     >>> quantile_edges(folder, num_bins=4)  # 0 holds half of the rows, and 3 bins are left for 2, 3, 5 and 9
     [[0.0, 2.0, 3.0, 5.0, 9.0]]
     """
+    check_path("a prepared folder", data=data)
+    check_type("a whole number", Integral, num_bins=num_bins)
     if not 1 <= num_bins <= MAX_BINS:
         raise ValueError(f"num_bins must be at least 1 and at most {MAX_BINS:,}, got {num_bins}")
     folder = Path(data)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ctrlib._lazy import instead
+from ctrlib.errors import ArgumentError, check_type, shown
 from ctrlib.models.table import MODELS
 
 if TYPE_CHECKING:
@@ -30,6 +32,12 @@ def build(config: dict[str, Any], schema: Schema) -> Model:
     Raises:
         ValueError: there is no model of that name, or it does not take one of the arguments or its value.
     """
+    from ctrlib.schema import Schema
+
+    check_type('a dictionary {"model": name, **arguments}', Mapping, config=config)
+    check_type("a ctrlib.Schema, as ctrlib.prepare returns it or Schema.load reads it", Schema, schema=schema)
+    if "model" not in config:
+        raise ArgumentError(f'config names no "model": expected {{"model": name, **arguments}}, got {shown(config)}')
     from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
     from ctrlib.structure import restructure

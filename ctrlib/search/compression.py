@@ -14,7 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from ctrlib import plots
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
-from ctrlib.errors import ArgumentError, check_path
+from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
 from ctrlib.manifest import check_folder
 from ctrlib.model import Ensemble, Model
 from ctrlib.search.bytes import bytes_of
@@ -89,6 +89,8 @@ def compress(
         TargetError: `out` is a model or the data, or holds something else than a compressed model.
         TypeError: an argument is of another type.
     """
+    if isinstance(teachers, str) or not isinstance(teachers, Sequence):
+        raise WrongTypeError(f"teachers must be a list of model folders, got {shown(teachers)}")
     check_path("a model folder", folder=folder, **{f"teacher {n}": other for n, other in enumerate(teachers, 1)})
     check_path("a prepared folder", data=data)
     check_settings(num_bytes, ratio, layer_ratio, epochs, learning_rate, batch_size, seed)

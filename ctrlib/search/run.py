@@ -17,7 +17,7 @@ from ctrlib import models, plots
 from ctrlib._lazy import instead
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
-from ctrlib.errors import check_number, check_path, check_type, check_whole
+from ctrlib.errors import ArgumentError, WrongTypeError, check_number, check_path, check_type, check_whole, shown
 from ctrlib.making import remove
 from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
@@ -42,13 +42,19 @@ def settings_of(method: str, values: dict[str, Any]) -> Any:
     >>> settings_of("optfs", {"penalty": 1e-5}).penalty
     1e-05
     """
+    check_type("the name of a method", str, method=method)
+    check_type("a dictionary of settings", dict, values=values)
     if method not in SEARCHES:
         raise ValueError(f"unknown method {method!r}; {instead([method], SEARCHES)}")
     settings = getattr(importlib.import_module(f"ctrlib.search.{method}"), SEARCHES[method].settings)
     names = [field.name for field in dataclasses.fields(settings)]
     if unknown := sorted(set(values) - set(names)):
         raise ValueError(f"{method} has no setting {unknown}; {instead(unknown, names)}")
-    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    try:
+        return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except TypeError as error:
+        said = f"{method} does not take these settings, one is of the wrong kind: {values} ({error})"
+        raise ArgumentError(said) from error
 
 
 def search_and_retrain(
@@ -94,7 +100,10 @@ def search_and_retrain(
         DataError: train or valid has one class of a label only, or no row with weight.
         TypeError: an argument is of another type.
     """
+    check_type("the name of a method", str, method=method)
     check_path("a prepared folder", data=data)
+    if settings is not None and not dataclasses.is_dataclass(settings):
+        raise WrongTypeError(f"settings must be what settings_of(method, values) gives, got {shown(settings)}")
     check_type('a dictionary {"model": name, **arguments}', dict, config=config)
     check_schedule(max_epochs, patience)
     check_whole(1, batch_size=batch_size)

@@ -249,6 +249,7 @@ class Predictor:
         out, report = Path(out), Report(self.encoder)
         if out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"the file to write must end in .csv or .parquet, got {out.name!r}")
+        check_type("a sequence of names of columns", Sequence, keep=keep)
         if clash := sorted(set(keep) & set(self.schema.labels)):
             raise ValueError(f"columns {clash} cannot be kept, the probabilities have these names: leave them out")
         with new_file(out) as partial, contextlib.ExitStack() as stack:

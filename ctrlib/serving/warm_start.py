@@ -13,6 +13,7 @@ from torch import nn
 from ctrlib.data.vocabulary import vocabulary_path
 from ctrlib.embeddings.numeric import Bucketised, PiecewiseLinear
 from ctrlib.embeddings.table import by_vocabulary, num_rows
+from ctrlib.errors import check_path, check_type
 from ctrlib.manifest import check_file, load_schema
 from ctrlib.schema import (
     NUM_RESERVED_IDS,
@@ -54,6 +55,8 @@ def warm_start(model: nn.Module, data: str | Path, trained: str | Path) -> dict[
             numbers are scaled otherwise, or cut at other edges; ids are other ones, and the model's tables have no row
             for each value; or weights do not fit, as those of another architecture.
     """
+    check_type("a torch module, as ctr.models.build makes it", nn.Module, model=model)
+    check_path("a prepared folder", data=data)
     predictor = Predictor.load(trained)
     old_schema, new_schema = predictor.schema, load_schema(data)
     _check_features(old_schema, new_schema, Path(data), Path(trained))

@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ctrlib import distributed
-from ctrlib.errors import CtrlibError
+from ctrlib.errors import CtrlibError, check_path
 from ctrlib.making import DISK_FULL
 from ctrlib.manifest import Damage, damage_of, read_sealed, write_new, write_sealed
 from ctrlib.sharding.shards import Shards
@@ -126,6 +126,7 @@ class Checkpoints:
         asynchronous: bool = False,
         log: Callable[[str], None] = LOGGER.warning,
     ) -> None:
+        check_path("a folder for checkpoints", folder=folder)
         if keep_last < 1:
             raise CheckpointError(f"keep_last is {keep_last}: expected 1 or more")
         self.folder = Path(folder)

@@ -13,6 +13,7 @@ from torch import nn
 from ctrlib import metrics
 from ctrlib.batch import Batch
 from ctrlib.distributed import broadcast, gather_to_first
+from ctrlib.errors import check_batches, check_type
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ def predict(model: nn.Module, batches: Iterable[Batch], *, device: str | torch.d
     Of several processes, each scores its own batches; they must have equally many. Memory: about 12 bytes a row with
     one label.
     """
+    check_type("a torch module; a model folder is for ctrlib.Predictor", nn.Module, model=model)
+    check_batches(batches=batches)
     device = torch.device(device)
     was_training = model.training
     model.eval()
     parts: list[tuple[np.ndarray, ...]] = []
     with torch.no_grad():  # not inference_mode: fbgemm's fused CPU kernels exist below autograd only
         for batch in batches:
+            check_type("what gives Batches", Batch, batches=batch)
             logits = model(batch.to(device)).float().cpu().numpy()
             group = batch.group if batch.group is not None else torch.empty(0, dtype=torch.int64)
             parts.append((logits, *(t.cpu().numpy() for t in (batch.labels, batch.weights, group))))

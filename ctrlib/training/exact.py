@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ctrlib.batch import Batch
 from ctrlib.distributed import init_process_group, rank, world_size
 from ctrlib.embeddings.managed import ManagedEmbedding
+from ctrlib.errors import check_has
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
 from ctrlib.sharding.shards import State
@@ -58,6 +59,7 @@ class ExactEngine:
         loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
+        check_has("a ctrlib.Model", ("network", "named_parameters"), model=model)
         refuse_what_needs_one_process(model)
         self.device = torch.device(device)
         self.model: nn.Module = model.to(self.device)

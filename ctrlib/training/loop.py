@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ctrlib.batch import Batch
 from ctrlib.distributed import any_rank, rank, total, world_size
-from ctrlib.errors import CtrlibError, check_whole
+from ctrlib.errors import CtrlibError, check_batches, check_has, check_type, check_whole
 from ctrlib.sharding.shards import State
 from ctrlib.training.checkpoint import CheckpointError, Checkpoints
 from ctrlib.training.evaluate import evaluate
@@ -135,6 +135,8 @@ def fit(
         ValueError: max_epochs or patience is below 1; validation holds one class only, so that no epoch can be chosen;
             or the checkpoint is of another run.
     """
+    check_has("an engine, such as ctrlib.ExactEngine(model)", ("train", "model", "state"), engine=engine)
+    check_batches(("__iter__", "__len__"), train=train, valid=valid)
     check_schedule(max_epochs, patience)
     out = None if out is None else Path(out)
     console = console or Console(stderr=True)
@@ -304,6 +306,7 @@ class _Keeper:
     def count(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches: a pipeline takes some before it trains on them, and those must be loaded again."""
         for batch in batches:
+            check_type("what gives Batches", Batch, train=batch)
             self._given += 1
             yield batch
 

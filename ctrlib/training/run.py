@@ -14,12 +14,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from ctrlib import plots
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import init_process_group, rank, world_size
-from ctrlib.errors import check_callable, check_number, check_path, check_whole
+from ctrlib.errors import WrongTypeError, check_callable, check_number, check_path, check_type, check_whole
 from ctrlib.making import new_file, remove, write_text
 from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
@@ -162,6 +163,8 @@ def run(
     """
     started = time.perf_counter()
     check_path("a prepared folder", data=data)
+    if isinstance(build, nn.Module):
+        raise WrongTypeError("build must be a function from a Schema to a model, got a model: give what makes it")
     check_callable("a function from a Schema to a model, such as lambda s: ctr.models.build(config, s)", build=build)
     check_schedule(max_epochs, patience)
     check_whole(1, batch_size=batch_size)
@@ -187,6 +190,7 @@ def run(
     schema, note = load_schema(data), _note(data)
     torch.manual_seed(seed)
     model = build(schema)
+    check_type("a function that returns a ctrlib.Model", Model, build=model)
     parameters, embedding_bytes, printout = model.num_parameters(), model.embedding_bytes(), str(model)
     trainer = make_engine(
         model,
