@@ -31,6 +31,7 @@ from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.stream import ahead, blocks
 from ctrlib.data.unknown import judge
 from ctrlib.data.vocabulary import load_counts, load_vocabulary, vocabulary_path
+from ctrlib.errors import WrongTypeError
 from ctrlib.making import new_folder
 from ctrlib.manifest import load_schema, write_manifest
 from ctrlib.schema import (
@@ -506,7 +507,7 @@ def _frame_of(rows: Sequence[Mapping[str, Any]], name: str) -> pl.DataFrame:
     if not rows:
         raise DataError(f"{name} has no rows: expected at least one")
     if wrong := [row for row in rows if not isinstance(row, Mapping)]:
-        raise TypeError(f"{name}: a row is a {type(wrong[0]).__name__}, expected a dictionary of cells")
+        raise WrongTypeError(f"{name}: a row is a {type(wrong[0]).__name__}, expected a dictionary of cells")
     names = list(dict.fromkeys(key for row in rows for key in row))
     columns = {}
     for key in names:

@@ -36,6 +36,7 @@ from ctrlib.data.formats import format_of, refuse_foreign, unpacked
 from ctrlib.data.jsonlines import JsonLines
 from ctrlib.data.parts import alike, frames_of, parts_of
 from ctrlib.data.scan import BLOCK_BYTES, DataError, OnBadRow, Quick, RowScanner, find_separator
+from ctrlib.errors import WrongTypeError
 from ctrlib.schema import SchemaError
 
 ROW = "__row__"  # a row's number in the raw data, counted from 0: for messages and for the random split
@@ -259,7 +260,7 @@ def check_paths(data: Sequence[Any], name: str) -> None:
         TypeError: as said.
     """
     if not data or not all(isinstance(one, str | Path) for one in data):
-        raise TypeError(f"{name} is a {type(data).__name__} of {data[:1]}, expected paths of files, or one frame")
+        raise WrongTypeError(f"{name} is a {type(data).__name__} of {data[:1]}, expected paths of files, or one frame")
 
 
 def joined(tables: Sequence[RawTable], *, one_piece: bool) -> RawTable:
@@ -597,7 +598,7 @@ def as_frame(rows: Any, name: str) -> pl.DataFrame:
             return pl.DataFrame(pl.from_arrow(rows))
         if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
             return pl.from_pandas(rows)
-    raise TypeError(
+    raise WrongTypeError(
         f"{name} is a {type(rows).__name__}, expected a dictionary of cells, a list of such rows, a polars or pandas "
         "frame, an Arrow table, or the path of a file"
     )
