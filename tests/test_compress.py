@@ -256,13 +256,17 @@ def test_the_command(trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.
     assert result["valid_auc_after"] > result["valid_auc_before"] - 0.01
     assert (tmp_path / "small" / "compression.png").stat().st_size > 5000
     for arguments, complaint in (
-        (["--bytes", "10"], "smallest feasible"),
+        (["--ratio", "4"], "small is a folder of `ctrlib compress` already: give another --out, or --overwrite"),
+        (["--bytes", "10", "--overwrite"], "smallest feasible"),
         (["--bytes", "10", "--ratio", "2"], "one of them"),
         (["--bytes", "many"], "is no number of bytes"),
-        (["--bytes", "9GB"], "asks for nothing"),
+        (["--bytes", "9GB", "--overwrite"], "asks for nothing"),
     ):
         assert cli.main([*command, *arguments]) == 1
         assert complaint in capsys.readouterr().err
+    assert json.loads((tmp_path / "small" / "compression.json").read_text()) == result
+    assert cli.main([*command, "--ratio", "4", "--epochs", "0", "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["budget"] == result["embedding_bytes_before"] // 4
 
 
 def test_distillation_brings_it_nearer_and_never_loses(trained: tuple[Path, Path], tmp_path: Path) -> None:

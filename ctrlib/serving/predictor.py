@@ -107,7 +107,8 @@ def _check_config(model: nn.Module, config: dict[str, Any], schema: Schema) -> N
     """
     if "model" not in config:
         raise ArgumentError(f'config does not name a "model": expected {{"model": name, **arguments}}, got {config}')
-    with torch.device("meta"):  # its shapes alone, which costs no memory
+    # Its shapes alone, which cost no memory; parts that replaced others read values when they are made, and are small.
+    with _Undrawn() if config.get("replaced") else torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in models.build(config, schema).state_dict().items()}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     unfit = [
