@@ -101,7 +101,7 @@ REASONS: dict[str, tuple[str, str]] = {
     "two spellings": (r"column .* holds values such as .*which shares its vocabulary", "column"),
     "all unknown": (r"column .* holds .* values and train knew none", "column"),
     "several types": (r"column .* holds cells of several types", "column"),
-    "no time": (r"split_by names column|by which to split", "column"),
+    "no time": (r"(split_by|stratify) names column|by which to split", "column"),
     "times of two units": (r"times of two units", "row and column"),
     "no feature": (r"no column can be a feature", "file"),
     "no rows": (r" has no rows| is empty", "file"),
