@@ -422,7 +422,7 @@ def test_predict_is_killed(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
         out = tmp_path / name
 
         def act(out: Path = out) -> None:
-            predictor.predict_to(tmp_path / "rows.csv", out)
+            predictor.predict_to(tmp_path / "rows.csv", out, overwrite=True)
 
         kills = killed_everywhere(
             monkeypatch,
@@ -535,7 +535,7 @@ def test_predict_on_a_full_disk(model: Path, tmp_path: Path, name: str, request:
     out.write_text("old")
     request.getfixturevalue("small_disk")
     with pytest.raises(OSError, match=rf"no room for {out}: [\d,]+ bytes .* [\d,]+ are free"):
-        ctr.Predictor.load(model).predict_to(tmp_path / "rows.parquet", out, keep=["item"])
+        ctr.Predictor.load(model).predict_to(tmp_path / "rows.parquet", out, keep=["item"], overwrite=True)
     assert out.read_text() == "old"
     assert hidden(tmp_path) == []
 

@@ -26,6 +26,7 @@ from ctrlib.cli.evaluate import Evaluate
 from ctrlib.cli.refusals import explain
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.errors import ArgumentError, WrongTypeError
+from ctrlib.manifest import write_manifest
 from ctrlib.search.compression import compress
 from ctrlib.search.run import search_and_retrain
 from ctrlib.serving.predictor import save_model
@@ -424,9 +425,11 @@ def test_classes_are_looked_for_beyond_the_first_row_group(tmp_path: Path) -> No
     table = pl.read_parquet(data / "train").sort("label").to_arrow()
     (path,) = (data / "train").glob("*.parquet")
     pa.parquet.write_table(table, path, row_group_size=10)
+    write_manifest(data)
     ctr.Loader(data, "train", batch_size=8).check_classes()
     only = pl.from_arrow(table).filter(pl.col("label") == 0)  # type: ignore[union-attr]
     pa.parquet.write_table(only.to_arrow(), path, row_group_size=10)
+    write_manifest(data)
     with pytest.raises(ctr.DataError, match=f"it is 0 in all of them that have one, {len(only)} rows"):
         ctr.Loader(data, "train", batch_size=8).check_classes()
 
@@ -498,7 +501,7 @@ def test_all_files_of_a_model_may_be_read_by_the_same_people(home: Path, tmp_pat
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir() if path.is_file()}
-    assert modes == dict.fromkeys(["model.json", "model.safetensors", "schema.json"], 0o640)
+    assert modes == dict.fromkeys(["MANIFEST", "model.json", "model.safetensors", "schema.json"], 0o640)
 
 
 # What a run says of itself.
