@@ -30,6 +30,7 @@ from ctrlib.manifest import write_manifest
 from ctrlib.search.compression import compress
 from ctrlib.search.run import search_and_retrain
 from ctrlib.serving.predictor import save_model
+from ctrlib.structure import describe
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training import loop, run
 from ctrlib.training.progress import Epoch, Progress
@@ -492,6 +493,53 @@ def test_a_model_is_saved_with_its_own_data_only(home: Path, tmp_path: Path) -> 
     save_model(model, CONFIG, home / "data", tmp_path / "out")
     loaded = ctr.Predictor.load(tmp_path / "out").model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("numeric", ["vector", "bucketised", "piecewise_linear", "periodic", "autodis"])
+def test_numbers_as_fields_of_any_kind_are_compared(numeric: str, home: Path, tmp_path: Path) -> None:
+    """Some look at their edges when they are made, which the comparison makes without any values."""
+    edges = {"edges": ctr.quantile_edges(home / "data", 4)} if numeric in ("bucketised", "piecewise_linear") else {}
+    config = {**CONFIG, "numeric": numeric, **edges}
+    model = models.build(config, ctr.Schema.load(home / "data"))
+    state = torch.get_rng_state()
+    save_model(model, config, home / "data", tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), state)  # whoever goes on training draws what he would have drawn
+    loaded = ctr.Predictor.load(tmp_path / "out").model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(ArgumentError, match="config describes another model than the one to save"):
+        save_model(model, {**config, "embedding_dim": 8}, home / "data", tmp_path / "other")
+
+
+@pytest.mark.parametrize("method", ["packed", "narrow", "blocks"])
+def test_models_that_were_made_smaller_are_compared(method: str, home: Path, tmp_path: Path) -> None:
+    schema = ctr.Schema.load(home / "data")
+    model = build(schema)
+    if method == "packed":
+        smaller = search.materialise(model, search.rounded_rows(model, 8))
+    elif method == "narrow":
+        batches = ctr.Loader(home / "data", "train", batch_size=50)
+        smaller = search.apply_low_rank(model, search.low_rank(model, schema, batches, tables=search.Goal(rank=2)))
+    else:
+        path = next(path for path, part in model.named_modules() if type(part).__name__ == "EmbeddingBagCollection")
+        vocabularies = [
+            {"name": f.name, "feature_names": [f.name], "ends": [5, f.num_embeddings]} for f in schema.sparse
+        ]
+        replaced = {
+            path: {
+                "kind": "blocks",
+                "vocabularies": vocabularies,
+                "columns": [[0, 1, 2, 3], [0, 1]],
+                "embedding_dim": 4,
+            }
+        }
+        smaller = models.build({**CONFIG, "replaced": replaced}, schema)
+    config = {**CONFIG, "replaced": describe(smaller)}
+    save_model(smaller, config, home / "data", tmp_path / "out")
+    loaded = ctr.Predictor.load(tmp_path / "out").model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in smaller.state_dict().items())
+    with pytest.raises(ArgumentError, match="config describes another model than the one to save"):
+        save_model(smaller, CONFIG, home / "data", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_all_files_of_a_model_may_be_read_by_the_same_people(home: Path, tmp_path: Path) -> None:

@@ -126,7 +126,10 @@ class BlockTables(nn.Module):
         self.register_buffer("ends", torch.tensor([vocabulary.ends for vocabulary in made]), persistent=False)
         first_rows, first_ids = sizes.cumsum(0) - sizes, sizes.cumsum(1) - sizes
         self.register_buffer("shifts", first_rows - first_ids, persistent=False)
-        self.blocks = [block for block, kept in enumerate(self.columns) if kept and sizes[:, block].sum()]
+        # Python's numbers, since a model may be built on the meta device, for its shapes alone.
+        num_rows = [sum(vocabulary.sizes[block] for vocabulary in made) for block in range(len(self.columns))]
+        padding = [sum(vocabulary.sizes[0] for vocabulary in made[:place]) for place in range(len(made))]
+        self.blocks = [block for block, kept in enumerate(self.columns) if kept and num_rows[block]]
         if not self.blocks:
             raise ValueError(f"columns={self.columns} are of blocks without ids, expected some of a block that has one")
         for block in self.blocks:
@@ -135,13 +138,11 @@ class BlockTables(nn.Module):
             tables=[
                 EmbeddingBagConfig(
                     name=f"block_{block}",
-                    num_embeddings=int(sizes[:, block].sum()),
+                    num_embeddings=num_rows[block],
                     embedding_dim=len(self.columns[block]),
                     feature_names=[f"{name}#{block}" for name in self.names],
                     pooling=PoolingType.SUM,  # a bag may be spread over blocks: means are taken of their sum
-                    init_fn=functools.partial(
-                        init_rows, std=init_std, copies=1, padding=[] if block else first_rows[:, 0].tolist()
-                    ),
+                    init_fn=functools.partial(init_rows, std=init_std, copies=1, padding=[] if block else padding),
                 )
                 for block in self.blocks
             ]

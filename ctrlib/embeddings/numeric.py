@@ -282,7 +282,8 @@ def _padded(rows: list[Tensor], value: float) -> Tensor:
 
 def _checked(edges: Sequence[Sequence[float]]) -> list[Tensor]:
     """The edges as float32, in which numbers are compared with them."""
-    rows = [torch.as_tensor(row, dtype=torch.float32) for row in edges]
+    # On the CPU, since a model may be built on the meta device, for its shapes alone.
+    rows = [torch.as_tensor(row, dtype=torch.float32, device="cpu") for row in edges]
     if not rows:
         raise ValueError("edges must hold one list per numeric feature, got none: see quantile_edges")
     for position, row in enumerate(rows):
@@ -291,7 +292,7 @@ def _checked(edges: Sequence[Sequence[float]]) -> list[Tensor]:
                 f"edges of numeric feature {position} must be two or more finite numbers that increase as float32, "
                 f"got {edges[position]!r}: see quantile_edges"
             )
-    return rows
+    return [torch.as_tensor(row, dtype=torch.float32) for row in edges]
 
 
 def _check_sizes(**sizes: int) -> None:
