@@ -34,7 +34,7 @@ FRIENDS = LAYERS[LEVEL["training"]]
 STRICT = {
     "doctor": (set(), set()),  # runs where nothing else does
     "errors": (set(), set()),
-    "_target": ({"errors"}, set()),  # nobody waits for torch to be told that a folder is taken
+    "_target": ({"errors", "making"}, set()),  # nobody waits for torch to be told that a folder is taken
     "_lazy": ({"doctor"}, set()),
     "metrics": (set(), {"numpy"}),  # an offline AUC needs no torch
     "layers": (set(), {"torch"}),
