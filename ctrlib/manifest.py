@@ -33,7 +33,12 @@ MISSING = "missing"
 BLOCK = 1 << 24  # bytes hashed at a time
 TAIL = 1 << 16  # last bytes of a file by which data without a manifest is known
 # How what is damaged is made again.
-MENDS = {"prepared": "ctrlib prepare ... --out {} --overwrite", "model": "ctrlib train ... --out {} --overwrite"}
+MENDS = {
+    "prepared": "ctrlib prepare ... --out {} --overwrite",
+    "model": "ctrlib train ... --out {} --overwrite",
+    "search": "ctrlib search ... --out {} --overwrite",
+    "compress": "ctrlib compress ... --out {}",
+}
 
 Parts = tuple[tuple[int, str], ...]  # first byte and sha256
 
@@ -208,8 +213,8 @@ def _had_one(folder: Path) -> bool:
 def write_manifest(folder: str | Path, kind: str | None = None) -> str:
     """Write the MANIFEST of all that lies in a folder, but for what is hidden, and return its seal.
 
-    For folders that other programs write, or that were changed on purpose. `kind` is "prepared" or "model"; by default
-    what model.json tells.
+    For folders that other programs write, or that were changed on purpose. `kind` is one of `MENDS`; by default
+    "model" where there is a model.json, else "prepared".
 
     Raises:
         SchemaError: a parquet file cannot be read.

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from ctrlib.errors import CtrlibError, WrongTypeError, check_path, check_type
+from ctrlib.making import settle
 
 # Three reserved ids in every vocabulary, distinct from each other and from every value of the data.
 PADDING_ID = 0  # no value at all: never looked up, only there so that padded layouts have a neutral id
@@ -345,7 +346,9 @@ class Schema:
         """
         check_path("a prepared folder", folder=path)
         path = Path(path)
-        path = path / "schema.json" if path.is_dir() else path
+        if path.is_dir():
+            settle(path)
+            path = path / "schema.json"
         if not path.is_file():
             raise SchemaError(f"{path} does not exist: not a prepared folder; make one with `ctrlib prepare`")
         try:

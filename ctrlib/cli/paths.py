@@ -40,6 +40,8 @@ def check_raw(path: Path) -> None:
     Raises:
         ValueError: as said.
     """
+    if not path.is_file():
+        settle(path)
     if not path.exists():
         raise ValueError(
             f"{path} does not exist: expected a CSV, TSV or parquet file, or another that docs/data.md names"

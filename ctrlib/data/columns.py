@@ -121,8 +121,9 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
     unfitted = [f.name for f in schema.sparse if not isinstance(f, RawId) and f.num_embeddings is None]
     if unfitted:
         raise SchemaError(f"{folder}: num_embeddings of {unfitted} is not set; `ctrlib prepare` writes a fitted schema")
+    manifest = manifest_of(folder)
     paths = sorted((folder / split).glob("*.parquet"))
-    manifest = _manifest_of_split(folder, split, paths)
+    manifest = _with_split(manifest, split, paths)
     if not paths:
         folders = (path for path in folder.iterdir() if path.is_dir() and path.name not in ("vocab", "numbers"))
         splits = sorted(path.name for path in folders if any(path.glob("*.parquet")))
@@ -148,13 +149,12 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
     return groups
 
 
-def _manifest_of_split(folder: Path, split: str, paths: Sequence[Path]) -> Manifest | None:
+def _with_split(manifest: Manifest | None, split: str, paths: Sequence[Path]) -> Manifest | None:
     """The manifest, if it has the split; one that was added later, of whatever name, is read as it is.
 
     Raises:
         SchemaError: there are more or fewer files than were written.
     """
-    manifest = manifest_of(folder)
     if manifest is None or not manifest.under(split):
         return None
     for name in sorted({*manifest.under(split), *(f"{split}/{path.name}" for path in paths)}):

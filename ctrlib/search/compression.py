@@ -186,7 +186,7 @@ def compress(
         **{f"test_tasks_{name}": found["tasks"] for name, found in scores.items() if "tasks" in found},
         "tried": [asdict(candidate) for candidate in tried],
     }
-    with model_in_the_making(smaller, config, folder, out) as making:
+    with model_in_the_making(smaller, config, folder, out, "compress") as making:
         (making / "compression.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         plots.compression(tried, budget, making / "compression.png")
     return result

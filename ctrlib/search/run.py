@@ -173,7 +173,8 @@ def search_and_retrain(
         "seed": seed,
         "summary": {name: value for name, value in plan.summary.items() if name != "identity"},
     }
-    with model_in_the_making(smaller, {**config, "replaced": describe(smaller)}, data, out) as making:
+    config = {**config, "replaced": describe(smaller)}
+    with model_in_the_making(smaller, config, data, out, "search") as making:
         (making / "search.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         plots.search_result(result, making / "search.png")
     for folder in ("search", "checkpoints"):

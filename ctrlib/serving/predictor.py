@@ -76,8 +76,13 @@ def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: 
 
 
 @contextlib.contextmanager
-def model_in_the_making(model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path) -> Iterator[Path]:
-    """As `save_model`; what is written into the folder that this gives appears in `out` together with the model."""
+def model_in_the_making(
+    model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path, kind: str = "model"
+) -> Iterator[Path]:
+    """As `save_model`; what is written into the folder that this gives appears in `out` together with the model.
+
+    `kind` says what makes it again (`ctrlib.manifest.MENDS`).
+    """
     data, out = Path(data), Path(out)
     schema = load_schema(data)
     parts = ["vocab", "numbers"] if has_points(data) else ["vocab"]
@@ -94,7 +99,7 @@ def model_in_the_making(model: nn.Module, config: dict[str, Any], data: str | Pa
         save_file(weights, str(making / "model.safetensors"), metadata={"schema_hash": schema.hash})
         shutil.copymode(making / "model.json", making / "model.safetensors")  # safetensors lets nobody else read it
         yield making
-        write_manifest(making, "model")
+        write_manifest(making, kind)
     if "numbers" not in parts:
         remove(out / "numbers")  # an older model's
 
@@ -155,7 +160,7 @@ class Predictor:
         folder = Path(folder)
         manifest = manifest_of(folder)
         for name in ("model.json", "model.safetensors", "schema.json"):
-            if manifest is not None and manifest.kind == "model":
+            if manifest is not None and manifest.kind != "prepared":
                 manifest.check(name)
             elif not (folder / name).is_file():
                 raise SchemaError(f"{folder} is not a model folder, it has no {name}: `ctrlib train --out` writes one")

@@ -31,6 +31,8 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec.distributed.types import ShardingPlan as TorchRecPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from ctrlib.making import write_text
+
 # It tells users of its planner to describe their machines; the plans here need no more than numbers of processes.
 logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
 
@@ -338,7 +340,7 @@ def available_memory(device: torch.device) -> int:
 def save_plan(plan: ShardingPlan, path: str | Path) -> None:
     """Write a plan as JSON, to pin it with `load_plan`."""
     content = {name: {"sharding": p.sharding, "ranks": list(p.ranks)} for name, p in plan.items()}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_plan(path: str | Path) -> ShardingPlan:
