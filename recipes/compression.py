@@ -26,7 +26,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 import ctrlib as ctr
-from ctrlib import models, plots
+from ctrlib import plots
 from ctrlib.embeddings.unified import proportional_rows
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.coding import transform_coding
@@ -191,13 +191,8 @@ def trained(knobs: Knobs, setting: Setting, width: int, name: str = "", **change
     if changes:
         config.pop("stacked", None)  # what is shared by all features needs no stacks
     if not (folder / "model.safetensors").is_file():
-        ctr.run(
-            knobs.data,
-            lambda schema: models.build(config, schema),
-            seed=knobs.seed,
-            on_trained=lambda model: ctr.save_model(model, config, knobs.data, folder),
-            **setting.training,
-        )
+        config["training"] = {"seed": knobs.seed, **setting.training}
+        ctr.run(knobs.data, config, on_trained=lambda model: ctr.save_model(model, config, knobs.data, folder))
     model: Any = ctr.Predictor.load(folder).model
     return model
 

@@ -22,9 +22,10 @@ from ctrlib.distributed import rank, world_size
 from ctrlib.model import Ensemble, Model
 from ctrlib.schema import Schema
 from ctrlib.training.allocator import keep_freed_memory
+from ctrlib.training.config import Device, EngineName
 from ctrlib.training.evaluate import evaluate, predict, score
 from ctrlib.training.loop import to_json
-from ctrlib.training.run import Device, EngineName, choose_device, run
+from ctrlib.training.run import choose_device, run
 from records import record
 
 
@@ -84,7 +85,7 @@ def run_recipe(
         script: file name of the data-set script and its arguments.
         model: name of the variant in results.csv.
         config: what `models.build` needs; `bins` in place of `edges` means that many quantiles of the training rows.
-        training: arguments of `ctrlib.run`.
+        training: entries of the `training` of `ctrlib.run`.
 
     Raises:
         SystemExit: `record` is asked for a run that is cut short.
@@ -118,7 +119,7 @@ def run_label_recipe(
         model: name of the variant in results.csv; `single_task`, and no other, is of one label.
         config: what `models.build` needs, as in `run_recipe`.
         single: the same for the models of one label that a report compares with.
-        training: arguments of `ctrlib.run`.
+        training: entries of the `training` of `ctrlib.run`.
 
     Raises:
         SystemExit: as `run_recipe`; a model of one label is asked for without one or with a report, or another with a
@@ -267,18 +268,15 @@ def _train(
     if "bins" in config:
         config = {**config, "edges": quantile_edges(folder, config["bins"])}
         del config["bins"]
-    return run(
-        folder,
-        lambda schema: models.build(config, schema),
-        engine=knobs.engine,
-        max_epochs=knobs.epochs,
-        seed=knobs.seed,
-        device=knobs.device,
-        out=knobs.out,
-        sharding=knobs.sharding,
-        plan=knobs.plan,
-        **training,
-    )
+    flags = {
+        "engine": knobs.engine,
+        "max_epochs": knobs.epochs,
+        "seed": knobs.seed,
+        "device": knobs.device,
+        "sharding": knobs.sharding,
+        "plan": knobs.plan and str(knobs.plan),
+    }
+    return run(folder, {**config, "training": {**flags, **training}}, out=knobs.out)
 
 
 def _report(knobs: RecipeKnobs, recipe: str, result: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import tyro
 from torch import nn
@@ -49,9 +49,9 @@ class Knobs:
     """Append the result to results.csv."""
 
 
-def build(schema: ctr.Schema, variant: str) -> ctr.Model:
+def unified(inputs: ctr.Inputs, *, variant: str) -> ctr.Model:
     """DCN-V2 on the variant's tables."""
-    tables: Any = None
+    schema, tables = inputs.schema, cast(Any, None)
     if (chosen := VARIANTS[variant]) is not None:
         is_shared, num_bytes = chosen
         rows = num_bytes // (4 * WIDTH)
@@ -71,12 +71,18 @@ def main(knobs: Knobs) -> None:
     keep_freed_memory()
     _, result = ctr.run(
         knobs.data,
-        lambda schema: build(schema, knobs.model),
-        batch_size=128,
-        learning_rate=2e-4,
-        max_epochs=knobs.epochs,
-        seed=knobs.seed,
-        device="cpu",
+        {
+            "model": f"{__name__}.{unified.__name__}",
+            "variant": knobs.model,
+            "training": {
+                "batch_size": 128,
+                "learning_rate": 2e-4,
+                "max_epochs": knobs.epochs,
+                "seed": knobs.seed,
+                "device": "cpu",
+            },
+        },
+        modules=[__name__],
         out=knobs.out,
     )
     print(ctr.training.to_json({"data": DATA, "model": knobs.model, **result}))

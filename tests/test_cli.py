@@ -30,8 +30,7 @@ from ctrlib.models.table import KINDS
 from ctrlib.schema import NumericFields, NumericTransform, SequenceFields
 from ctrlib.search.methods import SEARCHES
 from ctrlib.sharding.plan import Sharding
-from ctrlib.training.fused import Precision
-from ctrlib.training.run import Device, EngineName
+from ctrlib.training.config import Device, EngineName, Precision
 
 CLASSES = {name: cli.command_class(name) for name in cli.COMMANDS}
 HEAVY = ["torch", "torchrec", "fbgemm_gpu", "polars", "pandas", "pyarrow", "numpy", "rich", "typeguard"]
@@ -71,7 +70,7 @@ def test_flags_stand_in_groups_with_titles(capsys: pytest.CaptureFixture[str]) -
     cli.main(["train", "--help"])
     printed = capsys.readouterr().out
     titles = [line.split(" ─")[0].removeprefix("╭─ ") for line in printed.splitlines() if line.startswith("╭")]
-    groups = ["model options", "training options", "engine options", "output options"]
+    groups = ["model options", "training options", "engine options", "experiment options", "output options"]
     assert titles == ["positional arguments", "options", *groups]
 
 

@@ -42,10 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     run(
         folder / "data",
-        lambda schema: models.build(CONFIG, schema),
-        batch_size=256,
-        max_epochs=3,
-        embedding_l2=1e-4,
+        {**CONFIG, "training": {"batch_size": 256, "max_epochs": 3, "embedding_l2": 1e-4}},
         on_trained=save,
     )
     return folder / "data", folder / "model"

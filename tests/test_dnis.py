@@ -451,6 +451,6 @@ def test_a_search_that_was_killed_ends_with_the_same_plan(data: Path, tmp_path: 
         settings=settings,
         others=replace(settings, ratio=1.7),
         text="mean alpha",
-        complaint="of another run: settings was",
+        complaint="of another run: settings.DNIS.",
         out=tmp_path,
     )

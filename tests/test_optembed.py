@@ -217,7 +217,7 @@ def test_planted_widths_are_found(widths_data: Path, tmp_path: Path) -> None:
         for name in ("search", "anew")
     ]
     assert plans[0].summary == plans[1].summary != plan.summary
-    with pytest.raises(ValueError, match=r"another search, which differs in \['seed'\]"):
+    with pytest.raises(ValueError, match=r"of another search: seed was 0, is now 1\."):
         optembed.search(model, train, valid, settings=settings, seed=1, out=tmp_path / "search", console=QUIET)
     aucs = []
     for one in (model, smaller):

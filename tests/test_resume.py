@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -29,6 +30,7 @@ from ctrlib.layers import Dice
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training import loop, run
 from ctrlib.training.batch_norm import synchronise_batch_norm
+from ctrlib.training.config import Training
 from ctrlib.training.loop import LostProcessError, _name_lost_processes
 
 ROOT = Path(__file__).parents[1]
@@ -45,9 +47,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quick_run(data: Path, **arguments: Any) -> tuple[ctr.Model, dict[str, Any]]:
+    """Arguments of the model, of the training and of `run`, as they come."""
     config = {**CONFIG, **{name: arguments.pop(name) for name in ("dropout", "batch_norm") if name in arguments}}
-    defaults: dict[str, Any] = {"batch_size": 256, "learning_rate": 5e-3, "max_epochs": 2, "console": QUIET}
-    return ctr.run(data, lambda schema: models.build(config, schema), **{**defaults, **arguments})
+    names = [field.name for field in dataclasses.fields(Training) if field.name in arguments]
+    training = {"batch_size": 256, "learning_rate": 5e-3, "max_epochs": 2, **{n: arguments.pop(n) for n in names}}
+    return ctr.run(data, {**config, "training": training}, **{"console": QUIET, **arguments})
 
 
 @pytest.mark.parametrize("engine", ["exact", "fused"])
@@ -135,9 +139,9 @@ def test_checkpoints_of_another_run_are_refused(data: Path, tmp_path: Path, monk
         patch.delattr(run, "predict")
         with pytest.raises(NameError):
             quick_run(data, out=tmp_path, max_epochs=1)
-    with pytest.raises(ValueError, match=r"seed was 0, is 1. Start with the same settings"):
+    with pytest.raises(ValueError, match=r": training.seed was 0, is now 1. Start with the same settings"):
         quick_run(data, out=tmp_path, seed=1)
-    with pytest.raises(ValueError, match="model was"):
+    with pytest.raises(ValueError, match=r": dropout was 0.0, is now 0.5\."):
         quick_run(data, out=tmp_path, dropout=0.5)
     _, more = quick_run(data, out=tmp_path, max_epochs=2)  # a higher limit is the same run
     assert more["epochs"] == 2

@@ -126,7 +126,7 @@ def test_a_killed_search_goes_on_with_the_same_bits(data: Path, tmp_path: Path, 
             patched.setattr(ExactEngine, "step", kill_in_epoch(number))
             run(tmp_path / "killed")
         epochs.append(sorted(path.name for path in (tmp_path / "killed").iterdir()))
-    assert epochs[0] == ["search"] and "plan.safetensors" in epochs[1] and "checkpoints" in epochs[1]
+    assert epochs[0] == ["search", "unfinished.json"] and "plan.safetensors" in epochs[1] and "checkpoints" in epochs[1]
     again = run(tmp_path / "killed")
     assert again == whole
     one, other = (Plan.load(tmp_path / name / "plan.safetensors") for name in ("whole", "killed"))

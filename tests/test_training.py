@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from ctrlib import cli, models, plots
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training import loop
+from ctrlib.training.config import Training
 
 QUIET = Console(quiet=True)
 TEACHER = Teacher(num_rows=24_000, cardinalities=(50, 40, 30), num_numeric=2, max_history=5, seed=3)
@@ -40,8 +42,9 @@ def data(tmp_path_factory: pytest.TempPathFactory, teacher: tuple[pl.DataFrame, 
 
 
 def quick_run(data: Path, **arguments: Any) -> tuple[ctr.Model, dict[str, Any]]:
-    defaults: dict[str, Any] = {"batch_size": 512, "learning_rate": 5e-3, "max_epochs": 3, "console": QUIET}
-    return ctr.run(data, lambda schema: models.build(CONFIG, schema), **{**defaults, **arguments})
+    names = [field.name for field in dataclasses.fields(Training) if field.name in arguments]
+    training = {"batch_size": 512, "learning_rate": 5e-3, "max_epochs": 3, **{n: arguments.pop(n) for n in names}}
+    return ctr.run(data, {**CONFIG, "training": training}, **{"console": QUIET, **arguments})
 
 
 class Scripted:

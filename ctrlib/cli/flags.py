@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ctrlib._lazy import closest, instead
 from ctrlib.cli.kinds import (
@@ -44,6 +44,7 @@ class Command:
     """Print the answer as one JSON object, and nothing else, to stdout."""
     debug: Switch = False
     """Show where in the program an error comes from, with the error."""
+    given: ClassVar[frozenset[str]] = frozenset()  # flags that were said, such as --dim; set by `usage.parse`
 
 
 @dataclass(frozen=True)

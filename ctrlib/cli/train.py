@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -18,7 +20,9 @@ from ctrlib.errors import check_number, check_whole
 
 if TYPE_CHECKING:
     from ctrlib.model import Model
-    from ctrlib.schema import Schema
+
+# Entry of `training` in an experiment -> the field below that says it. All others are called the same.
+FIELD_OF = {"embedding_l2": "l2", "max_epochs": "epochs"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,16 @@ class EngineFlags:
 
 
 @dataclass(frozen=True)
+class Experiment:
+    """All of it at once."""
+
+    config: OptionalPath = None
+    """The experiment as JSON: a model.json, or what --print-config wrote; flags may change how it is trained."""
+    print_config: Switch = False
+    """Print the experiment as JSON, every default filled in, and train nothing."""
+
+
+@dataclass(frozen=True)
 class Output:
     """What is written."""
 
@@ -74,6 +88,7 @@ class Train(Command):
 
         ctrlib train data/clicks --model dcnv2 --dim 16 --out runs/clicks
         ctrlib train data/clicks --model mmoe --option num_experts=4
+        ctrlib train data/today --config runs/clicks/model.json
     """
 
     data: Positional[Path]
@@ -81,26 +96,39 @@ class Train(Command):
     model: ModelFlags = field(default_factory=ModelFlags)
     training: Start = field(default_factory=Start)
     engine: EngineFlags = field(default_factory=EngineFlags)
+    experiment: Experiment = field(default_factory=Experiment)
     output: Output = field(default_factory=Output)
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
-        name, how, engine = self.model.model, self.training, self.engine
-        out = self.output.out or Path("runs") / f"{self.data.name}-{name}"
+        how, engine = self.training, self.engine
         self.model.config(engine.engine)
         how.check()
         check_number(0, embedding_learning_rate=engine.embedding_learning_rate)
         check_number(0, checkpoint_seconds=self.output.checkpoint_seconds)
         check_whole(0, workers=engine.workers)
         check_prepared(self.data)
-        inputs = [self.data, how.warm_start, engine.plan]
-        check_target(out, ("model", "run"), inputs=inputs, overwrite=self.output.overwrite)
+        said = self._read() if self.experiment.config is not None else None
+        out = self.output.out or Path("runs") / f"{self.data.name}-{said['model'] if said else self.model.model}"
+        if not self.experiment.print_config:
+            inputs = [self.data, how.warm_start, engine.plan]
+            check_target(out, ("model", "run"), inputs=inputs, overwrite=self.output.overwrite)
         if how.warm_start is not None:
             check_model(how.warm_start)
         if engine.plan is not None and not engine.plan.is_file():
             raise ValueError(f"--plan {engine.plan}: there is no such file")
 
-        from ctrlib import models
+        from ctrlib.training.config import complete
+
+        if said is None:
+            said = {**self.model.fitted(self.data, engine.engine), "training": self._training()}
+        config = complete(said)
+        if self.experiment.print_config:
+            print(json.dumps(config, indent=1))
+            return 0
+        return self._train(config, out)
+
+    def _train(self, config: dict[str, Any], out: Path) -> int:
         from ctrlib.distributed import rank
         from ctrlib.serving.predictor import save_model
         from ctrlib.serving.warm_start import warm_start
@@ -108,40 +136,21 @@ class Train(Command):
         from ctrlib.training.loop import to_json
         from ctrlib.training.run import run
 
-        config = self.model.fitted(self.data, engine.engine)
         keep_freed_memory()
-        built: list[Model] = []
 
-        def build(schema: Schema) -> Model:
-            model = models.build(config, schema)
-            if how.warm_start is not None and not built:  # `run` builds a second one for the trained weights
-                carried = warm_start(model, self.data, how.warm_start)
+        def carry_over(model: Model) -> None:
+            if (folder := config["training"]["warm_start"]) is not None:
+                carried = warm_start(model, self.data, folder)
                 for vocabulary, rows in carried.items() if rank() == 0 else ():
                     counts = f"{rows.carried:,} values carried over, {rows.new:,} new, {rows.gone:,} gone"
                     print(f"warm start: {vocabulary}: {counts}", file=sys.stderr)
-            built[:] = [model]
-            return model
 
         _, result = run(
             self.data,
-            build,
-            engine=engine.engine,
-            batch_size=how.rows_per_step(self.data),
-            learning_rate=how.learning_rate,
-            embedding_l2=how.l2,
-            embedding_learning_rate=engine.embedding_learning_rate,
-            precision=engine.precision,
-            max_epochs=how.epochs,
-            patience=how.patience,
-            seed=how.seed,
-            workers=engine.workers,
-            device=engine.device,
-            sharding=engine.sharding,
-            plan=engine.plan,
-            checkpoint_seconds=self.output.checkpoint_seconds,
+            config,
             out=out,
-            identity={"warm_start": str(how.warm_start)},
             tensorboard=self.output.tensorboard,
+            on_built=carry_over,
             on_trained=lambda model: save_model(model, config, self.data, out),
         )
         if rank() > 0:
@@ -149,6 +158,48 @@ class Train(Command):
         if self.json:
             print(to_json({"out": str(out), **result}))
         else:
-            print_scores(result, f"{name} on {self.data}")
+            print_scores(result, f"{config['model']} on {self.data}")
             print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
         return 0
+
+    def _training(self, given: frozenset[str] | None = None) -> dict[str, Any]:
+        """The entries of `training` that the flags say: all, or those of the flags that were given."""
+        said: dict[str, Any] = {}
+        entries = {name: entry for entry, name in FIELD_OF.items()}
+        for group in (self.training, self.engine, self.output):
+            for one in dataclasses.fields(group):
+                flag = f"--{one.name.replace('_', '-')}"
+                if one.name in ("out", "overwrite", "tensorboard") or (given is not None and flag not in given):
+                    continue
+                value = self.training.rows_per_step(self.data) if one.name == "batch_size" else getattr(group, one.name)
+                said[entries.get(one.name, one.name)] = str(value) if isinstance(value, Path) else value
+        return said
+
+    def _read(self) -> dict[str, Any]:
+        """The experiment in --config, with what the flags change."""
+        path = self.experiment.config
+        assert path is not None
+        of_model = [f"--{one.name.replace('_', '-')}" for one in dataclasses.fields(self.model)] + ["--engine"]
+        if both := sorted(self.given & set(of_model)):
+            raise ValueError(
+                f"{', '.join(both)}: --config {path} says what the model is: change it there, or leave it out"
+            )
+        if not path.is_file():
+            raise ValueError(f"--config {path}: there is no such file")
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--config {path} is not JSON ({error}): expected what --print-config writes") from error
+        if not isinstance(said, dict) or not isinstance(said.get("model"), str):
+            raise ValueError(
+                f'--config {path} is no experiment: expected {{"model": NAME, ...}}, as --print-config writes'
+            )
+        if beside := sorted({"replaced", "search"} & set(said)):
+            raise ValueError(
+                f"--config {path} describes a model that was made smaller ({', '.join(beside)}): take the model.json "
+                "of one that was trained, or use `ctrlib search`"
+            )
+        training = said.get("training", {})
+        if not isinstance(training, dict):
+            raise ValueError(f"--config {path}: training is {training!r}, expected a dictionary")
+        return {**said, "training": {**training, **self._training(self.given)}}

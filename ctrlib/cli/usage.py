@@ -53,11 +53,18 @@ def parse(command: type, prog: str, arguments: list[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(command, prog=prog, args=arguments, config=CONFIG)
+            made: Any = tyro.cli(command, prog=prog, args=arguments, config=CONFIG)
     except SystemExit:
         # tyro answers with a box of all that it knows of a flag: that stays for what is not explained here.
         answer = "\n".join(_complaints(command, arguments)) or said.getvalue()
         raise WrongUsage(answer, prog) from None
+    object.__setattr__(made, "given", frozenset(_names(arguments)))
+    return made
+
+
+def _names(arguments: list[str]) -> list[str]:
+    """The flags among arguments, as --help spells them."""
+    return [token.partition("=")[0].replace("_", "-") for token in arguments if _looks_like_flag(token)]
 
 
 def explain(command: type, prog: str) -> None:
@@ -218,7 +225,7 @@ def _complaints(command: type, arguments: list[str]) -> list[str]:
 def _given_twice(command: type, arguments: list[str]) -> str:
     """What to say of a flag that comes up again: tyro would take the last, and forget the others without a word."""
     flags = {flag.name: flag for flag in flags_of(command) if not flag.positional}
-    names = [token.partition("=")[0].replace("_", "-") for token in arguments if _looks_like_flag(token)]
+    names = _names(arguments)
     for name in dict.fromkeys(names):
         if name in flags and names.count(name) > 1:
             many = flags[name].count is None

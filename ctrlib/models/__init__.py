@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from ctrlib._lazy import no_such
-from ctrlib.models.build import build, for_engine
+from ctrlib.models.build import build, complete, for_engine
 from ctrlib.models.table import MODELS, PublishedModel
 
-__all__ = ["MODELS", "PublishedModel", "build", "for_engine"]
+__all__ = ["MODELS", "PublishedModel", "build", "complete", "for_engine"]
 
 
 def __getattr__(name: str) -> Any:

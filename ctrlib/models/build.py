@@ -1,14 +1,25 @@
-"""From a config of plain data to a model, and back through a model folder: `{"model": name, **arguments}`."""
+"""From a config of plain data to a model, and back through a model folder: `{"model": name, **arguments}`.
+
+The name is that of a published model, or the import path of a function or class of one's own that takes `Inputs` first
+and plain arguments by keyword. The latter is imported only from modules that the caller names: a model folder of
+somebody else cannot choose what runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ctrlib._lazy import instead
 from ctrlib.errors import ArgumentError, check_type, shown
-from ctrlib.models.table import MODELS
+from ctrlib.models.table import MODELS, PublishedModel
+
+# What a config may hold beside the arguments: parts of a compressed model, how it was trained, how it was searched.
+BESIDE = ("replaced", "training", "search")
 
 if TYPE_CHECKING:
     from ctrlib.model import Model
@@ -24,10 +35,16 @@ def for_engine(config: dict[str, Any], engine: str) -> dict[str, Any]:
     return {**config, "stacked": 4, "wide_columns": 4} if engine == "fused" else config
 
 
-def build(config: dict[str, Any], schema: Schema) -> Model:
+def build(config: Mapping[str, Any], schema: Schema, *, modules: Sequence[str] = ()) -> Model:
     """The model that a saved `{"model": name, **arguments}` describes: arguments of `Inputs` and of the model.
 
-    `replaced` says which parts of a compressed model are not the published model's (`ctrlib.structure`).
+    `replaced` says which parts of a compressed model are not the published model's (`ctrlib.structure`). `training` and
+    `search`, which say how it came about (`ctrlib.run`), are of no concern here.
+
+    Args:
+        config: plain data.
+        schema: of the prepared data.
+        modules: where models of one's own may be imported from, such as "shop.models".
 
     Raises:
         ValueError: there is no model of that name, or it does not take one of the arguments or its value.
@@ -36,20 +53,59 @@ def build(config: dict[str, Any], schema: Schema) -> Model:
 
     check_type('a dictionary {"model": name, **arguments}', Mapping, config=config)
     check_type("a ctrlib.Schema, as ctrlib.prepare returns it or Schema.load reads it", Schema, schema=schema)
-    if "model" not in config:
-        raise ArgumentError(f'config names no "model": expected {{"model": name, **arguments}}, got {shown(config)}')
     from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
     from ctrlib.structure import restructure
 
-    arguments = dict(config)
-    if replaced := arguments.pop("replaced", None):
+    arguments = {name: value for name, value in config.items() if name not in BESIDE}
+    if replaced := config.get("replaced"):
         # Tables that are to give way need not be made in full first; if some stay, all are made again as they are.
-        model = restructure(_build(arguments, _with_few_rows(schema)), replaced)
+        model = restructure(_build(arguments, _with_few_rows(schema), modules), replaced)
         if not any(isinstance(part, EmbeddingBagCollection | EmbeddingCollection) for part in model.modules()):
             return model
-        return restructure(_build(arguments, schema), replaced)
-    return _build(arguments, schema)
+        return restructure(_build(arguments, schema, modules), replaced)
+    return _build(arguments, schema, modules)
+
+
+def complete(config: Mapping[str, Any], *, modules: Sequence[str] = ()) -> dict[str, Any]:
+    """The same config with every argument at its value: those left out at their defaults, as JSON holds them.
+
+    So two configs describe one model if these are equal, and a saved one stays true when a default changes.
+
+    Raises:
+        ValueError: as `build`, as far as the names go; or a value is not what JSON holds.
+
+    >>> complete({"model": "fm", "embedding_dim": 8})["numeric"]
+    'vector'
+    """
+    from ctrlib.inputs import Inputs
+
+    check_type('a dictionary {"model": name, **arguments}', Mapping, config=config)
+    arguments = {name: value for name, value in config.items() if name not in BESIDE}
+    model, of_inputs = _checked(arguments, modules)
+    defaults = {field.name: field.default for field in fields(Inputs) if field.name in of_inputs}
+    defaults |= {name: value for name, value in model.defaults().items() if value is not inspect.Parameter.empty}
+    return plain(
+        {"model": arguments["model"], **defaults, **arguments, **{n: config[n] for n in BESIDE if n in config}}
+    )
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as JSON gives it back: tuples are lists.
+
+    Raises:
+        ValueError: naming what JSON cannot hold.
+    """
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            made[str(name)] = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"{name}={value!r} is not plain data ({error}): expected numbers, texts, true, false, null, and lists "
+                "and dictionaries of them"
+            ) from error
+    return made
 
 
 def _with_few_rows(schema: Schema) -> Schema:
@@ -66,21 +122,64 @@ def _with_few_rows(schema: Schema) -> Schema:
     )
 
 
-def _build(config: dict[str, Any], schema: Schema) -> Model:
+def _build(arguments: dict[str, Any], schema: Schema, modules: Sequence[str]) -> Model:
     from ctrlib.inputs import Inputs
 
-    arguments = dict(config)
-    name = arguments.pop("model")
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; {instead([str(name)], MODELS)} (`ctrlib models` says what each is)")
-    of_inputs = [field.name for field in fields(Inputs) if field.name != "schema"]
+    config = arguments
+    model, of_inputs = _checked(arguments, modules)
+    arguments = {name: value for name, value in arguments.items() if name != "model"}
     inputs = Inputs(schema, **{key: arguments.pop(key) for key in of_inputs if key in arguments})
-    allowed = [*MODELS[name].arguments, *of_inputs]
-    if unknown := sorted(set(arguments) - set(allowed)):
-        raise ValueError(f"{name} takes no {unknown}; {instead(unknown, allowed)}")
     try:
-        return MODELS[name].make(inputs, **arguments)
+        return model.make(inputs, **arguments)
     except (TypeError, IndexError) as error:
-        raise ValueError(
-            f"{name} does not take these arguments, one is of the wrong kind: {config} ({error})"
+        raise ArgumentError(
+            f"{model.name} does not take these arguments, one is of the wrong kind: {config} ({error})"
         ) from error
+
+
+def _checked(config: dict[str, Any], modules: Sequence[str]) -> tuple[PublishedModel, list[str]]:
+    """The model that a config names, and the arguments of `Inputs`; refuses arguments that neither takes."""
+    from ctrlib.inputs import Inputs
+
+    if "model" not in config:
+        raise ArgumentError(f'config names no "model": expected {{"model": name, **arguments}}, got {shown(config)}')
+    name = config["model"]
+    if isinstance(name, str) and name in MODELS:
+        model = MODELS[name]
+    elif isinstance(name, str) and "." in name:
+        model = _own(name, modules)
+    else:
+        raise ArgumentError(
+            f"unknown model {name!r}; {instead([str(name)], MODELS)} (`ctrlib models` says what each is)"
+        )
+    of_inputs = [field.name for field in fields(Inputs) if field.name != "schema"]
+    allowed = [*model.arguments, *of_inputs]
+    if unknown := sorted(set(config) - {"model", *allowed}):
+        raise ArgumentError(f"{name} takes no {unknown}; {instead(unknown, allowed)}")
+    return model, of_inputs
+
+
+def _own(path: str, modules: Sequence[str]) -> PublishedModel:
+    """A function or class outside of ctrlib, by its import path."""
+    module, _, name = path.rpartition(".")
+    if module not in modules:
+        raise ArgumentError(
+            f"the model {path} is no published one, and {module} is not among the modules that models may come from, "
+            f"{list(modules)}: if you trust it, pass modules=[{module!r}]"
+        )
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError(
+            f"the model {path} cannot be imported ({error}): is {module} where Python looks?"
+        ) from error
+    if not callable(make) or getattr(make, "__module__", None) != module:
+        raise ArgumentError(f"the model {path} is no function or class that {module} defines")
+    model = PublishedModel(path, make, "own", path, "", "", "", "")
+    try:
+        model.defaults()
+    except (AttributeError, KeyError, ValueError) as error:
+        raise ArgumentError(
+            f"the arguments of {path} are not all named ({error}): expected Inputs first, then keyword arguments"
+        ) from error
+    return model

@@ -31,7 +31,7 @@ class PublishedModel:
     name: str
     make: Callable[..., Model]
     kind: str
-    """interaction, sequence or multitask: the file that it stands in."""
+    """interaction, sequence or multitask: the file that it stands in. Or own: of the caller's."""
     title: str
     paper: str
     """Authors, venue and year."""

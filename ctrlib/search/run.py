@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ctrlib._lazy import instead
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
 from ctrlib.errors import ArgumentError, WrongTypeError, check_number, check_path, check_type, check_whole, shown
-from ctrlib.making import remove
+from ctrlib.making import remove, write_text
 from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
 from ctrlib.search.bytes import bytes_of
@@ -28,6 +29,8 @@ from ctrlib.search.stages import identity_of
 from ctrlib.serving.predictor import model_in_the_making
 from ctrlib.structure import describe
 from ctrlib.training.checkpoint import Checkpoints
+from ctrlib.training.config import Training, refuse_another
+from ctrlib.training.config import identity_of as identity_of_run
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.loop import check_schedule, fit, to_json
@@ -71,12 +74,14 @@ def search_and_retrain(
     patience: int = 2,
     seed: int = 0,
     checkpoints: Path | None = None,
+    modules: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Search on train (and validation, if the method asks it), retrain what is found, choose its epoch by validation.
 
     `out` receives a model folder, plan.safetensors, search.json with the result, and search.png. Killed and started
-    again, it goes on from the last epoch of search or retraining.
+    again, it goes on from the last epoch of search or retraining. Until it is over, `out`/unfinished.json has all that
+    makes it this search: another one is refused, and what differs is named. Only `max_epochs` may.
 
     Args:
         method: one of `SEARCHES`.
@@ -92,6 +97,7 @@ def search_and_retrain(
         seed: of everything.
         checkpoints: folder where those of the search stay, for another that goes on from them (`OptEmbed` with another
             budget or evolution); otherwise they are deleted in the end.
+        modules: where a model of your own may be imported from.
         console: where progress is shown.
 
     Raises:
@@ -115,13 +121,25 @@ def search_and_retrain(
     torch.manual_seed(seed)
     check_folder(data)
     schema = load_schema(data)
-    model = models.build(config, schema)
+    training = Training(
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        embedding_l2=embedding_l2,
+        max_epochs=max_epochs,
+        patience=patience,
+        seed=seed,
+    )
+    described = {"search": {"method": method, **asdict(settings)}, "training": asdict(training)}
+    config = models.complete({**config, **described}, modules=modules)
+    model = models.build(config, schema, modules=modules)
     before = bytes_of(model)
     train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
     valid, test = (Loader(data, split, batch_size=2 * batch_size) for split in ("valid", "test"))
     for loader in (train, valid):
         loader.check_classes()
     out.mkdir(parents=True, exist_ok=True)
+    unfinished, experiment = out / "unfinished.json", identity_of_run(config, schema.hash, train.data_hash)
+    _begin(unfinished, experiment)
 
     plan = _plan(method, model, train, valid, settings, seed, out, checkpoints or out / "search", console)
     for sentence in plan.summary.get("words", ()):
@@ -130,9 +148,10 @@ def search_and_retrain(
     size = bytes_of(smaller)
     train.set_epoch(0)
     torch.manual_seed(seed)
+    # The whole search, and the plan that came of it.
     identity = {
-        **{"plan": hashlib.sha256((out / "plan.safetensors").read_bytes()).hexdigest(), "patience": patience},
-        **{"learning_rate": learning_rate, "embedding_l2": embedding_l2, "seed": seed, "batch_size": batch_size},
+        **experiment,
+        "plan": hashlib.sha256((out / "plan.safetensors").read_bytes()).hexdigest(),
     }
     with Checkpoints(out / "checkpoints", log=console.print) as epochs:
         engine = ExactEngine(smaller, learning_rate=learning_rate, embedding_l2=embedding_l2)
@@ -179,7 +198,23 @@ def search_and_retrain(
         plots.search_result(result, making / "search.png")
     for folder in ("search", "checkpoints"):
         remove(out / folder)  # it is over: started again, it begins anew
+    unfinished.unlink()
     return result
+
+
+def _begin(path: Path, identity: dict[str, Any]) -> None:
+    """Write what makes it this search, or compare it with what a killed one has written.
+
+    One that has saved nothing yet is none: perhaps its settings were refused, and these are better ones.
+    """
+    if path.is_file() and any((path.parent / folder).exists() for folder in ("search", "checkpoints")):
+        try:
+            saved = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete {path.parent} to start anew") from error
+        refuse_another(saved, identity, f"{path.parent} holds an unfinished search, and that is another one")
+        return
+    write_text(path, json.dumps(identity, indent=1) + "\n")
 
 
 def _plan(

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import world_size
 from ctrlib.model import Model
+from ctrlib.models.build import plain
 from ctrlib.training.checkpoint import Checkpoints
+from ctrlib.training.config import refuse_another
 from ctrlib.training.loop import Engine, NonFiniteLossError
 from ctrlib.training.progress import known_weight, random_state, set_random_state
 
@@ -67,14 +69,11 @@ def search_epochs(
     checkpoints = None if out is None else Checkpoints(out, log=console.print)
     first, over = 0, False
     train.set_epoch(0)
-    if checkpoints is not None and (saved := checkpoints.load(state)) is not None:
-        if saved["identity"] != identity:
-            theirs = saved["identity"]
-            differing = [name for name in {**theirs, **identity} if theirs.get(name) != identity.get(name)]
-            raise ValueError(
-                f"the checkpoints in {out} are of another search, which differs in {differing}: start with the same "
-                "settings to go on, or give another folder (or delete this one) to start anew"
-            )
+
+    def check(saved: dict[str, Any]) -> None:
+        refuse_another(saved["identity"], identity, f"the checkpoints in {out} are of another search")
+
+    if checkpoints is not None and (saved := checkpoints.load(state, check=check)) is not None:
         first, over = saved["epoch"], saved["over"]
         memory.clear()
         memory.update(saved["memory"])
@@ -129,18 +128,47 @@ def without_end(loader: Loader) -> Iterator[Batch]:
 
 
 def identity_of(model: Model, train: Loader, settings: Any, seed: int) -> dict[str, Any]:
-    """What makes it this search: its settings, seed and data, and the model with its weights, as digests.
+    """What makes it this search: its settings, seed and data, and the model with its weights.
 
-    `settings` is a dataclass.
+    `settings` is a dataclass. The model is told by the class and the plain attributes of each of its modules, since a
+    search takes any model, one that no config describes too; its weights by their sha256.
     """
-    weights = hashlib.sha256(str(model).encode())
-    for tensor in model.state_dict().values():
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return {
-        "settings": {type(settings).__name__: repr(sorted(dataclasses.asdict(settings).items()))},
-        "seed": seed,
-        "data": train.schema.hash,
-        "rows": train.data_hash,
-        "batch_size": train.batch_size,
-        "model": weights.hexdigest(),
-    }
+    return plain(
+        {
+            "settings": {type(settings).__name__: dataclasses.asdict(settings)},
+            "seed": seed,
+            "data": train.schema.hash,
+            "rows": train.data_hash,
+            "batch_size": train.batch_size,
+            "model": attributes(model),
+            "weights": weights.hexdigest(),
+        }
+    )
+
+
+def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Path of each module -> its class, and those of its public attributes that are plain data.
+
+    >>> attributes(nn.Dropout(0.5))
+    {'': {'class': 'torch.nn.modules.dropout.Dropout', 'p': 0.5, 'inplace': False}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        kind = type(module)
+        found[path] = {"class": f"{kind.__module__}.{kind.__qualname__}"}
+        for name, value in vars(module).items():
+            if not name.startswith("_") and name != "training" and _is_plain(value):
+                found[path][name] = value
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(each) for name, each in value.items())
+    return value is None or isinstance(value, bool | int | float | str)

@@ -49,7 +49,9 @@ from ctrlib.serving.direct import direct
 from ctrlib.training.evaluate import evaluate
 
 
-def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path) -> None:
+def save_model(
+    model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path, *, modules: Sequence[str] = ()
+) -> None:
     """Write a model folder.
 
     Args:
@@ -58,6 +60,7 @@ def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: 
         data: the prepared folder it was trained on; schema and vocabularies are copied from it.
         out: the folder; made if missing, other files in it are left alone. A model that was there is the old one or
             the new one, whenever this is stopped.
+        modules: where a model of your own may be imported from (`ctrlib.models.build`).
 
     Raises:
         SchemaError: a file of `data` that is copied is damaged.
@@ -70,7 +73,7 @@ def save_model(model: nn.Module, config: dict[str, Any], data: str | Path, out: 
     check_type('a dictionary {"model": name, **arguments}', dict, config=config)
     check_path("a prepared folder", data=data)
     check_target(out, ("model", "run", "search", "compressed", "other"), inputs=[data], overwrite=True)
-    _check_config(model, config, load_schema(data))
+    _check_config(model, config, load_schema(data), modules)
     with model_in_the_making(model, config, data, out):
         pass
 
@@ -104,7 +107,7 @@ def model_in_the_making(
         remove(out / "numbers")  # an older model's
 
 
-def _check_config(model: nn.Module, config: dict[str, Any], schema: Schema) -> None:
+def _check_config(model: nn.Module, config: dict[str, Any], schema: Schema, modules: Sequence[str]) -> None:
     """Refuse a config that makes another model, which could be saved and then not be loaded.
 
     Raises:
@@ -112,8 +115,13 @@ def _check_config(model: nn.Module, config: dict[str, Any], schema: Schema) -> N
     """
     if "model" not in config:
         raise ArgumentError(f'config does not name a "model": expected {{"model": name, **arguments}}, got {config}')
-    with torch.device("meta"):  # its shapes alone, which cost no memory
-        expected = {name: tensor.shape for name, tensor in models.build(config, schema).state_dict().items()}
+    try:
+        with torch.device("meta"):  # its shapes alone, which cost no memory
+            described = models.build(config, schema, modules=modules)
+    except (RuntimeError, NotImplementedError):  # a part of somebody's own may read values when it is made
+        with _Undrawn():
+            described = models.build(config, schema, modules=modules)
+    expected = {name: tensor.shape for name, tensor in described.state_dict().items()}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     unfit = [
         f"{name} is {_shape(shapes.get(name))}, that of the config {_shape(expected.get(name))}"
@@ -150,8 +158,11 @@ class Predictor:
         object.__setattr__(self, "folder", Path(self.folder))
 
     @classmethod
-    def load(cls, folder: str | Path) -> Predictor:
+    def load(cls, folder: str | Path, *, modules: Sequence[str] = ()) -> Predictor:
         """Read a model folder.
+
+        `modules`: where a model of your own may be imported from (`ctrlib.models.build`); model.json does not decide
+        that, so that a folder of somebody else's runs nothing that you did not name.
 
         Raises:
             SchemaError: a file is missing, damaged, or of another model; the message names it.
@@ -166,7 +177,7 @@ class Predictor:
                 raise SchemaError(f"{folder} is not a model folder, it has no {name}: `ctrlib train --out` writes one")
         schema = load_schema(folder)
         with _Undrawn():
-            model = _build(folder / "model.json", schema)
+            model = _build(folder / "model.json", schema, modules)
         path = folder / "model.safetensors"
         try:
             with safe_open(str(path), "pt") as file:
@@ -486,7 +497,7 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _build(path: Path, schema: Schema) -> nn.Module:
+def _build(path: Path, schema: Schema, modules: Sequence[str]) -> nn.Module:
     """The model that model.json describes, whatever its weights."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -495,7 +506,7 @@ def _build(path: Path, schema: Schema) -> nn.Module:
     if not isinstance(config, dict) or "model" not in config:
         raise SchemaError(f'{path} does not name a "model": copy it or train the model again')
     try:
-        return models.build(config, schema)
+        return models.build(config, schema, modules=modules)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or "alloc" in str(error)
         why = "its sizes take more memory than there is" if full else f"{type(error).__name__}: {error}".splitlines()[0]

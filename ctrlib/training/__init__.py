@@ -5,6 +5,7 @@ from ctrlib import _lazy
 __getattr__, __dir__ = _lazy.named(
     __name__,
     {
+        "config": ("MAY_CHANGE", "Training", "complete", "differences"),
         "run": ("choose_device", "make_engine"),
         "loop": ("Engine", "History", "LostProcessError", "NonFiniteLossError", "Terminated", "to_json"),
         "evaluate": ("Scores", "score"),

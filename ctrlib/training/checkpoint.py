@@ -173,7 +173,12 @@ class Checkpoints:
         return self.last
 
     def load(
-        self, tensors: Mapping[str, Tensor | Shards], *, name: str | None = None, prefix: str = ""
+        self,
+        tensors: Mapping[str, Tensor | Shards],
+        *,
+        name: str | None = None,
+        prefix: str = "",
+        check: Callable[[dict[str, Any]], None] = lambda state: None,
     ) -> dict[str, Any] | None:
         """Copy the newest good checkpoint into `tensors` and return its state; None if none was ever saved.
 
@@ -184,6 +189,7 @@ class Checkpoints:
             tensors: their keys are those saved, or those of them that start with `prefix`.
             name: of the checkpoint to read: that one and no other, whether what it needs is sound or not.
             prefix: for a part of a checkpoint, such as a model without its optimiser.
+            check: gets the state before any tensor is looked at, and raises if the checkpoint is not the caller's.
 
         Raises:
             CheckpointError: none is good; that of `name` is damaged or absent; keys, shapes or dtypes differ.
@@ -198,9 +204,12 @@ class Checkpoints:
         else:
             manifest = self._newest_good(*found)
             self.last = manifest.folder.name
+        path = manifest.folder / "state.json"
+        state = self._first(lambda: cast("dict[str, Any]", json.loads(path.read_bytes())))
+        check(state)
         saved = self._together(lambda: _read_index(manifest, wanted, prefix))
         self._together(lambda: _read_tensors(manifest, saved, wanted))
-        return self._first(lambda: cast("dict[str, Any]", json.loads((manifest.folder / "state.json").read_bytes())))
+        return state
 
     def wait(self) -> None:
         """Wait until an asynchronous save is on disk.

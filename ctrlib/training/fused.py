@@ -24,11 +24,11 @@ from ctrlib.sharding.plan import Sharding, ShardingPlan, TableOptimiser, check_p
 from ctrlib.sharding.sharded import load_weights, shard, sharded_state, whole_weights
 from ctrlib.sharding.shards import State
 from ctrlib.training.batch_norm import synchronise_batch_norm
+from ctrlib.training.config import Precision
 from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_what_needs_one_process
 from ctrlib.training.rowwise_adagrad import RowwiseAdagrad
 from ctrlib.training.state import make_adam, optimiser_state
 
-Precision = Literal["fp32", "bf16"]
 _Tables = dict[nn.Module, dict[str, int] | None]  # sharded tables -> by how much their ids are shifted
 
 

@@ -24,6 +24,7 @@ from ctrlib.distributed import any_rank, rank, total, world_size
 from ctrlib.errors import CtrlibError, check_batches, check_has, check_type, check_whole
 from ctrlib.sharding.shards import State
 from ctrlib.training.checkpoint import CheckpointError, Checkpoints
+from ctrlib.training.config import refuse_another
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.progress import Epoch, Progress, known_weight, random_state, set_random_state
 from ctrlib.training.state import copy_state, restore_state
@@ -125,7 +126,7 @@ def fit(
         out: folder for the log; made if missing.
         checkpoints: where to save and to go on from.
         checkpoint_seconds: at most so much work is lost, plus a step.
-        identity: of the run; a checkpoint of a run with another one is refused.
+        identity: of the run, as plain data; a checkpoint of a run with another one is refused, and what differs named.
         tensorboard: also write TensorBoard events (needs the extra `ctrlib[tensorboard]`).
         console: where progress is shown; `Console(quiet=True)` for none.
 
@@ -141,8 +142,11 @@ def fit(
     out = None if out is None else Path(out)
     console = console or Console(stderr=True)
     keeper = _Keeper(engine, train, checkpoints, checkpoint_seconds, identity or {}, console)
-    with _Log(out if rank() == 0 else None, tensorboard and rank() == 0) as log, keeper, _name_lost_processes():
-        progress = keeper.load()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(keeper)
+        stack.enter_context(_name_lost_processes())
+        progress = keeper.load()  # before the log is opened: that of another run stays as it is
+        log = stack.enter_context(_Log(out if rank() == 0 else None, tensorboard and rank() == 0))
         for line in progress.epochs:
             log.write(line)
         while progress.stale < patience and len(progress.epochs) < max_epochs:
@@ -281,19 +285,9 @@ class _Keeper:
         """Where the saved run stands, with everything put back; a new run if there is none."""
         if self._checkpoints is None:
             return Progress()
-        saved = self._checkpoints.load(self._engine.state())
+        saved = self._checkpoints.load(self._engine.state(), check=self._check)
         if saved is None:
             return Progress()
-        differing = [
-            f"{name} was {saved['identity'].get(name)!r}, is {self._identity.get(name)!r}"
-            for name in sorted({*self._identity, *saved["identity"]})
-            if saved["identity"].get(name) != self._identity.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"the checkpoints in {self._checkpoints.folder} are of another run: {'; '.join(differing)}. Start with "
-                "the same settings to go on, or give another folder (or delete this one) to start anew"
-            )
         progress = Progress.from_dict(saved["progress"])
         if saved["best"]:  # it could not yet know its own name
             progress.best_checkpoint = self._checkpoints.last
@@ -302,6 +296,11 @@ class _Keeper:
         set_random_state(saved["random_state"], world_size())
         self._console.print(f"goes on after step {progress.step:,}, in epoch {len(progress.epochs) + 1}")
         return progress
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        assert self._checkpoints is not None
+        what = f"the checkpoints in {self._checkpoints.folder} are of another run"
+        refuse_another(saved.get("identity", {}), self._identity, what)
 
     def count(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches: a pipeline takes some before it trains on them, and those must be loaded again."""

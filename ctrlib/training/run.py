@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from ctrlib import plots
+from ctrlib import models, plots
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import init_process_group, rank, world_size
-from ctrlib.errors import WrongTypeError, check_callable, check_number, check_path, check_type, check_whole
+from ctrlib.errors import WrongTypeError, check_path
 from ctrlib.making import new_file, remove, write_text
 from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
-from ctrlib.schema import Schema, SchemaError
+from ctrlib.schema import SchemaError
 from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
 from ctrlib.training.checkpoint import Checkpoints
+from ctrlib.training.config import Device, EngineName, Precision, complete, identity_of, training_of
 from ctrlib.training.evaluate import evaluate, predict, score
 from ctrlib.training.exact import ExactEngine
-from ctrlib.training.fused import FusedEngine, Precision
-from ctrlib.training.loop import Engine, check_schedule, fit, to_json
-
-EngineName = Literal["exact", "fused"]
-Device = Literal["auto", "cpu", "cuda"]
+from ctrlib.training.fused import FusedEngine
+from ctrlib.training.loop import Engine, fit, to_json
 
 
 def choose_device(device: Device) -> torch.device:
@@ -113,40 +109,34 @@ def make_engine(
 
 def run(
     data: str | Path,
-    build: Callable[[Schema], Model],
+    config: Mapping[str, Any],
     *,
-    engine: EngineName = "exact",
-    batch_size: int = 4096,
-    learning_rate: float = 1e-3,
-    embedding_l2: float = 0.0,
-    embedding_learning_rate: float = 0.02,
-    precision: Precision = "fp32",
-    sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
-    plan: str | Path | None = None,
-    max_epochs: int = 100,
-    patience: int = 2,
-    seed: int = 0,
-    workers: int = 1,
-    device: Device = "auto",
+    modules: Sequence[str] = (),
     out: str | Path | None = None,
-    checkpoint_seconds: float | None = 300.0,
     asynchronous_checkpoints: bool = False,
-    identity: dict[str, Any] | None = None,
     tensorboard: bool = False,
+    on_built: Callable[[Model], None] | None = None,
     on_trained: Callable[[Model], None] | None = None,
     console: Console | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """Train `build(schema)` on a prepared folder with train, valid and test; returns the model and the result.
+    """Train what `config` describes on a prepared folder with train, valid and test; returns the model and the result.
+
+    `config` is one dictionary of plain data: the model's name, its arguments and those of `Inputs`, and `training`,
+    whose entries are those of `ctrlib.training.Training`. What it leaves out is at its default.
 
     The epoch is chosen by validation AUC, then validation and test are each scored once. The result has at least
     valid_auc, test_auc, test_logloss, parameters, embedding_bytes, samples_per_second (of training), the same of
-    inference (the test split, loading included), seconds (of everything), engine and seed. `out` receives log.jsonl,
-    metrics.json and curve.png. `on_trained` gets the trained model, on the CPU, before anything is scored: the place
-    to save it.
+    inference (the test split, loading included), seconds (of everything, in all parts of a run that was killed), engine
+    and seed. `out` receives log.jsonl, metrics.json and curve.png. `on_trained` gets the trained model, on the CPU,
+    before anything is scored: the place to save it. `on_built` gets the new one before it is trained: the place to
+    carry over what `warm_start` names.
 
     While it trains, `out`/checkpoints holds all that is needed to go on: after a kill, start the same run again (`fit`
-    tells more). None for `checkpoint_seconds`: no checkpoints. `identity`: what makes it this run, beside the
-    arguments; checkpoints of a run with another one are refused.
+    tells more). What makes it the same is `config`, with all defaults filled in, and the data. Only max_epochs,
+    workers, device, sharding, plan, checkpoint_seconds and the number of processes may be others; checkpoints of a run
+    that differs in anything else are refused, and the entry is named.
+
+    `modules`: where the model may be imported from, if it is one of your own (`ctrlib.models.build`).
 
     Started by `torchrun`, the processes share each batch of `batch_size` rows evenly, and all get the result. The
     trained model is on rank 0, which alone calls `on_trained` and writes; elsewhere the returned model has no weights
@@ -156,82 +146,75 @@ def run(
     Two runs with the same arguments and as many threads of torch give the same bits on a CPU, whatever `workers` is.
 
     Raises:
-        ValueError: an argument does not fit, or `out` holds the checkpoints of another run.
+        ValueError: an entry of the config does not fit, or `out` holds the checkpoints of another run.
         TargetError: `out` is the data, or a folder of another kind.
         DataError: train or valid has one class of a label only, or no row with weight.
         TypeError: an argument is of another type.
     """
     started = time.perf_counter()
     check_path("a prepared folder", data=data)
-    if isinstance(build, nn.Module):
-        raise WrongTypeError("build must be a function from a Schema to a model, got a model: give what makes it")
-    check_callable("a function from a Schema to a model, such as lambda s: ctr.models.build(config, s)", build=build)
-    check_schedule(max_epochs, patience)
-    check_whole(1, batch_size=batch_size)
-    check_whole(0, seed=seed, workers=workers)
-    check_number(0, learning_rate=learning_rate, embedding_learning_rate=embedding_learning_rate)
-    check_number(0, embedding_l2=embedding_l2)
-    if checkpoint_seconds is not None:
-        check_number(0, checkpoint_seconds=checkpoint_seconds)
+    if not isinstance(config, Mapping):
+        raise WrongTypeError(
+            f'expected a dictionary such as {{"model": "dcnv2", "training": {{"seed": 1}}}}, got {config!r}: a model '
+            "of your own is named by the import path of the function that makes it (see `ctrlib.models.build`)"
+        )
+    config = complete(config, modules=modules)
+    how = training_of(config)
     if out is not None:
-        check_target(out, ("model", "run", "other"), inputs=(data, plan), overwrite=True)
+        check_target(out, ("model", "run", "other"), inputs=(data, how.plan), overwrite=True)
     data, out = Path(data), None if out is None else Path(out)
-    if batch_size % world_size():
+    if how.batch_size % world_size():
         raise ValueError(
-            f"{world_size()} processes cannot share a batch of {batch_size} rows evenly: use a multiple of "
+            f"{world_size()} processes cannot share a batch of {how.batch_size} rows evenly: use a multiple of "
             f"{world_size()}"
         )
-    chosen_device = choose_device(device)
+    if how.warm_start is not None and on_built is None:
+        raise ValueError(
+            f"warm_start={how.warm_start!r}: carry the rows over in on_built=lambda model: ctrlib.warm_start(model, "
+            "data, folder), or use `ctrlib train --warm-start`"
+        )
+    chosen_device = choose_device(how.device)
     if world_size() > 1:
         init_process_group(chosen_device)
     is_first = rank() == 0
     console = (console or Console(stderr=True)) if is_first else Console(quiet=True)
     check_folder(data)  # all that is read after the training, too
     schema, note = load_schema(data), _note(data)
-    torch.manual_seed(seed)
-    model = build(schema)
-    check_type("a function that returns a ctrlib.Model", Model, build=model)
-    parameters, embedding_bytes, printout = model.num_parameters(), model.embedding_bytes(), str(model)
+    torch.manual_seed(how.seed)
+    model = models.build(config, schema, modules=modules)
+    if on_built is not None:
+        on_built(model)
+    parameters, embedding_bytes = model.num_parameters(), model.embedding_bytes()
     trainer = make_engine(
         model,
-        engine,
-        learning_rate=learning_rate,
-        embedding_l2=embedding_l2,
-        embedding_learning_rate=embedding_learning_rate,
-        precision=precision,
-        sharding=sharding,
-        plan=None if plan is None else load_plan(plan),
+        how.engine,
+        learning_rate=how.learning_rate,
+        embedding_l2=how.embedding_l2,
+        embedding_learning_rate=how.embedding_learning_rate,
+        precision=how.precision,
+        sharding=cast(Any, how.sharding),  # `make_engine` looks at it
+        plan=None if how.plan is None else load_plan(how.plan),
         check_ids=False,  # the loaders have
         device=chosen_device,
     )
     if is_first and isinstance(trainer, FusedEngine) and world_size() > 1:
         console.print(trainer.plan_table)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            save_plan(trainer.plan, out / "plan.json")
     if not is_first:
-        torch.manual_seed(seed + rank())  # dropout draws other masks for other rows
+        torch.manual_seed(how.seed + rank())  # dropout draws other masks for other rows
     with_group = schema.group is not None
-    share: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "workers": workers}
-    own_size = batch_size // world_size()
-    train = Loader(data, "train", batch_size=own_size, shuffle=True, seed=seed, **share)
+    share: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "workers": how.workers}
+    own_size = how.batch_size // world_size()
+    train = Loader(data, "train", batch_size=own_size, shuffle=True, seed=how.seed, **share)
     # Scoring needs no gradients: larger batches, so fewer calls.
     valid, test = (
         Loader(data, split, batch_size=2 * own_size, with_group=with_group, **share) for split in ("valid", "test")
     )
     for loader in (train, valid):
         loader.check_classes()
-    identity = {
-        **(identity or {}),
-        **{"data": schema.hash, "model": hashlib.sha256(printout.encode()).hexdigest(), "engine": engine},
-        "rows": train.data_hash,
-        **{"batch_size": batch_size, "learning_rate": learning_rate, "embedding_l2": embedding_l2, "seed": seed},
-        **{"embedding_learning_rate": embedding_learning_rate, "precision": precision, "patience": patience},
-    }
     before_training = time.perf_counter() - started
     with contextlib.ExitStack() as stack:
         checkpoints = None
-        if out is not None and checkpoint_seconds is not None:
+        if out is not None and how.checkpoint_seconds is not None:
             checkpoints = stack.enter_context(
                 Checkpoints(out / "checkpoints", asynchronous=asynchronous_checkpoints, log=console.print)
             )
@@ -239,20 +222,22 @@ def run(
             trainer,
             train,
             valid,
-            max_epochs=max_epochs,
-            patience=patience,
+            max_epochs=how.max_epochs,
+            patience=how.patience,
             out=out,
             checkpoints=checkpoints,
-            checkpoint_seconds=checkpoint_seconds or 0.0,
-            identity=identity,
+            checkpoint_seconds=how.checkpoint_seconds or 0.0,
+            identity=identity_of(config, schema.hash, train.data_hash),
             tensorboard=tensorboard,
             console=console,
         )
     trained = time.perf_counter()
+    if is_first and out is not None and isinstance(trainer, FusedEngine) and world_size() > 1:
+        save_plan(trainer.plan, out / "plan.json")
     # The engine may have wrapped the model or moved it: a plain one with the trained weights, for saving and serving.
     weights = trainer.weights()
     with contextlib.nullcontext() if is_first else torch.device("meta"):
-        plain = build(schema)
+        plain = models.build(config, schema, modules=modules)
     if is_first:
         plain.load_state_dict(weights)
         if on_trained is not None:
@@ -281,8 +266,8 @@ def run(
         "best_epoch": history.best_epoch,
         "engine": trainer.name,
         "processes": world_size(),
-        "precision": precision,
-        "seed": seed,
+        "precision": how.precision,
+        "seed": how.seed,
         "data_hash": schema.hash,
         "note": note,
     }
@@ -290,7 +275,7 @@ def run(
         write_text(out / "metrics.json", to_json(result, indent=1) + "\n")
         with new_file(out / "curve.png") as picture:
             plots.learning_curve(history, picture)
-        if checkpoint_seconds is not None:
+        if how.checkpoint_seconds is not None:
             remove(out / "checkpoints")  # the run is over: started again, it begins anew
     return plain, result
 

@@ -44,14 +44,9 @@ def train(folder: Path) -> None:
     """One epoch; prints the peak in MiB, and rows per second."""
     keep_freed_memory()  # as the command line and the recipes do
     started = time.perf_counter()
-    ctr.run(
-        folder,
-        lambda schema: ctr.models.mlp(ctr.Inputs(schema, embedding_dim=8, stacked=4), hidden=(32,)),
-        engine="fused",
-        batch_size=16_384,
-        max_epochs=1,
-        out=folder / "run",
-    )
+    config = {"model": "mlp", "embedding_dim": 8, "stacked": 4, "hidden": [32]}
+    training = {"engine": "fused", "batch_size": 16_384, "max_epochs": 1}
+    ctr.run(folder, {**config, "training": training}, out=folder / "run")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"peak_mib": round(peak), "seconds": round(time.perf_counter() - started)}))
 
