@@ -26,7 +26,7 @@ NAMES: dict[Kind, str] = {
 # By what each kind of folder is known, the more telling ones first: a search's folder is also a model folder, which has
 # a schema as prepared folders do.
 MARKERS: dict[Kind, tuple[str, ...]] = {
-    "search": ("search.json", "plan.safetensors", "search"),
+    "search": ("search.json", "plan.safetensors", "unfinished.json", "search"),
     "compressed": ("compression.json",),
     "model": ("model.json",),
     "run": ("metrics.json", "log.jsonl", "checkpoints", "plan.json", "non_finite_batch.pt"),

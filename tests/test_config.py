@@ -219,7 +219,7 @@ def test_no_experiment(config: dict[str, Any], message: str) -> None:
 
 
 def test_a_function_is_no_config(data: Path) -> None:
-    with pytest.raises(WrongTypeError, match=r"expected a dictionary such as .* named by the import path"):
+    with pytest.raises(WrongTypeError, match=r"config must be a dictionary such as .* named by the import path"):
         ctr.run(data, lambda schema: models.build({"model": "fm"}, schema))  # type: ignore[arg-type]
 
 

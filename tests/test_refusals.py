@@ -228,7 +228,7 @@ def test_no_target_lies_around_its_input(home: Path, no_work: None, capsys: Any,
         assert status == 1
         assert f"--out {home.name} holds {home.name}/" in said
     with pytest.raises(TargetError, match="which is read"):
-        ctr.run(home / "data", build, out=home)
+        ctr.run(home / "data", CONFIG, out=home)
     with pytest.raises(TargetError, match=r"is .*data, which is read"):
         save_model(build(ctr.Schema.load(home / "data")), CONFIG, home / "data", home / "data")
     with pytest.raises(TargetError, match="data2 is a prepared folder, and what is written is a model folder"):
@@ -352,7 +352,7 @@ def test_the_same_of_python(home: Path, tmp_path: Path, no_work: None) -> None:
         "learning_rate": float("nan"),
     }.items():
         with pytest.raises(ArgumentError, match=name):
-            ctr.run(data, build, out=out, **{name: value})
+            ctr.run(data, {**CONFIG, "training": {name: value}}, out=out)
         with pytest.raises(ArgumentError, match=name):
             search_and_retrain("optfs", data, config, out, **{name: value})  # type: ignore[arg-type]
     predictor = ctr.Predictor.load(home / "model")
@@ -386,7 +386,7 @@ def test_one_class_is_refused_by_name_of_split(
     data, out = prepared(tmp_path / "data", rows=rows, missing_labels="mask"), tmp_path / "out"
     said = rf"data/{split}: label 'label' has one class only among the rows \({found}"
     with pytest.raises(ctr.DataError, match=said):
-        ctr.run(data, build, out=out)
+        ctr.run(data, CONFIG, out=out)
     with pytest.raises(ctr.DataError, match=said):
         search_and_retrain("optfs", data, {**CONFIG, "model": "deepfm"}, out)
     if split == "valid":
@@ -407,16 +407,17 @@ def test_weights_that_are_all_zero_are_refused(split: str, tmp_path: Path, no_tr
         weights[places[split]] = weighty * rows["label"].to_numpy()[places[split]]
         data = prepared(tmp_path / f"data{weighty}", rows=rows.with_columns(w=pl.Series(weights)), weight="w")
         with pytest.raises(ctr.DataError, match=rf"data{weighty}/{split}: .*{said}"):
-            ctr.run(data, build)
+            ctr.run(data, CONFIG)
 
 
 def test_every_label_has_both_classes_but_test_may_have_one(tmp_path: Path) -> None:
     rows = frame(buy=np.arange(ROWS) % 2, never=np.zeros(ROWS, np.int64))
     data = prepared(tmp_path / "two", rows=rows, labels=["label", "never"])
     with pytest.raises(ctr.DataError, match="train: label 'never' has one class only"):
-        ctr.run(data, build)
+        ctr.run(data, CONFIG)
     rows = frame(label=[*(np.arange(250) % 2), *np.zeros(50, np.int64)])
-    _, result = ctr.run(prepared(tmp_path / "one", rows=rows), build, max_epochs=1, console=QUIET)
+    config = {**CONFIG, "training": {"max_epochs": 1}}
+    _, result = ctr.run(prepared(tmp_path / "one", rows=rows), config, console=QUIET)
     assert np.isnan(result["test_auc"])
     assert result["valid_auc"] > 0
 
@@ -561,7 +562,12 @@ def test_the_loss_of_an_epoch_counts_rows_by_their_weight(labels: list[str], tmp
     weight = np.where(np.arange(ROWS) < 100, 0.0, np.linspace(0.1, 9.0, ROWS) ** 2)
     rows = frame(w=weight, buy=np.arange(ROWS) % 2).drop([] if "buy" in labels else ["buy"])
     data = prepared(tmp_path / "data", rows=rows, weight="w", labels=labels)
-    model, _ = ctr.run(data, build, learning_rate=0.0, max_epochs=1, batch_size=32, out=tmp_path / "out", console=QUIET)
+    model, _ = ctr.run(
+        data,
+        {**CONFIG, "training": {"learning_rate": 0.0, "max_epochs": 1, "batch_size": 32}},
+        out=tmp_path / "out",
+        console=QUIET,
+    )
     (line,) = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
     truth = ctr.evaluate(model, ctr.Loader(data, "train", batch_size=64), quick=True)
     by_task = [task["log_loss"] for task in truth.get("tasks", [truth])]  # type: ignore[call-overload]
@@ -572,7 +578,12 @@ def test_the_loss_of_an_epoch_leaves_out_rows_without_label(tmp_path: Path) -> N
     label = frame()["label"].to_list()
     rows = frame().with_columns(label=pl.Series([None if 20 < n < 120 else one for n, one in enumerate(label)]))
     data = prepared(tmp_path / "data", rows=rows, missing_labels="mask")
-    model, _ = ctr.run(data, build, learning_rate=0.0, max_epochs=1, batch_size=16, out=tmp_path / "out", console=QUIET)
+    model, _ = ctr.run(
+        data,
+        {**CONFIG, "training": {"learning_rate": 0.0, "max_epochs": 1, "batch_size": 16}},
+        out=tmp_path / "out",
+        console=QUIET,
+    )
     (line,) = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
     truth = ctr.evaluate(model, ctr.Loader(data, "train", batch_size=64), quick=True)
     assert line["train_loss"] == pytest.approx(truth["log_loss"], rel=1e-5)
@@ -603,7 +614,9 @@ def test_seconds_are_those_before_the_kill_too(home: Path, tmp_path: Path, monke
             return original(*arguments, **others)
 
         monkeypatch.setattr(loop, "evaluate", evaluate)
-        return ctr.run(home / "data", build, max_epochs=2, patience=2, out=tmp_path / "out", console=QUIET)[1]
+        return ctr.run(
+            home / "data", {**CONFIG, "training": {"max_epochs": 2, "patience": 2}}, out=tmp_path / "out", console=QUIET
+        )[1]
 
     with pytest.raises(KeyError, match="killed"):
         again(1, 1.5)
@@ -702,27 +715,30 @@ MODEL: Callable[[], ctr.Model] = lambda: models.build(CONFIG, example_schema()) 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "run, a name": (
         lambda home: ctr.run(home / "data", "dcnv2"),
-        "build must be a function from a Schema to a model, ",
+        "config must be a dictionary such as .* got str 'dcnv2'",
     ),  # type: ignore[arg-type]
     "run, a model": (
         lambda home: ctr.run(home / "data", MODEL()),
-        "build must be a function from a Schema to a model, g",
+        "config must be a dictionary such as .* got Model",
     ),
     "run, returns": (
         lambda home: ctr.run(home / "data", lambda _: 3),
-        "build must be a function that returns a ctrlib.",
+        "config must be a dictionary such as .* is named by the import path",
     ),  # type: ignore[arg-type, return-value]
-    "run, a frame": (lambda _: ctr.run(frame(), build), "data must be the path of a prepared folder, got DataFrame"),  # type: ignore[arg-type]
+    "run, a frame": (lambda _: ctr.run(frame(), CONFIG), "data must be the path of a prepared folder, got DataFrame"),  # type: ignore[arg-type]
     "run, epochs": (
-        lambda home: ctr.run(home / "data", build, max_epochs=1.5),
+        lambda home: ctr.run(home / "data", {**CONFIG, "training": {"max_epochs": 1.5}}),
         r"max_epochs \(--epochs\) must be a whole",
     ),  # type: ignore[arg-type]
     "run, batch": (
-        lambda home: ctr.run(home / "data", build, batch_size=True),
+        lambda home: ctr.run(home / "data", {**CONFIG, "training": {"batch_size": True}}),
         r"must be a whole number, got bool True",
     ),
-    "run, rate": (lambda home: ctr.run(home / "data", build, learning_rate="x"), "must be a number, got str 'x'"),  # type: ignore[arg-type]
-    "run, out": (lambda home: ctr.run(home / "data", build, out=3), "out must be the path of what is to be written"),  # type: ignore[arg-type]
+    "run, rate": (
+        lambda home: ctr.run(home / "data", {**CONFIG, "training": {"learning_rate": "x"}}),
+        "must be a number, got str 'x'",
+    ),  # type: ignore[arg-type]
+    "run, out": (lambda home: ctr.run(home / "data", CONFIG, out=3), "out must be the path of what is to be written"),  # type: ignore[arg-type]
     "fit, engine": (lambda _: ctr.fit("exact", [], []), "engine must be an engine, such as ctrlib.ExactEngine"),  # type: ignore[arg-type]
     "fit, model": (lambda _: ctr.fit(MODEL(), [], []), "engine must be an engine, such as ctrlib.ExactEngine"),  # type: ignore[arg-type]
     "fit, folder": (

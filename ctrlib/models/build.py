@@ -124,17 +124,20 @@ def _with_few_rows(schema: Schema) -> Schema:
 
 def _build(arguments: dict[str, Any], schema: Schema, modules: Sequence[str]) -> Model:
     from ctrlib.inputs import Inputs
+    from ctrlib.model import Model
 
     config = arguments
     model, of_inputs = _checked(arguments, modules)
     arguments = {name: value for name, value in arguments.items() if name != "model"}
     inputs = Inputs(schema, **{key: arguments.pop(key) for key in of_inputs if key in arguments})
     try:
-        return model.make(inputs, **arguments)
+        made = model.make(inputs, **arguments)
     except (TypeError, IndexError) as error:
         raise ArgumentError(
             f"{model.name} does not take these arguments, one is of the wrong kind: {config} ({error})"
         ) from error
+    check_type("a function that returns a ctrlib.Model", Model, model=made)
+    return made
 
 
 def _checked(config: dict[str, Any], modules: Sequence[str]) -> tuple[PublishedModel, list[str]]:

@@ -18,7 +18,7 @@ from ctrlib import models, plots
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import init_process_group, rank, world_size
-from ctrlib.errors import WrongTypeError, check_path
+from ctrlib.errors import WrongTypeError, check_path, shown
 from ctrlib.making import new_file, remove, write_text
 from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
@@ -155,8 +155,8 @@ def run(
     check_path("a prepared folder", data=data)
     if not isinstance(config, Mapping):
         raise WrongTypeError(
-            f'expected a dictionary such as {{"model": "dcnv2", "training": {{"seed": 1}}}}, got {config!r}: a model '
-            "of your own is named by the import path of the function that makes it (see `ctrlib.models.build`)"
+            f'config must be a dictionary such as {{"model": "fm", "training": {{"seed": 1}}}}, got {shown(config)}: '
+            "a model of your own is named by the import path of the function that makes it (see `ctrlib.models.build`)"
         )
     config = complete(config, modules=modules)
     how = training_of(config)
