@@ -241,6 +241,8 @@ def test_a_plan_is_checked(tmp_path: Path) -> None:
     plan.save(path)
     assert torch.equal(Plan.load(path).weights["a"], plan.weights["a"])
     assert Plan.load(path).replaced == plan.replaced
+    write_text(tmp_path / "text", "")
+    assert path.stat().st_mode == (tmp_path / "text").stat().st_mode
     flip(path, path.stat().st_size - 1)
     with pytest.raises(ValueError, match=r"plan.safetensors is not a plan .*sha256 differs"):
         Plan.load(path)

@@ -49,7 +49,9 @@ class Plan:
         text = {"method": self.method, "replaced": json.dumps(self.replaced), "summary": json.dumps(self.summary)}
         text["sha256"] = _sha256(text, self.weights)
         with new_file(path) as making:
+            mode = making.stat().st_mode  # safetensors would let nobody else read it
             save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, str(making), metadata=text)
+            making.chmod(mode)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
