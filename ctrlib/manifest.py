@@ -225,7 +225,7 @@ def write_manifest(folder: str | Path, kind: str | None = None) -> str:
     >>> seal = write_manifest(folder)
     >>> _ = (folder / "model.json").write_text("[]")
     >>> try: check_file(folder, "model.json")
-    ... except SchemaError as error: print(str(error).partition("model.json ")[2][:71])
+    ... except SchemaError as error: print(str(error).partition("model.json ")[2][:70])
     is damaged: not what was written (its sha256 differs): copy the folder
     """
     folder = Path(folder)
@@ -239,9 +239,11 @@ def write_manifest(folder: str | Path, kind: str | None = None) -> str:
 
 def _names(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts) and str(name) != NAME:
-            yield name.as_posix()
+        *folders, name = path.relative_to(folder).parts
+        # Files of columns are called as these are, which may begin with a dot.
+        may_be_hidden = [*folders, *([] if folders[:1] in (["vocab"], ["numbers"]) else [name])]
+        if path.is_file() and not any(part.startswith(".") for part in may_be_hidden) and [*folders, name] != [NAME]:
+            yield "/".join([*folders, name])
 
 
 def _parts_of(path: Path, name: str) -> tuple[int, list[tuple[int, str]]]:

@@ -258,7 +258,8 @@ def _of_equal_batches(data: Prepared, predictor: Predictor) -> tuple[dict[str, b
                     exact[-1] += predictor.model.wide(encoded)
                 if len(batch.labels) == rows.height:  # else it holds rows that are not among those to compare
                     same["model"] &= torch.equal(predictor.model(batch), logits[-1])
-            same["predictor"] &= predictor._probabilities(of_folder, BATCH_SIZE).equals(predictor.predict(rows)[0])
+            scores = predictor._probabilities(of_folder, BATCH_SIZE, Report(predictor.encoder))
+            same["predictor"] &= scores.equals(predictor.predict(rows)[0])
     return same, torch.cat(logits).numpy(), torch.cat(exact).numpy()
 
 

@@ -487,7 +487,9 @@ def test_a_file_is_scored_block_by_block(tmp_path: Path, monkeypatch: pytest.Mon
     for source in ("rows.parquet", "rows.csv"):
         for target in ("out.parquet", "out.csv"):
             seen: list[int] = []
-            found = predictor.predict_to(tmp_path / source, tmp_path / target, keep=["row"], progress=seen.append)
+            found = predictor.predict_to(
+                tmp_path / source, tmp_path / target, keep=["row"], progress=seen.append, overwrite=True
+            )
             read = (pl.read_parquet if target == "out.parquet" else pl.read_csv)(tmp_path / target)
             assert read["row"].cast(pl.Int64).to_list() == list(range(700))  # cells of a text file are kept as text
             np.testing.assert_allclose(read["label"], expected["label"], rtol=0, atol=1e-6)
@@ -497,9 +499,9 @@ def test_a_file_is_scored_block_by_block(tmp_path: Path, monkeypatch: pytest.Mon
             assert found["ignored"] == ["row"]
     assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
     with pytest.raises(SchemaError, match=r"no columns \['rwo'\] to keep; the closest are row"):
-        predictor.predict_to(tmp_path / "rows.csv", tmp_path / "out.csv", keep=["rwo"])
+        predictor.predict_to(tmp_path / "rows.csv", tmp_path / "new.csv", keep=["rwo"])
     with pytest.raises(ValueError, match=r"columns \['label'\] cannot be kept"):
-        predictor.predict_to(tmp_path / "rows.csv", tmp_path / "out.csv", keep=["label"])
+        predictor.predict_to(tmp_path / "rows.csv", tmp_path / "new.csv", keep=["label"])
     # A model that has scored, whose tables are views by then, is saved as before.
     ctr.save_model(predictor.model, config, tmp_path / "p", tmp_path / "again")
     assert ctr.Predictor.load(tmp_path / "again").predict(frame)[0].equals(expected)

@@ -392,13 +392,15 @@ def test_other_types_are_refused(tmp_path: Path, first: pl.Series, second: pl.Se
 
 
 def test_parts_with_other_columns_are_refused(tmp_path: Path) -> None:
-    flat().write_parquet(tmp_path / "0.parquet")
-    flat().drop("user").write_parquet(tmp_path / "1.parquet")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    flat().write_parquet(raw / "0.parquet")
+    flat().drop("user").write_parquet(raw / "1.parquet")
     with pytest.raises(SchemaError, match=r"1.parquet lacks columns \['user'\], which .*0.parquet has"):
-        prints(tmp_path, tmp_path, features=FLAT)
-    flat().with_columns(more=1).write_parquet(tmp_path / "1.parquet")
+        prints(raw, tmp_path, features=FLAT)
+    flat().with_columns(more=1).write_parquet(raw / "1.parquet")
     with pytest.raises(SchemaError, match=r"1.parquet has columns \['more'\], which .*0.parquet lacks"):
-        prints(tmp_path, tmp_path, features=FLAT)
+        prints(raw, tmp_path, features=FLAT)
 
 
 def test_lists_of_text_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

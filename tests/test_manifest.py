@@ -175,12 +175,12 @@ def test_a_folder_of_another_program_is_read_and_that_is_said(data: Path, caplog
 def test_a_run_tells_before_it_trains(data: Path, name: str) -> None:
     flip(data / name, 30)
     with pytest.raises(ctr.SchemaError, match=f"{name} is damaged"):
-        ctr.run(data, lambda schema: pytest.fail("too late"))
+        ctr.run(data, CONFIG, on_built=lambda model: pytest.fail("too late"))
     if name == "report.json":
         (data / name).write_text("[1]")
         write_manifest(data)
         with pytest.raises(ctr.SchemaError, match=r"report.json cannot be read"):
-            ctr.run(data, lambda schema: pytest.fail("too late"))
+            ctr.run(data, CONFIG, on_built=lambda model: pytest.fail("too late"))
 
 
 @pytest.mark.parametrize(
@@ -218,10 +218,9 @@ def test_other_rows_are_other_data(data: Path, tmp_path: Path) -> None:
         raise Killed
 
     def run(**options: Any) -> Any:
-        def build(schema: ctr.Schema) -> ctr.Model:
-            return ctr.models.mlp(ctr.Inputs(schema, embedding_dim=4), hidden=(4,))
-
-        return ctr.run(data, build, max_epochs=1, batch_size=100, out=tmp_path / "out", device="cpu", **options)
+        training = {"max_epochs": 1, "batch_size": 100, "device": "cpu"}
+        config = {"model": "mlp", "embedding_dim": 4, "hidden": [4], "training": training}
+        return ctr.run(data, config, out=tmp_path / "out", **options)
 
     with pytest.raises(Killed):
         run(on_trained=killed)

@@ -107,7 +107,6 @@ def test_numbers_become_fields_in_every_way(numeric: str) -> None:
         ({"model": "finalmlp", "contexts": [["user", "user"], []]}, "two lists of distinct feature names"),
         ({"model": "finalmlp", "contexts": [["user"]]}, "two lists of distinct feature names"),
         ({"model": "eulernet", "num_orders": 3}, "eulernet does not take these arguments"),
-        ({"model": "mlp", "embedding_dim": 8.5}, "mlp does not take these arguments"),
         ({"model": "mlp", "sigma": 3.0}, "is for numeric='periodic'"),
         ({"model": "mlp", "sequence": "tim"}, "makes fields of each label's own, which dtrn takes"),
         ({"model": "mmoe", "sequence": "tim"}, "mmoe and ple with refine=True"),
@@ -118,6 +117,11 @@ def test_numbers_become_fields_in_every_way(numeric: str) -> None:
 def test_wrong_config_says_what_is_right(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(config, SCHEMA)
+
+
+def test_a_config_with_a_value_of_another_type_names_it() -> None:
+    with pytest.raises(TypeError, match=r"embedding_dim must be a whole number, got float 8\.5"):
+        build({"model": "mlp", "embedding_dim": 8.5}, SCHEMA)
 
 
 @pytest.mark.parametrize("sequence", ["mean", "din", "din_softmax", "bst", "sim", "tim_shared"])

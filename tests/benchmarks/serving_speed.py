@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import tyro
 
 import ctrlib as ctr
+from ctrlib.serving.predictor import Report
 
 FIELDS = 10
 BLOCK = 200_000
@@ -119,9 +120,10 @@ def score_file(path: Path) -> None:
     predictor = ctr.Predictor.load(path.parent / "model")
     rng = np.random.default_rng(2)
     columns, _ = predictor.encoder.transform(_block(rng, BLOCK))
-    predictor._probabilities(columns, 8192)
+    report = Report(predictor.encoder)
+    predictor._probabilities(columns, 8192, report)
     started = time.perf_counter()
-    predictor._probabilities(columns, 8192)
+    predictor._probabilities(columns, 8192, report)
     alone = BLOCK / (time.perf_counter() - started)
     started = time.perf_counter()
     counts = predictor.predict_to(path, path.with_suffix(".out.parquet"), keep=["user_id"])
