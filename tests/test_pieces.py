@@ -81,9 +81,9 @@ def prepared(data: Any, out: Path, road: str, monkeypatch: Any, **options: Any) 
 @pytest.mark.parametrize("options", EVERY_KIND.values(), ids=EVERY_KIND)
 def test_prepared_folders_do_not_depend_on_the_road(tmp_path, monkeypatch, options):
     path = every_kind(tmp_path)
-    monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("ctrlib.data.coded._FEWEST_BYTES", 1000)
-    monkeypatch.setattr("ctrlib.data.coded.BLOCK_ROWS", 37)
+    monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 7000)
+    monkeypatch.setattr("ctrlib.data.coded._FEWEST_BYTES", 7000)
+    monkeypatch.setattr("ctrlib.data.coded.BLOCK_ROWS", 137)
     monkeypatch.setattr("ctrlib.data.codes._FEWEST", 100)
     for road in ROADS:
         prepared(path, tmp_path / road, road, monkeypatch, **options)
@@ -113,8 +113,8 @@ def test_errors_do_not_depend_on_pieces(tmp_path, monkeypatch, change, options):
     (tmp_path / "raw.csv").write_text("\n".join(lines))
     options = {"features": [Categorical("item"), Numeric("price")], **options}
     messages = []
-    monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("ctrlib.data.coded._FEWEST_BYTES", 1000)
+    monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 7000)
+    monkeypatch.setattr("ctrlib.data.coded._FEWEST_BYTES", 7000)
     for road in ("coded", "whole", "41"):
         with pytest.raises((DataError, SchemaError)) as error:
             prepared(tmp_path / "raw.csv", tmp_path / "out", road, monkeypatch, **options)
