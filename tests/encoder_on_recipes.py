@@ -37,8 +37,8 @@ from ctrlib.data.columns import Columns, decode, find_row_groups
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.loader import Loader
 from ctrlib.data.prepare import prepare
-from ctrlib.data.raw import ROW, RawTable, numbered
 from ctrlib.data.split import split_table
+from ctrlib.data.table import ROW, RawTable, numbered
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.schema import MultiValued, Schema, Sequence
 from ctrlib.serving.direct import Rows as DirectRows

@@ -10,7 +10,8 @@ import polars as pl
 
 from ctrlib.data.encode import Totals, write_part
 from ctrlib.data.quantiles import write_points
-from ctrlib.data.raw import RawTable, naming, read_raw
+from ctrlib.data.raw import read_raw
+from ctrlib.data.table import RawTable, naming
 from ctrlib.data.vocabulary import Vocabularies, counted, values_of
 from ctrlib.schema import Schema
 

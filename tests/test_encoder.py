@@ -25,10 +25,10 @@ from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns, Ragged, decode, find_row_groups, offsets_of
 from ctrlib.data.encoder import FEW_CELLS, Counts, Encoder, _frame_of
 from ctrlib.data.quick import Careful, texts_of_column
-from ctrlib.data.raw import RawTable, clean, numbered
 from ctrlib.data.scan import DataError
 from ctrlib.data.stream import blocks
 from ctrlib.data.synthetic import Teacher, generate
+from ctrlib.data.table import RawTable, clean, numbered
 from ctrlib.models import MODELS
 from ctrlib.schema import (
     MISSING_ID,

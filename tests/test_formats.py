@@ -27,8 +27,9 @@ import ctrlib as ctr
 from ctrlib import cli, models
 from ctrlib.data import jsonlines, stream
 from ctrlib.data.infer import HOURS, infer_features
-from ctrlib.data.raw import RawTable, read_raw
+from ctrlib.data.raw import read_raw
 from ctrlib.data.scan import DataError
+from ctrlib.data.table import RawTable
 from ctrlib.schema import Categorical, MultiValued, Numeric, RawId, SchemaError
 
 N = 60

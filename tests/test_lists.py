@@ -17,9 +17,9 @@ from ctrlib.cli.prepare import Columns, Output, Prepare
 from ctrlib.data.columns import Columns as Encoded
 from ctrlib.data.encoder import FEW_CELLS, Encoder
 from ctrlib.data.fingerprint import fingerprint
-from ctrlib.data.raw import RawTable
 from ctrlib.data.split import split_table
 from ctrlib.data.stream import blocks
+from ctrlib.data.table import RawTable
 from ctrlib.schema import Categorical, MultiValued, Schema, SchemaError, Sequence
 
 _ = None  # an event that is missing

@@ -20,8 +20,9 @@ from ctrlib.data.fingerprint import fingerprint
 from ctrlib.data.infer import infer_features
 from ctrlib.data.moments import moments
 from ctrlib.data.prepare import prepare
-from ctrlib.data.raw import RawTable, read_raw
+from ctrlib.data.raw import read_raw
 from ctrlib.data.scan import DataError
+from ctrlib.data.table import RawTable
 from ctrlib.data.vocabulary import hash_values
 from ctrlib.data.workers import ThisMachine
 from ctrlib.manifest import write_manifest

@@ -16,9 +16,10 @@ from ctrlib.data.encoder import Encoder
 from ctrlib.data.fingerprint import fingerprint
 from ctrlib.data.infer import infer_features
 from ctrlib.data.prepare import prepare
-from ctrlib.data.raw import RawTable, read_raw
+from ctrlib.data.raw import read_raw
 from ctrlib.data.scan import DataError
 from ctrlib.data.split import row_hash
+from ctrlib.data.table import RawTable
 from ctrlib.manifest import write_manifest
 from ctrlib.schema import Categorical, MultiValued, Numeric, Schema, SchemaError, Sequence
 

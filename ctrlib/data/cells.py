@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from ctrlib.data.raw import ROW, RawTable, Total, is_cell
 from ctrlib.data.scan import DataError, OnBadRow
+from ctrlib.data.table import ROW, RawTable, Total, is_cell
 from ctrlib.schema import (
     Categorical,
     Feature,

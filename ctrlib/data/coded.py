@@ -29,20 +29,9 @@ import pyarrow.csv
 from polars.io.plugins import register_io_source
 
 from ctrlib.data.formats import format_of
-from ctrlib.data.raw import (
-    BLANKS,
-    ROW,
-    Plan,
-    RawData,
-    RawTable,
-    TextFile,
-    Total,
-    missing_tokens,
-    naming,
-    open_text,
-    read_raw,
-)
+from ctrlib.data.raw import RawData, TextFile, open_text, read_raw
 from ctrlib.data.scan import OnBadRow
+from ctrlib.data.table import BLANKS, ROW, Plan, RawTable, Total, missing_tokens, naming
 
 NUM_THREADS = min(os.cpu_count() or 1, 8)  # each holds a block
 BLOCK_ROWS = 1 << 17

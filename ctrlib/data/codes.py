@@ -24,8 +24,8 @@ from ctrlib.data.cells import fitted_number, label, number, raw_id, text
 from ctrlib.data.coded import NUM_THREADS, Block, Cells, CodedTable, read_column, write_column
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.encode import ROWS_PER_GROUP, Totals, totals_of
-from ctrlib.data.raw import naming
 from ctrlib.data.stream import ahead
+from ctrlib.data.table import naming
 from ctrlib.schema import (
     MISSING_ID,
     MISSING_RAW_ID,

@@ -10,8 +10,8 @@ from typing import Any
 
 from ctrlib.data.cells import shortened
 from ctrlib.data.infer import Guess, infer_features
-from ctrlib.data.raw import RawTable
 from ctrlib.data.scan import check_on_bad_row
+from ctrlib.data.table import RawTable
 from ctrlib.schema import (
     Categorical,
     Feature,

@@ -22,7 +22,7 @@ from ctrlib.data.cells import (
     text,
 )
 from ctrlib.data.columns import GROUP_COLUMN
-from ctrlib.data.raw import RawTable, Total
+from ctrlib.data.table import RawTable, Total
 from ctrlib.data.unknown import judge, knows_none
 from ctrlib.data.vocabulary import (
     Count,

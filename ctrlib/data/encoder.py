@@ -26,9 +26,10 @@ from ctrlib.data.columns import Columns, Ragged, offsets_of
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
 from ctrlib.data.quantiles import has_points, points_path, read_points
 from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, texts_of_cell, texts_of_column
-from ctrlib.data.raw import RawData, RawTable, as_frame, clean, naming, numbered
+from ctrlib.data.raw import RawData
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.stream import ahead, blocks
+from ctrlib.data.table import RawTable, as_frame, clean, naming, numbered
 from ctrlib.data.unknown import judge
 from ctrlib.data.vocabulary import load_counts, load_vocabulary, vocabulary_path
 from ctrlib.errors import WrongTypeError

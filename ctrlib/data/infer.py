@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from ctrlib.data.raw import RawTable, is_cell
+from ctrlib.data.table import RawTable, is_cell
 from ctrlib.schema import Categorical, Feature, MultiValued, Numeric
 
 SAMPLE_ROWS = 200_000

@@ -19,7 +19,7 @@ from ctrlib.data.cells import shortened
 from ctrlib.data.describe import describe
 from ctrlib.data.encode import judge_table
 from ctrlib.data.quantiles import has_points, points_path, write_points
-from ctrlib.data.raw import RawTable
+from ctrlib.data.table import RawTable
 from ctrlib.data.vocabulary import (
     Count,
     hash_values,

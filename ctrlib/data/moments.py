@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from ctrlib.data.raw import RawTable, Total
+from ctrlib.data.table import RawTable, Total
 
 # Exponent of the smallest difference that counts: polars divides by multiplying, and what is smaller than 2^-1022 has
 # no reciprocal. Numbers that differ by less are one to a model, which computes in 32 bits.

@@ -24,9 +24,10 @@ from ctrlib.data.describe import check_arguments, describe
 from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling
 from ctrlib.data.infer import HOURS, NO_CELLS
 from ctrlib.data.like import Earlier
-from ctrlib.data.raw import RawData, RawTable, naming
+from ctrlib.data.raw import RawData
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, check_ratio, split_table
+from ctrlib.data.table import RawTable, naming
 from ctrlib.data.unknown import refuse_two_spellings
 from ctrlib.data.vocabulary import fit, values_in, vocabulary_path
 from ctrlib.data.workers import ThisMachine, Workers

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ctrlib.data.cells import FLOAT32_MAX, json_events
-from ctrlib.data.raw import BLANKS
+from ctrlib.data.table import BLANKS
 from ctrlib.schema import MISSING_RAW_ID, Categorical, MultiValued, Numeric, RawId, Sequence, VocabularyFeature
 
 # Cut around a value inside a cell: Unicode's White_Space, as polars does. (Python's own strip cuts more.)
@@ -28,7 +28,7 @@ class Careful(Exception):
 def text_of_cell(feature: VocabularyFeature, fitted: str, missing: frozenset[str]) -> Callable[[Any], str | None]:
     """Cell -> canonical text, None where it is missing: `ctrlib.data.cells.text` of a cell of a usual type.
 
-    `fitted` is the kind of values that train had (`ctrlib.data.raw.family`).
+    `fitted` is the kind of values that train had (`ctrlib.data.table.family`).
     """
     texts, integers, booleans = (fitted in ("parsed", "null", kind) for kind in ("text", "integer", "boolean"))
     if isinstance(feature, Categorical) and feature.bucket is not None:

@@ -14,7 +14,7 @@ import polars as pl
 from ctrlib.data.cells import holds, text
 from ctrlib.data.encode import Totals
 from ctrlib.data.infer import separator_in
-from ctrlib.data.raw import RawTable
+from ctrlib.data.table import RawTable
 from ctrlib.schema import Categorical, MultiValued, Schema, Sequence, kind_of, vocabulary_of
 
 FIRST_ROWS = 10_000  # that are looked at

@@ -42,8 +42,9 @@ import pyarrow.parquet as pq
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.encode import Totals, write_part
 from ctrlib.data.quantiles import write_points
-from ctrlib.data.raw import RawTable, as_frame, check_names, check_paths, naming, read_parquet, read_raw, run_here
+from ctrlib.data.raw import check_paths, read_parquet, read_raw
 from ctrlib.data.scan import DataError, OnBadRow
+from ctrlib.data.table import RawTable, as_frame, check_names, naming, run_here
 from ctrlib.data.vocabulary import Vocabularies, counted, values_of
 from ctrlib.schema import Categorical, Schema, SchemaError
 
@@ -183,7 +184,7 @@ class SparkWorkers:
         write_points(folder, schema, folder)
 
     def _run(self, plans: Sequence[pl.LazyFrame], name: str) -> list[pl.DataFrame]:
-        """As `ctrlib.data.raw.run_here`."""
+        """As `ctrlib.data.table.run_here`."""
 
         def run(number: int, plan: pl.LazyFrame) -> Iterator[pl.DataFrame]:
             yield _answer(number, lambda: run_here([plan], name)[0])

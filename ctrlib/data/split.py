@@ -8,8 +8,8 @@ from numbers import Real
 import polars as pl
 
 from ctrlib.data.cells import label
-from ctrlib.data.raw import ROW, RawTable, is_cell
 from ctrlib.data.scan import DataError
+from ctrlib.data.table import ROW, RawTable, is_cell
 from ctrlib.errors import check_type
 from ctrlib.schema import SchemaError
 

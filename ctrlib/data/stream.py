@@ -15,18 +15,9 @@ import pyarrow.parquet as pq
 
 from ctrlib.data.formats import format_of
 from ctrlib.data.parts import alike, parts_of
-from ctrlib.data.raw import (
-    RawTable,
-    check_names,
-    clean,
-    json_table,
-    naming,
-    numbered,
-    open_json,
-    open_text,
-    read_parquet,
-)
+from ctrlib.data.raw import json_table, open_json, open_text, read_parquet
 from ctrlib.data.scan import DataError, OnBadRow
+from ctrlib.data.table import RawTable, check_names, clean, naming, numbered
 
 BLOCK_ROWS = 1 << 16
 Item = TypeVar("Item")

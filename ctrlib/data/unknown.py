@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from ctrlib.data.cells import holds
-from ctrlib.data.raw import RawTable
+from ctrlib.data.table import RawTable
 from ctrlib.data.vocabulary import values_of, vocabulary_path
 from ctrlib.schema import RawId, Schema, SchemaError, SparseFeature, vocabulary_of
 

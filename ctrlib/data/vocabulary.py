@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ctrlib.data.cells import holds, is_raw_integer, number, text, transformed
 from ctrlib.data.moments import SMALLEST, moments
-from ctrlib.data.raw import Plan, RawTable
+from ctrlib.data.table import Plan, RawTable
 from ctrlib.manifest import check_file
 from ctrlib.schema import (
     NUM_RESERVED_IDS,

@@ -16,9 +16,9 @@ from ctrlib.data.coded import NUM_THREADS, CodedTable, read_coded
 from ctrlib.data.codes import count_numbers, count_values, write_coded
 from ctrlib.data.encode import Totals
 from ctrlib.data.quantiles import points_of, points_path
-from ctrlib.data.raw import RawTable
 from ctrlib.data.scan import OnBadRow
 from ctrlib.data.stream import ahead
+from ctrlib.data.table import RawTable
 from ctrlib.data.vocabulary import Vocabularies
 from ctrlib.schema import Numeric, Schema
 

@@ -37,9 +37,9 @@ from ctrlib.data.columns import Columns
 from ctrlib.data.encoder import Counts, Encoder, Rows
 from ctrlib.data.loader import Loader
 from ctrlib.data.quantiles import has_points
-from ctrlib.data.raw import ROW, RawTable, as_frame
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
 from ctrlib.data.stream import ahead
+from ctrlib.data.table import ROW, RawTable, as_frame
 from ctrlib.errors import ArgumentError, check_path, check_type, check_whole
 from ctrlib.making import new_file, new_folder, remove
 from ctrlib.manifest import load_schema, manifest_of, write_manifest
