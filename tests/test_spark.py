@@ -78,9 +78,8 @@ def test_a_text_file(spark, tmp_path):
 
 
 def test_a_stratified_split(spark, tmp_path):
-    path = every_kind(tmp_path)
-    for label in ("label", "buy"):
-        check_same(spark, tmp_path, path, path, **EVERY_KIND["random"], stratify=label)
+    path = every_kind(tmp_path)  # by a label of text, some of whose rows are skipped
+    check_same(spark, tmp_path, path, path, **EVERY_KIND["random"], stratify="buy")
 
 
 def test_a_spark_frame_split_by_time(spark, tmp_path):
