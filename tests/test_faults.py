@@ -12,10 +12,10 @@ NONE = {
     **dict.fromkeys(("kills", "terminations", "flips", "truncations", "swaps", "resumed", "full-disks"), 0),
     **dict.fromkeys(("lost", "stopped", "torchruns", "rank-changes"), 0),
 }
-# Some setups are killed once or twice. How damage is found is in test_checkpoint.py;
+# A run of each setup is killed once. How damage is found is in test_checkpoint.py;
 # here runs go on after it. What torchrun starts again by itself is left to `make faults`.
 SHORT = {
-    **{"kills": 2, "terminations": 1, "flips": 1, "truncations": 1, "swaps": 1, "resumed": 2, "full-disks": 1},
+    **{"kills": 4, "terminations": 1, "flips": 1, "truncations": 1, "swaps": 1, "resumed": 2, "full-disks": 1},
     **{"lost": 1, "stopped": 1, "torchruns": 0, "rank-changes": 1},
 }
 

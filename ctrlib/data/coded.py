@@ -164,7 +164,7 @@ class CodedTable(RawTable):
 
 
 _COUNT = "__count__"
-_AT_ONCE = 1 << 21  # distinct cells of several blocks that are added up together
+_AT_ONCE = 1 << 19  # distinct cells of several blocks that are added up together
 
 
 def _lazily(block: Block, schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:

@@ -40,7 +40,7 @@ from ctrlib.schema import (
 )
 
 _TEXT = pa.large_string()
-_FEWEST = 1 << 21  # texts that are put together at once
+_FEWEST = 1 << 19  # texts that are put together at once
 
 
 class Texts(NamedTuple):
