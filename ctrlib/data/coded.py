@@ -110,10 +110,14 @@ class CodedTable(RawTable):
     `whole` are the blocks with all their rows, of which `where` says which the table has.
     """
 
-    blocks: tuple[Block, ...] = ()
-    whole: tuple[pl.LazyFrame, ...] = ()
+    whole: Mapping[Block, pl.LazyFrame] = field(default_factory=dict)
     where: tuple[pl.Expr, ...] = ()
     _kept: dict[Block, npt.NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Those of which the table has rows, in order."""
+        return tuple(self.whole)
 
     def map(self, plan: Plan) -> RawTable:
         """The table with every piece changed by `plan`, lazily, and no longer coded."""
@@ -130,7 +134,7 @@ class CodedTable(RawTable):
         if not self.where:
             return None
         if block not in self._kept:
-            rows = self.whole[self.blocks.index(block)].select(pl.all_horizontal(self.where).alias("kept"))
+            rows = self.whole[block].select(pl.all_horizontal(self.where).alias("kept"))
             self._kept[block] = np.packbits(rows.collect()["kept"].fill_null(False).to_numpy())
         return np.unpackbits(self._kept[block], count=block.num_rows).astype(bool)
 
@@ -155,7 +159,7 @@ class CodedTable(RawTable):
                 cells = block.cells(column)
                 rows = pl.DataFrame([cells.values.alias(column), pl.Series(_COUNT, self.counts(block, cells))])
                 held[column].append(rows.filter(pl.col(_COUNT) > 0))
-            if position == len(self.blocks) or sum(len(one) for some in held.values() for one in some) >= _AT_ONCE:
+            if position == len(self.whole) or sum(len(one) for some in held.values() for one in some) >= _AT_ONCE:
                 plans = [pl.concat(held[column]).lazy().select(totals) for column, totals in columns.items()]
                 with naming(self.name):
                     found.append(pl.concat(pl.collect_all(plans), how="horizontal"))
@@ -230,11 +234,11 @@ def _numbered(blocks: Iterable[Block]) -> tuple[Block, ...]:
 def _table(table: RawTable, blocks: tuple[Block, ...]) -> CodedTable:
     names = [one.name for one in dataclasses.fields(RawTable)]
     schema = {name: blocks[0].cells(name).values.dtype for name in blocks[0].names}
+    whole = {block: _lazily(block, schema) for block in blocks}
     return CodedTable(
         **{name: getattr(table, name) for name in names if name != "pieces"},
-        pieces=tuple(_lazily(block, schema) for block in blocks),
-        blocks=blocks,
-        whole=tuple(_lazily(block, schema) for block in blocks),
+        pieces=tuple(whole.values()),
+        whole=whole,
     )
 
 

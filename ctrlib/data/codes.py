@@ -22,7 +22,7 @@ from polars.io.plugins import register_io_source
 
 from ctrlib.data.cells import fitted_number, label, number, raw_id, text
 from ctrlib.data.coded import NUM_THREADS, Block, Cells, CodedTable, read_column, write_column
-from ctrlib.data.columns import GROUP_COLUMN
+from ctrlib.data.columns import GROUP_COLUMN, lists_of
 from ctrlib.data.encode import ROWS_PER_GROUP, Totals, totals_of
 from ctrlib.data.stream import ahead
 from ctrlib.data.table import naming
@@ -32,7 +32,6 @@ from ctrlib.schema import (
     OOV_ID,
     Categorical,
     Feature,
-    MultiValued,
     Numeric,
     RawId,
     Schema,
@@ -206,19 +205,11 @@ def _look_up(known: Path, features: Sequence[VocabularyFeature], *, blocks: Mapp
         ids[first] = vocabulary["id"].to_numpy()
         ids[-1] = missing  # the place of a null is -1
         for part, numbers in zip(parts, places):
-            found, lengths = pa.array(ids[numbers]), part.texts.lengths
-            if lengths is not None:
-                found = _lists(found, lengths, isinstance(part.feature, MultiValued))
+            found = pa.array(ids[numbers])
+            if part.texts.lengths is not None:
+                lists = lists_of(ids[numbers], part.texts.lengths, part.feature)
+                found = pa.ListArray.from_arrays(lists.offsets.astype(np.int32), lists.values)
             write_column(found, _ids_path(part.block, part.feature))
-
-
-def _lists(ids: pa.Array, lengths: npt.NDArray[np.int64], is_bag: bool) -> pa.Array:
-    if is_bag and (lengths == 0).any():  # a bag without values is that of the missing id
-        filled = np.full(int(np.maximum(lengths, 1).sum()), MISSING_ID, np.int32)
-        lengths, present = np.maximum(lengths, 1), lengths > 0
-        filled[np.repeat(present, lengths)] = ids.to_numpy()
-        ids = pa.array(filled)
-    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), ids)
 
 
 def _ids_path(block: Block, feature: Feature) -> Path:

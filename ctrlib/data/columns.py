@@ -19,7 +19,16 @@ import pyarrow.parquet as pq
 
 from ctrlib.data.scan import DataError
 from ctrlib.manifest import Manifest, manifest_of
-from ctrlib.schema import Categorical, RawId, Schema, SchemaError, SparseFeature, VocabularyFeature
+from ctrlib.schema import (
+    MISSING_ID,
+    Categorical,
+    MultiValued,
+    RawId,
+    Schema,
+    SchemaError,
+    SparseFeature,
+    VocabularyFeature,
+)
 
 GROUP_COLUMN = "__group__"  # not the raw column's name: the group may be a feature as well
 Array = npt.NDArray[Any]
@@ -109,6 +118,21 @@ def offsets_of(lengths: Array) -> Array:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def lists_of(ids: Array, lengths: Array, feature: VocabularyFeature) -> Ragged:
+    """Ids as lists of these lengths; a bag without values is that of the missing id.
+
+    >>> lists = lists_of(np.array([7, 8], np.int32), np.array([2, 0]), MultiValued("tags"))
+    >>> lists.values.tolist(), lists.offsets.tolist()
+    ([7, 8, 1], [0, 2, 3])
+    """
+    if isinstance(feature, MultiValued) and (lengths == 0).any():
+        present, lengths = lengths > 0, np.maximum(lengths, 1)
+        filled = np.full(int(lengths.sum()), MISSING_ID, np.int32)
+        filled[np.repeat(present, lengths)] = ids
+        ids = filled
+    return Ragged(ids, offsets_of(lengths))
 
 
 def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import polars as pl
 
 from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, raw_id, text, without_bad_rows
-from ctrlib.data.columns import Columns, Ragged, offsets_of
+from ctrlib.data.columns import Columns, Ragged, lists_of, offsets_of
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
 from ctrlib.data.quantiles import has_points, points_path, read_points
 from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, texts_of_cell, texts_of_column
@@ -403,12 +403,7 @@ class Encoder:
     def _look_up_lists(self, lists: pl.Series, feature: VocabularyFeature, counts: Counts) -> Ragged:
         lengths = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
         values = self._look_up(lists.drop_nulls().explode(), feature, MISSING_ID, counts)
-        if isinstance(feature, MultiValued) and (lengths == 0).any():  # a bag without values is that of the missing id
-            filled = np.maximum(lengths, 1)
-            ids = np.full(int(filled.sum()), MISSING_ID, np.int32)
-            ids[np.repeat(lengths > 0, filled)] = values
-            return Ragged(ids, offsets_of(filled))
-        return Ragged(values, offsets_of(lengths))
+        return lists_of(values, lengths, feature)
 
     # ------------------------------------------------------------------------------------------------- cell by cell
 

@@ -93,4 +93,9 @@ class ThisMachine:
 
 
 def _coded(tables: Iterable[RawTable]) -> list[CodedTable]:
-    return [table for table in tables if isinstance(table, CodedTable)]
+    """The tables that `read` gave, with rows left out or not; none is left out silently."""
+    coded = []
+    for table in tables:
+        assert isinstance(table, CodedTable), f"{table.name} is not coded: it was changed by `map`, not by `only`"
+        coded.append(table)
+    return coded
