@@ -38,7 +38,8 @@ _NAMES = {
     "training.run": ("run",),
     "training.evaluate": ("evaluate", "predict"),
     "training.checkpoint": ("CheckpointError", "Checkpoints"),
-    "serving.predictor": ("Predictor", "save_model"),
+    "serving.model_folder": ("save_model",),
+    "serving.predictor": ("Predictor",),
     "serving.warm_start": ("warm_start",),
 }
 _MODULES = (*_lazy.PACKAGES, "losses", "metrics", "plots", "testing")

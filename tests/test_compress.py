@@ -21,7 +21,8 @@ from ctrlib.search.coding import allocate_bits, transform_coding, usage
 from ctrlib.search.compression import compress
 from ctrlib.search.floors import frequency_cut, rounded_rows
 from ctrlib.search.plan import Plan, materialise
-from ctrlib.serving.predictor import Predictor, save_model
+from ctrlib.serving.model_folder import save_model
+from ctrlib.serving.predictor import Predictor
 from ctrlib.training.run import run
 
 CONFIG = {"model": "deepfm", "embedding_dim": 8, "hidden": [16], "stacked": 2}

@@ -21,7 +21,8 @@ from ctrlib.manifest import write_manifest
 from ctrlib.search.compression import Head
 from ctrlib.search.dnis import search as search_blocks
 from ctrlib.search.floors import frequency_cut
-from ctrlib.serving.predictor import Predictor, save_model
+from ctrlib.serving.model_folder import save_model
+from ctrlib.serving.predictor import Predictor
 
 FEATURES = [
     ctr.Categorical("item", min_count=2),

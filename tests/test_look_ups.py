@@ -13,7 +13,8 @@ import torch
 import ctrlib as ctr
 from ctrlib import models
 from ctrlib.manifest import write_manifest
-from ctrlib.serving.predictor import Predictor, save_model
+from ctrlib.serving.model_folder import save_model
+from ctrlib.serving.predictor import Predictor
 from ctrlib.testing import example_batch, example_schema
 
 TABLES: list[dict[str, Any]] = [

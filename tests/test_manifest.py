@@ -26,7 +26,7 @@ from ctrlib.data.fingerprint import fingerprint
 from ctrlib.making import new_file, new_folder, remove, settle, write_text
 from ctrlib.manifest import check_folder, data_hash, manifest_of, write_manifest
 from ctrlib.search.plan import Plan
-from ctrlib.serving.predictor import model_in_the_making
+from ctrlib.serving.model_folder import model_in_the_making
 
 FEATURES = [ctr.Categorical("item"), ctr.MultiValued("tags"), ctr.Numeric("price")]
 

@@ -29,7 +29,7 @@ from ctrlib.errors import ArgumentError, WrongTypeError
 from ctrlib.manifest import write_manifest
 from ctrlib.search.compression import compress
 from ctrlib.search.run import search_and_retrain
-from ctrlib.serving.predictor import save_model
+from ctrlib.serving.model_folder import save_model
 from ctrlib.structure import describe
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.training import loop, run

@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import ctrlib as ctr
 from ctrlib import models
 from ctrlib.schema import OOV_ID
-from ctrlib.serving.predictor import save_model
+from ctrlib.serving.model_folder import save_model
 from ctrlib.serving.warm_start import Carried
 from ctrlib.testing import example_batch
 

@@ -130,7 +130,7 @@ class Train(Command):
 
     def _train(self, config: dict[str, Any], out: Path) -> int:
         from ctrlib.distributed import rank
-        from ctrlib.serving.predictor import save_model
+        from ctrlib.serving.model_folder import save_model
         from ctrlib.serving.warm_start import warm_start
         from ctrlib.training.allocator import keep_freed_memory
         from ctrlib.training.loop import to_json

@@ -25,7 +25,8 @@ from ctrlib.search.mimicking import apply_low_rank, low_rank
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.ranks import Goal
 from ctrlib.search.settings import check_settings
-from ctrlib.serving.predictor import Predictor, model_in_the_making
+from ctrlib.serving.model_folder import model_in_the_making
+from ctrlib.serving.predictor import Predictor
 from ctrlib.sharding.plan import TABLES
 from ctrlib.structure import KINDS, describe
 from ctrlib.training.evaluate import evaluate

@@ -26,7 +26,7 @@ from ctrlib.search.bytes import bytes_of
 from ctrlib.search.methods import SEARCHES
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.stages import identity_of
-from ctrlib.serving.predictor import model_in_the_making
+from ctrlib.serving.model_folder import model_in_the_making
 from ctrlib.structure import describe
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.config import Training, refuse_another

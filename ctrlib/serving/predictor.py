@@ -1,18 +1,10 @@
-"""Save a trained model to a folder and score raw rows with it later.
-
-A model folder holds model.safetensors (weights; no pickle anywhere), model.json (the preset and its arguments),
-schema.json and vocab/ (how raw cells become ids and numbers), and MANIFEST with checksums of these. It needs nothing
-else. For later data, which is prepared like this one's, there is also numbers/ (what edges of numbers are made from).
-"""
+"""Score raw rows with the model of a model folder (`ctrlib.serving.model_folder`)."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import json
-import reprlib
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +15,8 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from ctrlib import models
 from ctrlib._lazy import instead
 from ctrlib._target import check_target
 from ctrlib.batch import Batch
@@ -36,108 +24,17 @@ from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns
 from ctrlib.data.encoder import Counts, Encoder, Rows
 from ctrlib.data.loader import Loader
-from ctrlib.data.quantiles import has_points
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
 from ctrlib.data.stream import ahead
 from ctrlib.data.table import ROW, RawTable, as_frame
-from ctrlib.errors import ArgumentError, check_path, check_type, check_whole
-from ctrlib.making import new_file, new_folder, remove
-from ctrlib.manifest import load_schema, manifest_of, write_manifest
+from ctrlib.errors import check_path, check_type, check_whole
+from ctrlib.making import new_file
+from ctrlib.manifest import load_schema
 from ctrlib.schema import Schema, SchemaError
 from ctrlib.serving.direct import Rows as DirectRows
 from ctrlib.serving.direct import direct
+from ctrlib.serving.model_folder import load_model
 from ctrlib.training.evaluate import evaluate
-
-
-def save_model(
-    model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path, *, modules: Sequence[str] = ()
-) -> None:
-    """Write a model folder.
-
-    Args:
-        model: a trained, plain (not sharded) model.
-        config: what `models.build` needs to make it again, `{"model": name, **arguments}`.
-        data: the prepared folder it was trained on; schema and vocabularies are copied from it.
-        out: the folder; made if missing, other files in it are left alone. A model that was there is the old one or
-            the new one, whenever this is stopped.
-        modules: where a model of your own may be imported from (`ctrlib.models.build`).
-
-    Raises:
-        SchemaError: a file of `data` that is copied is damaged.
-        ValueError: `config` describes another model than this one, or none.
-        TargetError: `out` is `data`, or a prepared folder.
-        TypeError: an argument is of another type.
-        OSError: the disk is full.
-    """
-    check_type("a torch module", nn.Module, model=model)
-    check_type('a dictionary {"model": name, **arguments}', dict, config=config)
-    check_path("a prepared folder", data=data)
-    check_target(out, ("model", "run", "search", "compressed", "other"), inputs=[data], overwrite=True)
-    _check_config(model, config, load_schema(data), modules)
-    with model_in_the_making(model, config, data, out):
-        pass
-
-
-@contextlib.contextmanager
-def model_in_the_making(
-    model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path, kind: str = "model"
-) -> Iterator[Path]:
-    """As `save_model`; what is written into the folder that this gives appears in `out` together with the model.
-
-    `kind` says what makes it again (`ctrlib.manifest.MENDS`).
-    """
-    data, out = Path(data), Path(out)
-    schema = load_schema(data)
-    parts = ["vocab", "numbers"] if has_points(data) else ["vocab"]
-    if (manifest := manifest_of(data)) is not None:
-        for name in (name for part in parts for name in manifest.under(part)):
-            manifest.check(name)  # before a copy of it gets a checksum of its own
-    with new_folder(out, keep=True) as making:
-        schema.save(making / "schema.json", manifest=True)
-        for part in parts:
-            shutil.copytree(data / part, making / part)
-        (making / "model.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        # Cloned, since tables of a model that has scored are views of one tensor (`ctrlib.serving.direct`).
-        weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, str(making / "model.safetensors"), metadata={"schema_hash": schema.hash})
-        shutil.copymode(making / "model.json", making / "model.safetensors")  # safetensors lets nobody else read it
-        yield making
-        write_manifest(making, kind)
-    if "numbers" not in parts:
-        remove(out / "numbers")  # an older model's
-
-
-def _check_config(model: nn.Module, config: dict[str, Any], schema: Schema, modules: Sequence[str]) -> None:
-    """Refuse a config that makes another model, which could be saved and then not be loaded.
-
-    Raises:
-        ArgumentError: as said.
-    """
-    if "model" not in config:
-        raise ArgumentError(f'config does not name a "model": expected {{"model": name, **arguments}}, got {config}')
-    try:
-        with torch.device("meta"):  # its shapes alone, which cost no memory
-            described = models.build(config, schema, modules=modules)
-    except (RuntimeError, NotImplementedError):  # a part of somebody's own may read values when it is made
-        with _Undrawn():
-            described = models.build(config, schema, modules=modules)
-    expected = {name: tensor.shape for name, tensor in described.state_dict().items()}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    unfit = [
-        f"{name} is {_shape(shapes.get(name))}, that of the config {_shape(expected.get(name))}"
-        for name in sorted({*shapes, *expected})
-        if shapes.get(name) != expected.get(name)
-    ]
-    if unfit:
-        raise ArgumentError(
-            f"config describes another model than the one to save, {len(unfit)} tensors differ: "
-            f"{'; '.join(unfit[:3])}. Give what `ctrlib.models.build` made this model from: {reprlib.repr(config)}"
-        )
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else str(tuple(shape))
-
 
 NOTHING = pl.DataFrame()  # made once: a frame costs a tenth of a millisecond
 
@@ -167,37 +64,7 @@ class Predictor:
         Raises:
             SchemaError: a file is missing, damaged, or of another model; the message names it.
         """
-        check_path("a model folder", folder=folder)
-        folder = Path(folder)
-        manifest = manifest_of(folder)
-        for name in ("model.json", "model.safetensors", "schema.json"):
-            if manifest is not None and manifest.kind != "prepared":
-                manifest.check(name)
-            elif not (folder / name).is_file():
-                raise SchemaError(f"{folder} is not a model folder, it has no {name}: `ctrlib train --out` writes one")
-        schema = load_schema(folder)
-        with _Undrawn():
-            model = _build(folder / "model.json", schema, modules)
-        path = folder / "model.safetensors"
-        try:
-            with safe_open(str(path), "pt") as file:
-                trained_with = (file.metadata() or {}).get("schema_hash")
-            weights = load_file(str(path))
-        except SafetensorError as error:
-            raise SchemaError(f"{path} is damaged ({error}): copy or train it again") from error
-        if trained_with != schema.hash:
-            raise SchemaError(
-                f"{path} was trained with a schema of hash {trained_with}, {folder / 'schema.json'} has {schema.hash}: "
-                "the files are of different models; copy the whole folder again"
-            )
-        expected = model.state_dict()
-        unfit = sorted(set(weights) ^ set(expected)) or sorted(
-            name for name in expected if expected[name].shape != weights[name].shape
-        )
-        if unfit:
-            raise SchemaError(f"{folder / 'model.safetensors'} does not fit model.json and schema.json at {unfit[:5]}")
-        model.load_state_dict(weights)
-        return cls(model.eval(), schema, folder)
+        return cls(*load_model(folder, modules=modules), Path(folder))
 
     def predict(
         self, data: Rows | str | Path, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise"
@@ -477,37 +344,3 @@ class Report:
             "skipped_rows": skipped_rows,
             "remarks": self.remarks,
         }
-
-
-class _Undrawn(TorchFunctionMode):
-    """No random number is drawn meanwhile: of a model that is read from a file, the file has all that is random.
-
-    To draw the rows of large tables takes much longer than to read them.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.randn:
-            return torch.empty(*args, **kwargs)
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
-            return args[0]
-        drawn = ("uniform_", "normal_")  # xavier_uniform_ and others, too
-        if getattr(func, "__module__", "") == nn.init.__name__ and func.__name__.endswith(drawn):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def _build(path: Path, schema: Schema, modules: Sequence[str]) -> nn.Module:
-    """The model that model.json describes, whatever its weights."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SchemaError(f"{path} is not JSON ({error}): copy it or train the model again") from error
-    if not isinstance(config, dict) or "model" not in config:
-        raise SchemaError(f'{path} does not name a "model": copy it or train the model again')
-    try:
-        return models.build(config, schema, modules=modules)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError) or "alloc" in str(error)
-        why = "its sizes take more memory than there is" if full else f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SchemaError(f"{path} describes no model that can be built ({why}): copy it again") from error
