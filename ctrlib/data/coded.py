@@ -55,7 +55,7 @@ class Block:
         return self.folder / f"{self.names.index(name)}.{what}"
 
     def cells(self, name: str) -> Cells:
-        """A column, mapped into memory."""
+        """A column, as it lies in its file."""
         return Cells(read_column(self.path(name)))
 
 
@@ -82,7 +82,11 @@ class Cells:
     @property
     def values(self) -> pl.Series:
         """The cells, each once if they are coded."""
-        values = pl.from_arrow(self._column.dictionary if self.is_coded else self._column)
+        column = self._column
+        if self.is_coded:
+            # Copied: who keeps them does not keep the codes of all rows in memory with them.
+            column = pa.concat_arrays([column.dictionary, column.dictionary[:0]])
+        values = pl.from_arrow(column)
         assert isinstance(values, pl.Series)
         return values if self._wide is None else values.cast(getattr(pl, self._wide.decode()))
 

@@ -67,21 +67,19 @@ def _text_array(values: pl.Series) -> pa.Array:
 
 
 class _Part(NamedTuple):
-    """A feature in a block of a table."""
+    """A feature in a block of a table; its cells are not kept, since many parts are held at once."""
 
     table: CodedTable
     block: Block
     feature: VocabularyFeature
-    cells: Cells
     texts: Texts
 
 
 def _parts(blocks: Iterable[tuple[CodedTable, Block]], features: Sequence[VocabularyFeature]) -> Iterator[_Part]:
     for table, block in blocks:
         for feature in features:
-            cells = block.cells(feature.name)
             with naming(table.name):
-                yield _Part(table, block, feature, cells, texts_of(cells, feature))
+                yield _Part(table, block, feature, texts_of(block.cells(feature.name), feature))
 
 
 def _at_once(parts: Iterable[_Part], least: int) -> Iterator[list[_Part]]:
@@ -104,7 +102,7 @@ def count_values(tables: Sequence[CodedTable], features: Sequence[VocabularyFeat
         (_, *places), values = _numbered([values, *(part.texts.flat for part in parts)])
         totals = np.concatenate([totals, np.zeros(len(values) - len(totals), np.int64)])
         for part, numbers in zip(parts, places):
-            rows = part.table.counts(part.block, part.cells)
+            rows = part.table.counts(part.block, part.block.cells(part.feature.name))
             rows = rows if part.texts.lengths is None else np.repeat(rows, part.texts.lengths)
             present = numbers >= 0
             np.add.at(totals, numbers[present], rows[present])
