@@ -29,7 +29,7 @@ from ctrlib.data import jsonlines, stream
 from ctrlib.data.infer import HOURS, infer_features
 from ctrlib.data.raw import read_raw
 from ctrlib.data.scan import DataError
-from ctrlib.data.table import RawTable
+from ctrlib.data.table import RawTable, of_arrow
 from ctrlib.schema import Categorical, MultiValued, Numeric, RawId, SchemaError
 
 N = 60
@@ -295,6 +295,126 @@ def test_lists_are_scored_over_row_groups(tmp_path: Path, inner: pa.DataType, ki
     predictor = ctr.Predictor(models.build(CONFIG, schema).eval(), schema, tmp_path / "p")
     plain = [{"tags": value, "item": f"i{i % 7}"} for i, value in enumerate(values)]
     np.testing.assert_allclose(scores(predictor, tmp_path / "a.parquet"), scores(predictor, plain), rtol=1e-5)
+
+
+FIXED: dict[str, tuple[list[Any], pa.DataType]] = {
+    "booleans": ([[True, False], None, [None, True], [False, False]], pa.bool_()),
+    "integers": ([[1, 2], None, [None, 3], [2, 1]], pa.int64()),
+    "floats": ([[1.0, 2.0], None, [None, 3.0], [2.0, 1.0]], pa.float32()),
+    "text": ([["a", "b"], None, [None, "c"], ["b", "a"]], pa.string()),
+    "categories": ([["a", "b"], None, [None, "c"], ["b", "a"]], pa.dictionary(pa.int8(), pa.string())),
+    "dates": ([[dt.date(2024, 1, 1), dt.date(2024, 1, 2)], None, [None, dt.date(2024, 1, 3)]], pa.date32()),
+    "never missing": ([[1, 2], [3, 4], [2, 3]], pa.int64()),
+    "always missing": ([None, None, None], pa.int64()),
+}
+
+
+@pytest.mark.parametrize("kind", FIXED)
+@pytest.mark.parametrize("form", ["parquet", "parts", "arrow", "table", "batch", "pandas", "polars"])
+def test_lists_of_fixed_size_are_scored_as_they_are_prepared(
+    tmp_path: Path, kind: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of rows are parts of longer arrays, which polars refuses where such lists are missing."""
+    monkeypatch.setattr(stream, "BLOCK_ROWS", 7)
+    cells, inner = FIXED[kind]
+    pairs = [cells[i % len(cells)] for i in range(N)]
+    # Each row group has a dictionary of its own, at which Arrow cuts the other columns.
+    shops = pa.array([f"s{i % 3}" for i in range(N)]).dictionary_encode()
+    columns = {"pair": pa.array(pairs, pa.list_(inner, 2)), "shop": shops, "label": [i % 2 for i in range(N)]}
+    table = pa.table({**columns, "item": [f"i{i % 7}" for i in range(N)]})
+    longer = pa.concat_tables([table.slice(50), table, table.slice(0, 9)]).combine_chunks()
+    data: Any = longer.slice(N - 50, N)
+    if form == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=9)
+        data = tmp_path / "a.parquet"
+    elif form == "parts":
+        data = tmp_path / "parts"
+        data.mkdir()
+        for part, (start, size) in enumerate([(0, 6), (6, 20), (26, 34)]):
+            pq.write_table(table.slice(start, size), data / f"{part}.parquet", row_group_size=5)
+    elif form == "arrow":
+        data = tmp_path / "a.arrow"
+        with pa.OSFile(str(data), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    elif form == "batch":
+        (data,) = data.to_batches()
+    elif form == "pandas":
+        pandas = pytest.importorskip("pandas")
+        data = longer.to_pandas(types_mapper=pandas.ArrowDtype)[N - 50 :][:N]
+    elif form == "polars":
+        data = of_arrow(longer)[N - 50 :][:N]
+    features = [MultiValued("pair"), Categorical("item"), Categorical("shop")]
+    schema = ctr.prepare({"train": data}, tmp_path / "p", features=features, labels="label", log=None)
+    ids = pl.read_parquet(tmp_path / "p" / "train")["pair"].to_list()
+    known = {None: 1}
+    for pair, found in zip(pairs, ids):  # a bag leaves out what is missing in it
+        events = [event for event in pair if event is not None] if pair is not None else [None]
+        assert len(found) == len(events)
+        assert [known.setdefault(event, one) for event, one in zip(events, found)] == found
+    assert len(set(known.values())) == len(known)
+    predictor = ctr.Predictor(models.build(CONFIG, schema).eval(), schema, tmp_path / "p")
+    plain = [{"pair": pair, "item": f"i{i % 7}", "shop": f"s{i % 3}"} for i, pair in enumerate(pairs)]
+    if kind == "dates":
+        plain = [{**row, "pair": pair and [event and str(event) for event in pair]} for row, pair in zip(plain, pairs)]
+    np.testing.assert_allclose(scores(predictor, data), scores(predictor, plain), rtol=1e-5)
+    columns_of_data, _ = predictor.encoder.transform(data)
+    ragged = columns_of_data.ragged["pair"]
+    assert np.split(ragged.values, ragged.offsets[1:-1])[5].tolist() == ids[5]
+    assert ragged.values.tolist() == [one for row in ids for one in row]
+
+
+PAIRS = pa.array([[1, 2], None, [5, None], [7, 8]], pa.list_(pa.int64(), 2))
+NESTED: dict[str, pa.Array] = {
+    "fixed": PAIRS,
+    "fixed of fixed": pa.array([[[1, 2], None], None, [[5, 6], [1, 2]], [None, None]], pa.list_(PAIRS.type, 2)),
+    "list of fixed": pa.array([[[1, 2], None], None, [[5, 6]], []], pa.list_(PAIRS.type)),
+    "list of a part": pa.ListArray.from_arrays(pa.array([0, 1, 2, 2], pa.int32()), PAIRS.slice(0, 2)),
+    "struct of fixed": pa.array([{"x": [1, 2]}, None, {"x": None}, {"x": [7, 8]}], pa.struct([("x", PAIRS.type)])),
+    "struct of a part": pa.StructArray.from_arrays([PAIRS.slice(1, 2)], ["x"]),
+    "fixed of structs": pa.array(
+        [[{"x": 1}, {"x": 2}], None, [None, {"x": 2}]], pa.list_(pa.struct({"x": pa.int8()}), 2)
+    ),
+    "tensors": pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.int64(), (2,)), PAIRS),
+    "of none": pa.array([[], None, [], []], pa.list_(pa.int64(), 0)),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_part_of_an_arrow_table_has_its_cells(kind: str) -> None:
+    column = NESTED[kind]
+    for start in range(len(column) + 1):
+        for size in range(len(column) - start + 1):
+            part = pa.table({"x": column, "y": range(len(column))}).slice(start, size)
+            expected = column.slice(start, size).to_pylist()
+            assert of_arrow(part).to_dict(as_series=False) == {"x": expected, "y": [*range(start, start + size)]}
+            for batch in part.to_batches():
+                assert of_arrow(batch)["x"].to_list() == expected
+    assert (
+        of_arrow(pa.concat_tables([pa.table({"x": column}).slice(1)] * 2))["x"].to_list() == 2 * column[1:].to_pylist()
+    )
+
+
+def test_lists_of_no_values(tmp_path: Path) -> None:
+    frame = rows().with_columns(pl.Series("none", [[], None, []] * 20, dtype=pl.Array(pl.Int64, 0)))
+    frame.write_parquet(tmp_path / "a.parquet")
+    features = [Categorical("item"), MultiValued("none")]
+    expected = prints(frame.with_columns(pl.col("none").arr.to_list()), tmp_path, features=features)
+    assert prints(frame, tmp_path, features=features) == expected
+    assert prints(tmp_path / "a.parquet", tmp_path, features=features) == expected
+
+
+def test_a_part_that_breaks_its_reader_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Polars panics at what Arrow writes for such lists; batches that are collected then just end."""
+    rows().select("item", "label", none=pl.Series([[]] * N, dtype=pl.Array(pl.Int64, 0))).write_parquet(tmp_path / "0")
+    none = pa.array([[], None], pa.list_(pa.int64(), 0))
+    pq.write_table(pa.table({"item": ["a", "b"], "label": [0, 1], "none": none}), tmp_path / "1")
+    for data in (tmp_path / "1", [tmp_path / "0", tmp_path / "1"]):
+        with pytest.raises(
+            DataError, match=rf"{re.escape(str(tmp_path))}/\d.* cannot be read, it may be truncated or dam"
+        ):
+            prints(data, tmp_path, features=[Categorical("item")])
+    assert not (tmp_path / "out").exists()
+    capfd.readouterr()  # the panic's own words
 
 
 def test_folders_that_are_partitioned_in_two_ways_are_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from polars.io.plugins import register_io_source
 from ctrlib.data.formats import format_of
 from ctrlib.data.raw import RawData, TextFile, open_text, read_raw
 from ctrlib.data.scan import OnBadRow
-from ctrlib.data.table import BLANKS, ROW, Plan, RawTable, Total, missing_tokens, naming
+from ctrlib.data.table import BLANKS, ROW, Plan, RawTable, Total, check_height, missing_tokens, naming
 
 NUM_THREADS = min(os.cpu_count() or 1, 8)  # each holds a block
 BLOCK_ROWS = 1 << 17
@@ -222,6 +222,7 @@ def read_coded(
         )
         with naming(table.name):
             blocks = _numbered(coder.frame(table.frame.drop(ROW)))
+            check_height(table, sum(block.num_rows for block in blocks))
     shutil.rmtree(temporary / "raw", ignore_errors=True)
     return _table(table, blocks)
 

@@ -17,7 +17,7 @@ from ctrlib.data.formats import format_of
 from ctrlib.data.parts import alike, parts_of
 from ctrlib.data.raw import json_table, open_json, open_text, read_parquet
 from ctrlib.data.scan import DataError, OnBadRow
-from ctrlib.data.table import RawTable, check_names, clean, naming, numbered
+from ctrlib.data.table import RawTable, check_names, clean, naming, numbered, of_arrow
 
 BLOCK_ROWS = 1 << 16
 Item = TypeVar("Item")
@@ -87,7 +87,7 @@ def _parquet(
             # Of no column Arrow would give no rows.
             names = [name for name in reader.schema_arrow.names if name in wanted] or reader.schema_arrow.names[:1]
             for batch in _batches(reader, names):
-                frame = part.with_keys(pl.DataFrame(pl.from_arrow(batch)).lazy()).select(alike_columns)
+                frame = part.with_keys(of_arrow(batch).lazy()).select(alike_columns)
                 piece = numbered(clean(frame, missing_values), start)
                 yield RawTable((piece,), str(path), None, table.skipped, keys=table.keys)
                 start += batch.num_rows
@@ -114,7 +114,7 @@ def _arrow(path: Path, wanted: Collection[str] | None, missing_values: Sequence[
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number).select(names)
             for offset in range(0, batch.num_rows, BLOCK_ROWS):
-                frame = pl.DataFrame(pl.from_arrow(batch.slice(offset, BLOCK_ROWS)))
+                frame = of_arrow(batch.slice(offset, BLOCK_ROWS))
                 yield RawTable((numbered(clean(frame.lazy(), missing_values), start),), str(path))
                 start += frame.height
     if not start:

@@ -201,6 +201,21 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:300]
 
 
+def check_height(table: RawTable, num_rows: int) -> None:
+    """Refuse a table of which a reader gave other than its rows: `collect_batches` of polars ends without a word where
+    a file panics it.
+
+    Raises:
+        DataError: as said.
+    """
+    expected = int(table.gather(lambda piece: piece.select(pl.len()))["len"].sum())
+    if num_rows != expected:
+        raise DataError(
+            f"{table.name} cannot be read, it may be truncated or damaged ({num_rows:,} of {expected:,} rows can be "
+            "read): write it again"
+        )
+
+
 def check_names(source: str, names: list[str], *, has_header: bool = False) -> None:
     """Refuse names of columns that are given twice or mean something else."""
     repeated = sorted(name for name, number in Counter(names).items() if number > 1)
@@ -226,21 +241,66 @@ def as_frame(rows: Any, name: str) -> pl.DataFrame:
         if isinstance(rows, pl.LazyFrame):
             return rows.collect()
         if isinstance(rows, pa.Table | pa.RecordBatch):
-            return pl.DataFrame(pl.from_arrow(rows))
+            return of_arrow(rows)
         if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
-            return pl.from_pandas(rows)
+            return pl.from_pandas(_copied_in_pandas(rows))
     raise WrongTypeError(
         f"{name} is a {type(rows).__name__}, expected a dictionary of cells, a list of such rows, a polars or pandas "
         "frame, an Arrow table, or the path of a file"
     )
 
 
+def of_arrow(rows: pa.Table | pa.RecordBatch) -> pl.DataFrame:
+    """An Arrow table as a polars frame.
+
+    >>> table = pa.table({"pair": pa.array([[1, 2], None, [3, None]], pa.list_(pa.int64(), 2))})
+    >>> of_arrow(table.slice(1))["pair"].to_list()
+    [None, [3, None]]
+    """
+    for position, (name, kind) in enumerate(zip(rows.schema.names, rows.schema.types)):
+        if _must_be_copied(kind):
+            rows = rows.set_column(position, name, _copied(rows.column(position)))
+    return pl.DataFrame(pl.from_arrow(rows))
+
+
+def _must_be_copied(kind: pa.DataType) -> bool:
+    """Whether polars may refuse a valid array: of lists of fixed size with nulls, when it is a part of a longer one."""
+    # findings/polars-refuses-part-of-fixed-size-lists.sh. The storage of an extension type may be such lists, too.
+    return any(one in str(kind) for one in ("fixed_size_list", "extension"))
+
+
+def _copied(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The same values in buffers that hold nothing else; lists of no values, which have no length there, as lists."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    if pa.types.is_fixed_size_list(column.type) and not column.type.list_size:
+        kind = pa.list_(column.type.value_type)
+        chunks = [pa.array([None if cell is None else [] for cell in chunk.to_pylist()], kind) for chunk in chunks]
+    else:
+        kind, chunks = column.type, [pa.concat_arrays([chunk]) for chunk in chunks]
+    return pa.chunked_array(chunks, kind) if isinstance(column, pa.ChunkedArray) else chunks[0]
+
+
+def _copied_in_pandas(rows: Any) -> Any:
+    """A pandas frame whose columns, where they are Arrow's, are copied likewise."""
+    for position, dtype in enumerate(rows.dtypes):
+        if _must_be_copied(getattr(dtype, "pyarrow_dtype", pa.null())):
+            column = pa.Table.from_pandas(rows.iloc[:, [position]], preserve_index=False).column(0)
+            rows = rows.copy(deep=False)
+            rows.isetitem(position, type(rows.iloc[:, position].array)(_copied(column)))
+    return rows
+
+
 def clean(frame: pl.LazyFrame, missing_values: Sequence[str]) -> pl.LazyFrame:
-    """Text columns with the blanks around them cut and missing tokens as null; enumerations become text."""
+    """Text columns with the blanks around them cut and missing tokens as null; enumerations become text.
+
+    Lists of the fixed size 0 become lists.
+    """
     cleaned = []
     for name, dtype in frame.collect_schema().items():
         if dtype == pl.String or dtype in (pl.Categorical, pl.Enum):
             cleaned.append(clean_text(pl.col(name).cast(pl.String), missing_values).alias(name))
+        elif isinstance(dtype, pl.Array) and not dtype.size:
+            cleaned.append(pl.col(name).arr.to_list())  # Arrow and polars lose count of such lists
     return frame.with_columns(cleaned)
 
 
