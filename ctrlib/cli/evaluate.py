@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
 from ctrlib.cli.flags import Command, ScoringFlags
-from ctrlib.cli.kinds import OptionalName
-from ctrlib.cli.paths import check_model, check_prepared, check_raw, holds_parquet
+from ctrlib.cli.kinds import OptionalName, Paths, shown
+from ctrlib.cli.paths import check_model, check_prepared, check_raw, holds_parquet, named
 from ctrlib.cli.tables import print_counts, print_scores
 
 
@@ -17,7 +18,7 @@ from ctrlib.cli.tables import print_counts, print_scores
 class Evaluate(Command):
     """Score labelled rows with a trained model; print the metrics.
 
-    DATA is a prepared folder (with --split) or a raw file with the label columns.
+    DATA is a prepared folder (with --split) or a raw file, or several, with the label columns.
 
     Examples:
 
@@ -27,8 +28,8 @@ class Evaluate(Command):
 
     model: Positional[Path]
     """Model folder, as `ctrlib train` writes it."""
-    data: Positional[Path]
-    """Prepared folder, or raw file or folder of parquet files, as `ctrlib prepare` takes it."""
+    data: Annotated[Positional[Paths], shown("DATA ...")]
+    """Prepared folder, or raw files or folders of parquet files, as `ctrlib prepare` takes them."""
     split: OptionalName = None
     """Which split of a prepared folder; otherwise test."""
     scoring: ScoringFlags = field(default_factory=ScoringFlags)
@@ -37,13 +38,15 @@ class Evaluate(Command):
         """Run the command; the exit status."""
         check_model(self.model)
         self.scoring.check()
-        check_raw(self.data)
-        is_prepared = (self.data / "schema.json").is_file()
-        if is_prepared or (self.data.is_dir() and not holds_parquet(self.data)):
-            check_prepared(self.data)
+        for path in self.data:
+            check_raw(path)
+        data, one = self.data[0], len(self.data) == 1
+        is_prepared = one and (data / "schema.json").is_file()
+        if is_prepared or (one and data.is_dir() and not holds_parquet(data)):
+            check_prepared(data)
         elif self.split is not None:
-            what = "has no schema.json" if self.data.is_dir() else "is a file"
-            raise ValueError(f"--split {self.split}: {self.data} {what}, only prepared folders have splits")
+            what = "are files" if not one else "has no schema.json" if data.is_dir() else "is a file"
+            raise ValueError(f"--split {self.split}: {named(self.data)} {what}, only prepared folders have splits")
 
         from ctrlib.serving.predictor import Predictor
         from ctrlib.training.loop import to_json
@@ -51,13 +54,13 @@ class Evaluate(Command):
         predictor, size = Predictor.load(self.model), self.scoring.batch_size
         if is_prepared:
             name = self.split or "test"
-            scores = predictor.evaluate_prepared(self.data, name, batch_size=size)
+            scores = predictor.evaluate_prepared(data, name, batch_size=size)
         else:
             name = "rows"
-            scores = predictor.evaluate(self.data, batch_size=size, on_bad_row=self.scoring.on_bad_row)
+            scores = predictor.evaluate(data if one else self.data, batch_size=size, on_bad_row=self.scoring.on_bad_row)
         if self.json:
             print(to_json(scores))
         else:
-            print_scores(scores, f"{self.model} on {self.data}, {name}")
+            print_scores(scores, f"{self.model} on {named(self.data)}, {name}")
             print_counts(scores)
         return 0

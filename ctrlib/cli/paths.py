@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ctrlib.making import settle
@@ -46,6 +47,15 @@ def check_raw(path: Path) -> None:
         raise ValueError(
             f"{path} does not exist: expected a CSV, TSV or parquet file, or another that docs/data.md names"
         )
+
+
+def named(paths: Sequence[Path]) -> str:
+    """What to call raw files in a line of output.
+
+    >>> named([Path("a.csv")]), named([Path("a.csv"), Path("b.csv"), Path("c.csv")])
+    ('a.csv', 'a.csv and 2 more')
+    """
+    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else str(paths[0])
 
 
 def holds_parquet(folder: Path) -> bool:

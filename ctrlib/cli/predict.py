@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
 from ctrlib._target import check_target
 from ctrlib.cli.flags import Command, ScoringFlags
-from ctrlib.cli.kinds import Names, Switch
+from ctrlib.cli.kinds import Names, Paths, Switch, shown
 from ctrlib.cli.paths import check_model, check_raw
 from ctrlib.cli.tables import print_counts, progress_line
 
@@ -31,8 +32,8 @@ class Output:
 class Predict(Command):
     """Score new rows with a trained model: a probability per label.
 
-    Rows keep their order. Unseen and missing ids score normally and are counted. With --on-bad-row skip the file has
-    fewer rows than DATA, and it is said which are left out.
+    Rows keep their order, and that of the files. Unseen and missing ids score normally and are counted. With
+    --on-bad-row skip the file has fewer rows than DATA, and it is said which are left out.
 
     Example:
 
@@ -41,8 +42,8 @@ class Predict(Command):
 
     model: Positional[Path]
     """Model folder, as `ctrlib train` writes it."""
-    data: Positional[Path]
-    """Raw file, as `ctrlib prepare` takes it, or a folder of parquet files; labels are not needed."""
+    data: Annotated[Positional[Paths], shown("DATA ...")]
+    """Raw file, as `ctrlib prepare` takes it, or a folder of parquet files, or several; labels are not needed."""
     output: Output
     scoring: ScoringFlags = field(default_factory=ScoringFlags)
 
@@ -52,16 +53,17 @@ class Predict(Command):
         if out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"--out must end in .csv or .parquet, got {out.name!r}")
         check_model(self.model)
-        check_raw(self.data)
+        for path in self.data:
+            check_raw(path)
         self.scoring.check()
-        check_target(out, "file", inputs=[self.model, self.data], overwrite=self.output.overwrite)
+        check_target(out, "file", inputs=[self.model, *self.data], overwrite=self.output.overwrite)
 
         from ctrlib.serving.predictor import Predictor
 
         predictor = Predictor.load(self.model)
         with progress_line("rows scored", quiet=self.json) as progress:
             counts = predictor.predict_to(
-                self.data,
+                self.data[0] if len(self.data) == 1 else self.data,
                 out,
                 keep=self.output.keep,
                 batch_size=self.scoring.batch_size,

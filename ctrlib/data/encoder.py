@@ -26,7 +26,7 @@ from ctrlib.data.columns import Columns, Ragged, lists_of, offsets_of
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
 from ctrlib.data.quantiles import has_points, points_path, read_points
 from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, texts_of_cell, texts_of_column
-from ctrlib.data.raw import RawData
+from ctrlib.data.raw import RawData, in_files
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.stream import ahead, blocks
 from ctrlib.data.table import RawTable, as_frame, clean, naming, numbered
@@ -52,7 +52,7 @@ from ctrlib.schema import (
 )
 from ctrlib.schema import Sequence as History
 
-# A row as a dictionary, a list of them, a polars or pandas frame, or an Arrow table.
+# A row as a dictionary, a list of them, a polars or pandas frame, an Arrow table, or the path of a file, or several.
 Rows: TypeAlias = Any
 FEW_CELLS = 4096  # go cell by cell
 NUM_EXAMPLES = 10  # unseen values that are kept to be shown
@@ -234,8 +234,8 @@ class Encoder:
 
         Args:
             rows: one row as a dictionary of cells, a list of such rows, a polars or pandas frame, an Arrow table, or
-                the path of a file whose rows fit into memory, with the raw feature columns in any order. None is a
-                missing cell. Lists are taken as they are for bags and histories.
+                the path of a file whose rows fit into memory, or a list of paths, with the raw feature columns in any
+                order. None is a missing cell. Lists are taken as they are for bags and histories.
             name: what to call the rows in messages; a file is called by its path.
 
         Returns:
@@ -247,7 +247,7 @@ class Encoder:
             TypeError: the rows are of another kind.
         """
         names = self._names
-        if isinstance(rows, str | Path):
+        if in_files(rows):
             parts, counts = [], Counts()
             for raw in ahead(self.read(rows)):
                 part, found = self.transform_table(raw)
@@ -283,7 +283,7 @@ class Encoder:
 
     def read(
         self,
-        data: str | Path | pl.DataFrame,
+        data: RawData,
         *,
         name: str = "rows",
         keep: Sequence[str] = (),
@@ -293,7 +293,7 @@ class Encoder:
         """Raw rows block by block, for `transform_table`, read as the data was that this was fitted on.
 
         Args:
-            data: the path of a file, or a frame.
+            data: the path of a file, or several, or a polars frame.
             name: what to call a frame in messages.
             keep: columns that are wanted beside the features.
             with_labels: labels, weight and group are wanted, too. A file without header may lack them otherwise.

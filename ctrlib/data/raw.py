@@ -27,7 +27,7 @@ from ctrlib.data.formats import format_of, refuse_foreign, unpacked
 from ctrlib.data.jsonlines import JsonLines
 from ctrlib.data.parts import alike, frames_of, parts_of
 from ctrlib.data.scan import BLOCK_BYTES, DataError, OnBadRow, Quick, RowScanner, find_separator
-from ctrlib.data.table import ROW, Ints, RawTable, as_frame, check_names, clean, clean_text, naming, numbered
+from ctrlib.data.table import ROW, Ints, RawTable, as_frame, check_names, clean, clean_text, name_of, naming, numbered
 from ctrlib.errors import WrongTypeError
 from ctrlib.schema import SchemaError
 
@@ -83,7 +83,7 @@ def read_raw(
         if form == "parquet":
             return read_parquet(path, str(path), missing_values, on_bad_row, piece_rows)
         if form == "arrow":
-            return _read_arrow(path, missing_values, piece_rows)
+            return read_arrow(path, missing_values, piece_rows)
         if form == "json lines":
             return _read_json(path, temporary, missing_values, on_bad_row, piece_rows)
         return _read_text(path, temporary, separator, columns, missing_values, on_bad_row, may_lack, piece_rows)
@@ -91,6 +91,22 @@ def read_raw(
     with naming(name):
         check_names(name, frame.columns)
         return RawTable((numbered(clean(frame.lazy(), missing_values)),), name)
+
+
+def in_files(data: RawData) -> bool:
+    """Whether raw data lies in a file or in several, rather than in memory.
+
+    >>> in_files("today.csv"), in_files([Path("monday.csv"), "tuesday.csv"]), in_files([{"item": "a"}]), in_files([])
+    (True, True, False, False)
+    """
+    return isinstance(data, str | Path) or (
+        isinstance(data, list | tuple) and any(isinstance(one, str | Path) for one in data)
+    )
+
+
+def paths_of(data: RawData) -> list[Path]:
+    """The paths of what lies `in_files`."""
+    return [Path(data)] if isinstance(data, str | Path) else list(map(Path, data))
 
 
 def check_paths(data: Sequence[Any], name: str) -> None:
@@ -103,16 +119,21 @@ def check_paths(data: Sequence[Any], name: str) -> None:
         raise WrongTypeError(f"{name} is a {type(data).__name__} of {data[:1]}, expected paths of files, or one frame")
 
 
+def two_kinds(one: str, other: str) -> SchemaError:
+    """That files which are to follow each other are text and not text, or lie in folders that name other columns."""
+    return SchemaError(f"{one} and {other} are of two kinds of files: give files of one kind")
+
+
 def joined(tables: Sequence[RawTable], *, one_piece: bool) -> RawTable:
     """Tables that follow each other as one.
 
     Raises:
         SchemaError: their columns are not the same.
     """
-    first, name = tables[0], f"{tables[0].name} and {len(tables) - 1} more"
+    first = tables[0]
     for table in tables:
         if table.parsed != first.parsed or table.keys != first.keys:
-            raise SchemaError(f"{table.name} and {first.name} are of two kinds of files: give files of one kind")
+            raise two_kinds(table.name, first.name)
     columns = alike([(table.name, table.frame.drop(ROW)) for table in tables])
     sources: list[tuple[int, RawTable]] = []
     pieces: list[pl.LazyFrame] = []
@@ -126,7 +147,7 @@ def joined(tables: Sequence[RawTable], *, one_piece: bool) -> RawTable:
         num_rows += int(table.gather(lambda piece: piece.select(pl.len()))["len"].sum())
     return RawTable(
         (pl.concat(pieces),) if one_piece else tuple(pieces),
-        name,
+        name_of(sources),
         skipped=sum((table.skipped for table in tables), Counter()),
         malformed=np.concatenate(malformed),
         parsed=first.parsed,
@@ -377,7 +398,8 @@ def read_parquet(
     return RawTable(cleaned, name, None, skipped, keys=frozenset(parts[0].keys))
 
 
-def _read_arrow(path: Path, missing_values: Sequence[str], piece_rows: int | None) -> RawTable:
+def read_arrow(path: Path, missing_values: Sequence[str], piece_rows: int | None) -> RawTable:
+    """An Arrow file; arguments as in `read_raw`."""
     with naming(str(path)):
         frame = pl.scan_ipc([path], glob=False, hive_partitioning=False)
         check_names(str(path), frame.collect_schema().names())

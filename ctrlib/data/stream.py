@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from queue import Queue
 from threading import Event, Thread
 from typing import Any, TypeVar
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.ipc
@@ -15,16 +18,26 @@ import pyarrow.parquet as pq
 
 from ctrlib.data.formats import format_of
 from ctrlib.data.parts import alike, parts_of
-from ctrlib.data.raw import json_table, open_json, open_text, read_parquet
+from ctrlib.data.raw import (
+    RawData,
+    check_paths,
+    json_table,
+    open_json,
+    open_text,
+    paths_of,
+    read_arrow,
+    read_parquet,
+    two_kinds,
+)
 from ctrlib.data.scan import DataError, OnBadRow
-from ctrlib.data.table import RawTable, check_names, clean, naming, numbered, of_arrow
+from ctrlib.data.table import ROW, RawTable, check_names, clean, naming, numbered, of_arrow
 
 BLOCK_ROWS = 1 << 16
 Item = TypeVar("Item")
 
 
 def blocks(
-    data: str | Path | pl.DataFrame,
+    data: RawData,
     *,
     name: str = "rows",
     wanted: Collection[str] | None = None,
@@ -36,8 +49,10 @@ def blocks(
 ) -> Iterator[RawTable]:
     """Tables of some rows each, in order; rows keep their numbers in the whole.
 
+    Of several files each table is called by its own, and has it, and those before, as its `sources`.
+
     Args:
-        data: a file as `read_raw` takes it, a folder of parquet files, or a frame.
+        data: a file as `read_raw` takes it, a folder of parquet files, a list of those, or a polars frame.
         name: what to call a frame in messages.
         wanted: the columns that must be there: of parquet and Arrow files no others are read; by default all.
         separator, columns, missing_values, on_bad_row, may_lack: as in `ctrlib.data.raw.read_raw`.
@@ -51,6 +66,11 @@ def blocks(
         for start in range(0, data.height, BLOCK_ROWS):
             piece = data.slice(start, BLOCK_ROWS)
             yield RawTable((numbered(clean(piece.lazy(), missing_values), start),), name)
+        return
+    if isinstance(data, list | tuple):
+        check_paths(data, name)
+        options = {"separator": separator, "columns": columns, "missing_values": missing_values}
+        yield from _files(paths_of(data), wanted, **options, on_bad_row=on_bad_row, may_lack=may_lack)
         return
     path = Path(data)
     form = format_of(path)
@@ -72,6 +92,51 @@ def blocks(
             num_bad = len(text.scanner.bad_rows)
         if len(text.scanner.bad_rows) > num_bad:  # those at the end count, too
             yield text.table([numbered(rows.clear().lazy(), start)])
+
+
+def _files(paths: Sequence[Path], wanted: Collection[str] | None, **options: Any) -> Iterator[RawTable]:
+    """The blocks of files that follow each other; numbers of rows are those in the whole."""
+    forms = [format_of(path) for path in paths]
+    for path, form in zip(paths, forms):
+        if (form == "text") != (forms[0] == "text"):
+            raise two_kinds(str(path), str(paths[0]))
+    if {*forms} <= {"parquet", "arrow"}:
+        columns = _alike(paths, wanted, options["missing_values"], options["on_bad_row"])
+    else:  # text has one type, and types of JSON lines are not known before they are read
+        columns = [[pl.exclude(ROW)] for _ in paths]
+    sources: list[tuple[int, RawTable]] = []
+    skipped: Counter[str] = Counter()
+    malformed = np.zeros(0, np.int64)
+    num_rows = 0
+    for path, selected in zip(paths, columns):
+        first, table = num_rows, None
+        for table in blocks(path, wanted=wanted, **options):
+            pieces = tuple(piece.select(pl.col(ROW) + first, *selected) for piece in table.pieces)
+            yield dataclasses.replace(
+                table,
+                pieces=pieces,
+                skipped=skipped + table.skipped,
+                malformed=np.concatenate([malformed, table.malformed + (first + len(malformed))]),
+                sources=(*sources, (first, table)),
+            )
+            num_rows += int(table.gather(lambda piece: piece.select(pl.len()))["len"].sum())
+        assert table is not None  # a file without rows is refused
+        sources.append((first, table))
+        skipped += table.skipped
+        malformed = np.concatenate([malformed, table.malformed + (first + len(malformed))])
+
+
+def _alike(
+    paths: Sequence[Path], wanted: Collection[str] | None, missing_values: Sequence[str], on_bad_row: OnBadRow
+) -> list[list[pl.Expr]]:
+    """What to select of each file, such that types which differ and lose nothing are the same, as in preparation."""
+    tables = [
+        read_parquet(path, str(path), missing_values, on_bad_row, None, wanted)
+        if format_of(path) == "parquet"
+        else read_arrow(path, missing_values, None)
+        for path in paths
+    ]
+    return alike([(table.name, table.frame.drop(ROW)) for table in tables], wanted)
 
 
 def _parquet(

@@ -148,6 +148,11 @@ class RawTable:
         return f"{self.name}: row {self._numbers(np.array([row]))[0]}{line}"
 
 
+def name_of(sources: Sequence[tuple[int, RawTable]]) -> str:
+    """What to call `RawTable.sources` together."""
+    return f"{sources[0][1].name} and {len(sources) - 1} more" if len(sources) > 1 else sources[0][1].name
+
+
 def family(dtype: pl.DataType) -> str:
     """The kind of values that ids of a type are: within one kind the same id has the same text.
 

@@ -24,9 +24,10 @@ from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns
 from ctrlib.data.encoder import Counts, Encoder, Rows
 from ctrlib.data.loader import Loader
+from ctrlib.data.raw import check_paths, in_files, paths_of
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
 from ctrlib.data.stream import ahead
-from ctrlib.data.table import ROW, RawTable, as_frame
+from ctrlib.data.table import ROW, RawTable, as_frame, name_of
 from ctrlib.errors import check_path, check_type, check_whole
 from ctrlib.making import new_file
 from ctrlib.manifest import load_schema
@@ -67,15 +68,15 @@ class Predictor:
         return cls(*load_model(folder, modules=modules), Path(folder))
 
     def predict(
-        self, data: Rows | str | Path, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise"
+        self, data: Rows, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise"
     ) -> tuple[pl.DataFrame, dict[str, Any]]:
         """Probabilities for raw rows, a column per label, in the order of the rows; labels are not needed.
 
         Threads may share one predictor.
 
         Args:
-            data: a row as a dictionary, a list of such rows, a polars or pandas frame, an Arrow table, or a file as
-                `ctr.prepare` takes it, with the raw feature columns in any order.
+            data: a row as a dictionary, a list of such rows, a polars or pandas frame, an Arrow table, or a file or a
+                list of files as `ctr.prepare` takes them, with the raw feature columns in any order.
             batch_size: rows per step.
             on_bad_row: "raise" at the first damaged row, or "skip": such rows get no probability and are counted.
 
@@ -96,7 +97,7 @@ class Predictor:
 
     def predict_to(
         self,
-        data: str | Path,
+        data: str | Path | Sequence[str | Path],
         out: str | Path,
         *,
         keep: Sequence[str] = (),
@@ -110,7 +111,7 @@ class Predictor:
         The file appears when it is complete; until then, what was there stays as it was.
 
         Args:
-            data: a file as `ctr.prepare` takes it, or a folder of parquet files.
+            data: a file as `ctr.prepare` takes it, or a folder of parquet files, or a list of those.
             out: .csv or .parquet; gets the columns to keep, then a column per label.
             keep: raw columns to carry over, such as ids.
             batch_size: rows per step.
@@ -124,11 +125,14 @@ class Predictor:
             SchemaError, DataError: as `predict`.
             OSError: the disk is full.
         """
-        check_path("a raw file", data=data)
+        if isinstance(data, list | tuple):
+            check_paths(data, "data")
+        else:
+            check_path("a raw file, or a list of paths", data=data)
         check_path("a .csv or .parquet file", out=out)
         check_whole(1, batch_size=batch_size)
         check_on_bad_row(on_bad_row)
-        check_target(out, "file", inputs=[data, self.folder], overwrite=overwrite)
+        check_target(out, "file", inputs=[*paths_of(data), self.folder], overwrite=overwrite)
         out, report = Path(out), Report(self.encoder)
         if out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"the file to write must end in .csv or .parquet, got {out.name!r}")
@@ -144,6 +148,12 @@ class Predictor:
                 if out.suffix == ".parquet":
                     table = frame.to_arrow()
                     writer = writer or stack.enter_context(pq.ParquetWriter(partial, table.schema))
+                    for field in table.schema:
+                        if field.type != (before := writer.schema.field(field.name).type):
+                            raise SchemaError(
+                                f"{report.name}: column {field.name!r} to keep has type {field.type}, and {before} in "
+                                "the rows before: give it one type, or write a .csv"
+                            )
                     writer.write_table(table)
                 else:
                     first = writer is None
@@ -157,7 +167,7 @@ class Predictor:
 
     def stream(
         self,
-        data: Rows | str | Path,
+        data: Rows,
         *,
         batch_size: int = 8192,
         on_bad_row: OnBadRow = "raise",
@@ -217,9 +227,7 @@ class Predictor:
     def _direct(self) -> nn.Module:
         return direct(self.model, self.schema)
 
-    def evaluate(
-        self, data: Rows | str | Path, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise"
-    ) -> dict[str, Any]:
+    def evaluate(self, data: Rows, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise") -> dict[str, Any]:
         """Metrics on raw rows with labels, as `ctrlib.evaluate` gives them, and the counts that `predict` gives.
 
         Raises:
@@ -267,7 +275,7 @@ class Predictor:
 
     def _encoded(
         self,
-        data: Rows | str | Path,
+        data: Rows,
         on_bad_row: OnBadRow,
         keep: Sequence[str],
         report: Report,
@@ -275,7 +283,7 @@ class Predictor:
     ) -> Iterator[tuple[Columns, pl.DataFrame]]:
         """Rows as arrays, block by block, and the columns to keep; with `groups`, labels, weights and groups too."""
         with_labels = groups is not None
-        if not isinstance(data, str | Path):
+        if not in_files(data):
             if not (with_labels or keep or on_bad_row == "skip"):
                 columns, counts = self.encoder.transform(data, name="data")
                 report.add(counts)
@@ -302,7 +310,7 @@ class Report:
         self._encoder = encoder
         self.counts = Counts()
         self.remarks: list[str] = []
-        self._name = "data"
+        self.name = "data"  # of the rows that were counted last
         self._raw: RawTable | None = None
         self._unfit: list[Any] = []
 
@@ -310,13 +318,13 @@ class Report:
         """Count rows; those of a table may be numbered."""
         self.counts.add(counts)
         if raw is not None:
-            self._raw, self._name = raw, raw.name
+            self._raw, self.name = raw, raw.name
             self._unfit.append(raw.unfit)
 
     def place(self, position: int) -> str:
         """How to speak of one of the rows that were counted last."""
         if self._raw is None:
-            return f"{self._name}: row {position + 1}"
+            return f"{self.name}: row {position + 1}"
         scored = self._raw.frame.select(ROW).filter(~pl.col(ROW).is_in(self._raw.unfit)).collect()
         return self._raw.place(int(scored[ROW][position]))
 
@@ -326,7 +334,8 @@ class Report:
         Raises:
             SchemaError: a column holds no value that train knew, and cannot be right.
         """
-        self.remarks = self._encoder.judge(self.counts, self._name)
+        whole = name_of(self._raw.sources) if self._raw is not None and self._raw.sources else self.name
+        self.remarks = self._encoder.judge(self.counts, whole)
 
     def as_dict(self) -> dict[str, Any]:
         """What `Predictor.predict` returns beside the probabilities."""
