@@ -157,6 +157,21 @@ def totals_of(encoded: pl.LazyFrame, schema: Schema) -> Totals:
     )
 
 
+def totals_of_labels(raw: RawTable, schema: Schema, label_positive: Mapping[str, str] | None) -> Totals:
+    """Count rows and labels of a raw table without bad rows, and no ids; arguments as in `encode_checked`."""
+    wanted = {}
+    for name in schema.labels:
+        value = label(name, raw.dtypes[name], (label_positive or {}).get(name))
+        wanted[f"{name} positive"] = Total(name, value, lambda x, rows: ((x == 1) * rows).sum())
+        wanted[f"{name} present"] = Total(name, value, lambda _, rows: rows.sum())
+    found = raw.totals(wanted).sum().row(0, named=True)
+    return Totals(
+        int(raw.gather(lambda piece: piece.select(pl.len()))["len"].sum()),
+        {name: {what: int(found[f"{name} {what}"]) for what in ("positive", "present")} for name in schema.labels},
+        {},
+    )
+
+
 @dataclass(frozen=True)
 class Totals:
     """What encoded rows hold: label -> number of "positive" ones and of those "present"; `ids` as in `count_ids`."""

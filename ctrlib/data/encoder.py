@@ -172,8 +172,8 @@ class Encoder:
         from ctrlib.data.prepare import prepare
 
         with tempfile.TemporaryDirectory() as folder:
-            prepare({"train": train}, Path(folder) / "prepared", **{"log": None, **options})
-            return cls.load(Path(folder) / "prepared")
+            schema = prepare({"train": train}, Path(folder) / "prepared", **{"log": None, **options}, _fit_only=True)
+            return cls.of(schema, Path(folder) / "prepared")
 
     def save(self, folder: str | Path) -> None:
         """Write schema.json, vocab/, numbers/ and MANIFEST into a new folder, for `load` and for `prepare(like=...)`.

@@ -21,7 +21,7 @@ from ctrlib.data import remarks
 from ctrlib.data.cells import TOO_LARGE, check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
-from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling
+from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling, totals_of_labels
 from ctrlib.data.infer import HOURS, NO_CELLS
 from ctrlib.data.like import Earlier
 from ctrlib.data.raw import RawData
@@ -70,6 +70,7 @@ def prepare(
     overwrite: bool = False,
     spark: SparkSession | None = None,
     log: Log | None = rich.print,
+    _fit_only: bool = False,  # of `Encoder.fit`: write no rows, if nothing else needs them
 ) -> Schema:
     """Prepare raw data for training and return the fitted schema.
 
@@ -232,8 +233,13 @@ def prepare(
         report = _Report(schema, reasons, skipped, earlier)
         report.remarks += [f"column {name!r} holds {reason}" for name, reason in reasons.items() if reason == HOURS]
         report.remarks += [f"column {name!r} is {why}" for name, why in reasons.items() if why.startswith(NO_CELLS)]
-        for name, table in tables.items():
+        for table in tables.values():
             refuse_other_spelling(table, schema, (folder if earlier is None else earlier.folder) / "vocab")
+        if _fit_only and earlier is None and log is None and isinstance(workers, ThisMachine):
+            report.add("train", totals_of_labels(tables["train"], schema, label_positive), label_positive, train.name)
+            workers.points(tables["train"], folder, schema)
+            return schema
+        for name in tables:
             (folder / name).mkdir()
         written = workers.write(tables, folder, schema, known, label_positive)
         for name, totals in written.items():
