@@ -27,7 +27,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from ctrlib.manifest import write_new, write_sealed
-from ctrlib.training import checkpoint
+from ctrlib.training import checkpoint, tensor_files
 from ctrlib.training.checkpoint import CheckpointError, Checkpoints, Shards
 
 CUTS = ("plain", "table", "row", "column")
@@ -153,7 +153,7 @@ def test_every_cut_reads_every_other_bit_for_bit(tmp_path):
 
 
 def test_large_tensors_are_copied_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK", 100)
+    monkeypatch.setattr(tensor_files, "BLOCK", 100)
     expected = model()
     Checkpoints(tmp_path).save(1, cut(expected, "column", 0, 1), {})
     for how in CUTS:
@@ -576,7 +576,7 @@ def test_asynchronous_saves_copy_first(tmp_path):
 
 def test_asynchronous_saves_do_not_block_and_move_latest_last(tmp_path, monkeypatch):
     gate, started = threading.Event(), threading.Event()
-    write = checkpoint._write_tensors
+    write = tensor_files.write_tensors
 
     def slow(*args):
         started.set()
@@ -584,7 +584,7 @@ def test_asynchronous_saves_do_not_block_and_move_latest_last(tmp_path, monkeypa
         return write(*args)
 
     make(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "_write_tensors", slow)
+    monkeypatch.setattr(tensor_files, "write_tensors", slow)
     with Checkpoints(tmp_path, asynchronous=True) as checkpoints:
         checkpoints.save(2, small(2), {"step": 2})
         assert started.wait(10)
@@ -595,7 +595,7 @@ def test_asynchronous_saves_do_not_block_and_move_latest_last(tmp_path, monkeypa
 
 
 def test_asynchronous_errors_surface_on_all_ranks(tmp_path, monkeypatch):
-    write = checkpoint._write_tensors
+    write = tensor_files.write_tensors
 
     def save(rank):
         texts = []
@@ -606,11 +606,11 @@ def test_asynchronous_errors_surface_on_all_ranks(tmp_path, monkeypatch):
                     raise ValueError("planted")
 
                 if rank == 1:
-                    checkpoint._write_tensors = fail
+                    tensor_files.write_tensors = fail
                 checkpoints.save(1, cut(small(1), "row", rank, 2), {"step": 1})
                 with pytest.raises(CheckpointError) as caught:
                     ask()
-                checkpoint._write_tensors = write
+                tensor_files.write_tensors = write
                 texts.append(str(caught.value))
                 checkpoints.wait()  # raised once
             assert not list(tmp_path.glob("*"))

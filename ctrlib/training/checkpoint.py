@@ -23,45 +23,29 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ctrlib import distributed
-from ctrlib.errors import CtrlibError, check_path
+from ctrlib.errors import check_path
 from ctrlib.making import DISK_FULL
 from ctrlib.manifest import Damage, damage_of, read_sealed, write_new, write_sealed
 from ctrlib.sharding.shards import Shards
+from ctrlib.training import tensor_files
+from ctrlib.training.tensor_files import CheckpointError, Index, Place, Written
 
 T = TypeVar("T")
 LOGGER = logging.getLogger(__name__)
-_Place = tuple[str, tuple[int, ...]]  # key and offsets: names one part among all ranks'
-
-BLOCK = 1 << 24  # bytes copied or read at a time: a table is never held twice
 FORMAT = 1
-
-
-class CheckpointError(CtrlibError, RuntimeError):
-    """A checkpoint could not be written, or none could be read; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +69,8 @@ class _Job:
     folder: Path
     save: int
     state: bytes
-    parts: dict[_Place, Tensor]
-    index: dict[str, TensorStorageMetadata]
+    parts: dict[Place, Tensor]
+    index: Index
     needed: int
 
 
@@ -195,7 +179,7 @@ class Checkpoints:
             CheckpointError: none is good; that of `name` is damaged or absent; keys, shapes or dtypes differ.
         """
         self.wait()
-        wanted = self._together(lambda: _all_shards(tensors))
+        wanted = self._together(lambda: tensor_files.all_shards(tensors))
         found = self._first(self._find)
         if name is not None:
             manifest = self._sound(name, *(found or ([], [])))
@@ -207,8 +191,8 @@ class Checkpoints:
         path = manifest.folder / "state.json"
         state = self._first(lambda: cast("dict[str, Any]", json.loads(path.read_bytes())))
         check(state)
-        saved = self._together(lambda: _read_index(manifest, wanted, prefix))
-        self._together(lambda: _read_tensors(manifest, saved, wanted))
+        saved = self._together(lambda: tensor_files.read_index(manifest.folder, wanted, prefix))
+        self._together(lambda: tensor_files.read_tensors(manifest.folder, manifest.files, saved, wanted))
         return state
 
     def wait(self) -> None:
@@ -279,23 +263,15 @@ class Checkpoints:
     ) -> _Job:
         if self._group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise CheckpointError("the process group is younger than this object (or it is closed): make a new one")
-        shards = self._together(lambda: _all_shards(tensors))
+        shards = self._together(lambda: tensor_files.all_shards(tensors))
         encoded = self._first(lambda: _encode_state(state))
-        asked = {key: (tuple(each.size), each.dtype) for key, each in shards.items()}
-        ranks = self._gather(((step, needs), asked, SavePlan(_write_items(shards))))
-        _check_alike([told for told, _, _ in ranks], [its_asked for _, its_asked, _ in ranks])
-        plans, index = _plan([plan for _, _, plan in ranks], asked)
-        mine = {(item.index.fqn, tuple(item.index.offset or ())) for item in plans[self._rank].items}
-        parts = {
-            (key, tuple(offsets)): part.detach()
-            for key, each in shards.items()
-            for offsets, part in each.parts
-            if (key, tuple(offsets)) in mine and _is_kept(each, part)
-        }
+        ranks = self._gather(((step, needs), tensor_files.wish(shards)))
+        for rank, (told, _) in enumerate(ranks):
+            if told != ranks[0][0]:
+                raise CheckpointError(f"step and needs are {ranks[0][0]} on rank 0, but {told} on rank {rank}")
+        parts, index = tensor_files.share_out([its_wish for _, its_wish in ranks], self._rank, shards)
         folder, save = self._first(lambda: self._begin(step, needs))
-        num_parts = sum(len(tensor.chunks) for tensor in index.values())
-        num_bytes = sum(math.prod(tensor.size) * tensor.properties.dtype.itemsize for tensor in index.values())
-        needed = num_bytes + len(encoded) + 256 * num_parts + 4096  # tensors.json, MANIFEST and the folder
+        needed = tensor_files.num_bytes_of(index) + len(encoded) + 4096  # MANIFEST and the folder
         free = min(self._gather(self._together(lambda: shutil.disk_usage(self.folder).free)))
         if needed > free:
             raise CheckpointError(_disk_full(self.folder, needed, free))
@@ -331,7 +307,9 @@ class Checkpoints:
         hidden = job.folder.with_name(f".{job.folder.name}.partial")
         try:
             self._first(lambda: self._disk(job, hidden.mkdir))
-            written = self._together(lambda: self._disk(job, lambda: _write_tensors(hidden, self._rank, job.parts)))
+            written = self._together(
+                lambda: self._disk(job, lambda: tensor_files.write_tensors(hidden, self._rank, job.parts))
+            )
             everything = self._gather(written)
             self._first(lambda: self._disk(job, lambda: self._commit(job, hidden, everything)))
         except CheckpointError:
@@ -349,15 +327,14 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free
             raise CheckpointError(f"{_disk_full(self.folder, job.needed, free)} ({error})") from error
 
-    def _commit(self, job: _Job, hidden: Path, written: list[_Written]) -> None:
+    def _commit(self, job: _Job, hidden: Path, written: list[Written]) -> None:
         """Complete the folder, give it its name, and move LATEST."""
         files: dict[str, tuple[int, str]] = {}
-        starts: dict[_Place, tuple[str, int]] = {}
+        starts: dict[Place, tuple[str, int]] = {}
         for its_files, its_starts in written:
             files |= its_files
             starts |= its_starts
-        index = {key: _index_entry(key, tensor, starts) for key, tensor in job.index.items()}
-        files["tensors.json"] = write_new(hidden / "tensors.json", [json.dumps(index).encode()])
+        files["tensors.json"] = write_new(hidden / "tensors.json", [tensor_files.encode_index(job.index, starts)])
         files["state.json"] = write_new(hidden / "state.json", [job.state])
         name = job.folder.name
         manifest = {"format": FORMAT, "folder": name, "step": job.step, "save": job.save, "needs": job.needs}
@@ -478,164 +455,6 @@ class Checkpoints:
         return [damage for damage in itertools.chain(*self._gather(checked)) if damage]
 
 
-def _all_shards(tensors: Mapping[str, Tensor | Shards]) -> dict[str, Shards]:
-    return {key: _as_shards(key, value) for key, value in tensors.items()}
-
-
-def _as_shards(key: str, value: Tensor | Shards) -> Shards:
-    if not isinstance(key, str):
-        raise CheckpointError(f"expected strings as keys, got {key!r}")
-    if isinstance(value, Shards):
-        return value
-    if not isinstance(value, Tensor) or hasattr(value, "to_local") or hasattr(value, "local_shards"):
-        raise CheckpointError(
-            f"{key}: expected a Tensor, or Shards of the local parts of a distributed one, got {type(value).__name__}"
-        )
-    try:
-        return Shards(tuple(value.shape), (((0,) * value.dim(), value),))
-    except ValueError as error:
-        raise CheckpointError(f"{key}: {error}") from error
-
-
-def _is_kept(shards: Shards, part: Tensor) -> bool:
-    """Parts with no elements are not written, since they share their offsets with their neighbour's; unless all are."""
-    return part.numel() > 0 or math.prod(shards.size) == 0
-
-
-def _write_items(shards: Mapping[str, Shards]) -> list[WriteItem]:
-    return [
-        WriteItem(
-            MetadataIndex(key, offsets),
-            WriteItemType.SHARD,
-            tensor_data=TensorWriteData(
-                ChunkStorageMetadata(torch.Size(offsets), part.shape),
-                TensorProperties(dtype=part.dtype),
-                torch.Size(each.size),
-            ),
-        )
-        for key, each in shards.items()
-        for offsets, part in each.parts
-        if _is_kept(each, part)
-    ]
-
-
-def _check_alike(told: list[tuple[int, str | None]], asked: list[dict[str, Any]]) -> None:
-    """Raise if a rank was told another step, or asked for other tensors, than rank 0."""
-    for rank in range(1, len(told)):
-        if told[rank] != told[0]:
-            raise CheckpointError(f"step and needs are {told[0]} on rank 0, but {told[rank]} on rank {rank}")
-        if odd := sorted(asked[rank].keys() ^ asked[0].keys()):
-            raise CheckpointError(f"ranks 0 and {rank} save different keys: only one of them has {odd}")
-        for key, (size, dtype) in asked[rank].items():
-            size_0, dtype_0 = asked[0][key]
-            if size != size_0 or (dtype and dtype_0 and dtype != dtype_0):
-                raise CheckpointError(f"{key} is {size_0} {dtype_0} on rank 0, but {size} {dtype} on rank {rank}")
-
-
-def _plan(plans: list[SavePlan], asked: Mapping[str, Any]) -> tuple[list[SavePlan], dict[str, TensorStorageMetadata]]:
-    """Who writes which part, and the parts of every tensor."""
-    try:
-        plans, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)
-    except ValueError as error:
-        raise CheckpointError(f"parts of one tensor overlap or leave gaps: {error}") from error
-    index = cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata)
-    for key, (size, _) in asked.items():
-        covered = sum(math.prod(chunk.sizes) for chunk in index[key].chunks) if key in index else None
-        if covered != math.prod(size):  # the planner looks for gaps at two ranks and more
-            raise CheckpointError(f"{key}: the parts hold {covered or 0} of {math.prod(size)} elements of {size}")
-    return plans, index
-
-
-def _index_entry(key: str, tensor: TensorStorageMetadata, starts: Mapping[_Place, tuple[str, int]]) -> dict[str, Any]:
-    parts = [
-        {"offsets": list(chunk.offsets), "shape": list(chunk.sizes), "file": file, "start": start}
-        for chunk in tensor.chunks
-        for file, start in [starts[key, tuple(chunk.offsets)]]
-    ]
-    return {"dtype": _name(tensor.properties.dtype), "size": list(tensor.size), "parts": parts}
-
-
-def _read_index(manifest: _Manifest, wanted: Mapping[str, Shards], prefix: str) -> dict[str, Any]:
-    """tensors.json, which must be about the wanted tensors."""
-    saved: dict[str, Any] = json.loads((manifest.folder / "tensors.json").read_bytes())
-    keys = {key for key in saved if key.startswith(prefix)}
-    problems = [f"{key} is saved, but not asked for" for key in sorted(keys - wanted.keys())]
-    problems += [f"{key} is asked for, but not saved" for key in sorted(wanted.keys() - keys)]
-    for key in sorted(keys & wanted.keys()):
-        size, dtype = tuple(saved[key]["size"]), saved[key]["dtype"]
-        each = wanted[key]
-        if tuple(each.size) != size:
-            problems.append(f"{key} is saved as {size}, but asked for as {tuple(each.size)}")
-        if each.dtype not in (None, getattr(torch, dtype)):
-            problems.append(f"{key} is saved as {dtype}, but asked for as {_name(each.dtype)}")
-    if problems:
-        raise CheckpointError(f"{manifest.folder} is of another model: {'; '.join(problems)}")
-    return saved
-
-
-def _read_tensors(manifest: _Manifest, saved: Mapping[str, Any], wanted: Mapping[str, Shards]) -> None:
-    for key, shards in wanted.items():
-        parts = saved[key]["parts"]
-        local = [(offsets, part.detach()) for offsets, part in shards.parts if part.numel()]
-        for item in create_read_items_for_chunk_list(
-            key,
-            TensorStorageMetadata(
-                TensorProperties(dtype=getattr(torch, saved[key]["dtype"])),
-                torch.Size(shards.size),
-                [ChunkStorageMetadata(torch.Size(part["offsets"]), torch.Size(part["shape"])) for part in parts],
-            ),
-            [ChunkStorageMetadata(torch.Size(offsets), part.shape) for offsets, part in local],
-        ):
-            part = parts[item.storage_index.index]
-            if part["file"] not in manifest.files:
-                raise CheckpointError(f"{manifest.folder}: {key} lies in {part['file']}, which is not in MANIFEST")
-            _, target = local[cast(int, item.dest_index.index)]
-            for dim, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths)):
-                target = target.narrow(dim, offset, length)
-            _read_part(manifest.folder / part["file"], part["start"], part["shape"], item.storage_offsets, target)
-
-
-_Written = tuple[dict[str, tuple[int, str]], dict[_Place, tuple[str, int]]]  # files, and where in them each part starts
-
-
-def _write_tensors(folder: Path, rank: int, parts: Mapping[_Place, Tensor]) -> _Written:
-    name = f"tensors-{rank}.bin"
-    starts, start = {}, 0
-    for place, part in parts.items():
-        starts[place] = (name, start)
-        start += part.nbytes
-    blocks = (block for part in parts.values() for block in _blocks(part))
-    return ({name: write_new(folder / name, blocks)} if parts else {}), starts
-
-
-def _blocks(part: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, some rows at a time: only those are copied, off a GPU or out of a slice of columns."""
-    rows = part if part.dim() else part.unsqueeze(0)
-    row_bytes = rows.nbytes // max(1, len(rows))
-    step = max(1, BLOCK // max(1, row_bytes))
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        yield block.cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _read_part(path: Path, start: int, shape: list[int], offsets: Iterable[int], target: Tensor) -> None:
-    """Copy the box at `offsets` of a stored part, of the shape of `target`, into `target`."""
-    if not shape:
-        shape, offsets, target = [1], [0], target.unsqueeze(0)
-    first, *others = offsets
-    columns = tuple(slice(offset, offset + length) for offset, length in zip(others, target.shape[1:]))
-    row_bytes = math.prod(shape[1:]) * target.dtype.itemsize
-    with path.open("rb") as file:
-        file.seek(start + first * row_bytes)
-        step = max(1, BLOCK // row_bytes)
-        for row in range(0, len(target), step):
-            block = target[row : row + step]
-            data = torch.empty(len(block) * row_bytes, dtype=torch.uint8)
-            if file.readinto(data.numpy().data) != len(data):
-                raise CheckpointError(f"{path} became shorter while it was read: the tensors are overwritten in part")
-            block.copy_(data.view(target.dtype).view(len(block), *shape[1:])[(slice(None), *columns)])
-
-
 def _damage(path: Path, num_bytes: int, sha256: str) -> str | None:
     """How a file differs from what was written; None if it does not."""
     damage = damage_of(path, num_bytes, ((0, sha256),))
@@ -698,7 +517,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -23,11 +23,12 @@ from ctrlib.batch import Batch
 from ctrlib.distributed import any_rank, rank, total, world_size
 from ctrlib.errors import CtrlibError, check_batches, check_has, check_type, check_whole
 from ctrlib.sharding.shards import State
-from ctrlib.training.checkpoint import CheckpointError, Checkpoints
+from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.config import refuse_another
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.progress import Epoch, Progress, known_weight, random_state, set_random_state
 from ctrlib.training.state import copy_state, restore_state
+from ctrlib.training.tensor_files import CheckpointError
 
 
 class Batches(Sized, Protocol):
