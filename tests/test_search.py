@@ -231,7 +231,7 @@ def test_a_search_stops_at_a_loss_that_is_not_finite(data: Path) -> None:
     train, _ = loaders(data)
     model = build(data)
     model.head.register_forward_hook(lambda module, inputs, logits: logits * torch.nan)
-    with pytest.raises(ctr.training.NonFiniteLossError, match="search, epoch 1: the loss is nan"):
+    with pytest.raises(ctr.training.NonFiniteLossError, match="search, epoch 1, batch 0: the loss is nan"):
         search_epochs(ExactEngine(model), train, 2, console=QUIET)
 
 

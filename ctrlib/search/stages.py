@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -22,10 +20,10 @@ from ctrlib.data.loader import Loader
 from ctrlib.distributed import world_size
 from ctrlib.model import Model
 from ctrlib.models.build import plain
+from ctrlib.sharding.shards import State
 from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.config import refuse_another
-from ctrlib.training.loop import Engine, NonFiniteLossError
-from ctrlib.training.progress import known_weight, random_state, set_random_state
+from ctrlib.training.loop import Engine, Keeper, train_epoch
+from ctrlib.training.progress import Progress
 
 
 def search_epochs(
@@ -64,54 +62,28 @@ def search_epochs(
         ValueError: the checkpoints in `out` are of another search.
     """
     refuse_several_processes()
-    console, memory, identity = console or Console(stderr=True), {} if memory is None else memory, identity or {}
-    state = {**engine.state(), **{f"search.{name}": tensor for name, tensor in (tensors or {}).items()}}
+    console, memory = console or Console(stderr=True), {} if memory is None else memory
+    state: State = {f"search.{name}": tensor for name, tensor in (tensors or {}).items()}
     checkpoints = None if out is None else Checkpoints(out, log=console.print)
+    keeper = Keeper(engine, train, checkpoints, identity or {}, console, what="search", tensors=state)
     first, over = 0, False
     train.set_epoch(0)
-
-    def check(saved: dict[str, Any]) -> None:
-        refuse_another(saved["identity"], identity, f"the checkpoints in {out} are of another search")
-
-    if checkpoints is not None and (saved := checkpoints.load(state, check=check)) is not None:
+    if (saved := keeper.load()) is not None:
         first, over = saved["epoch"], saved["over"]
         memory.clear()
         memory.update(saved["memory"])
-        train.load_state_dict(saved["loader"])
-        engine.learning_rates = saved["learning_rates"]
-        set_random_state(saved["random_state"], 1)
         console.print(f"the search goes on after epoch {first}")
     for epoch in range(first, num_epochs):
         if over:
             break
         before(epoch)
-        engine.model.train()
-        started, total, weight = time.perf_counter(), 0.0, 0.0
-        for batch, loss in engine.train(train):
-            value = loss.item()
-            if not np.isfinite(value):
-                raise NonFiniteLossError(
-                    f"search, epoch {epoch + 1}: the loss is {value}; no weight was changed by this batch. Usual "
-                    "cause: a learning rate that is too high"
-                )
-            known = known_weight(batch)
-            total, weight = total + value * known, weight + known
-        seconds = time.perf_counter() - started
+        progress = Progress()
+        train_epoch(engine, train, progress, keeper, f"search, epoch {epoch + 1}", console)
         console.print(
-            f"search epoch {epoch + 1:2d}  loss {total / max(weight, 1e-30):.5f}  {seconds:.1f} s", highlight=False
+            f"search epoch {epoch + 1:2d}  loss {progress.train_loss:.5f}  {progress.seconds:.1f} s", highlight=False
         )
         over = after(epoch)
-        if checkpoints is not None:
-            plain = {
-                "identity": identity,
-                "epoch": epoch + 1,
-                "over": over,
-                "memory": memory,
-                "loader": train.state_dict(),
-                "learning_rates": engine.learning_rates,
-                "random_state": random_state(),
-            }
-            checkpoints.save(epoch + 1, state, plain)
+        keeper.save(epoch + 1, {"epoch": epoch + 1, "over": over, "memory": memory})
 
 
 def refuse_several_processes() -> None:

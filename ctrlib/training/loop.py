@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -142,18 +144,20 @@ def fit(
     check_schedule(max_epochs, patience)
     out = None if out is None else Path(out)
     console = console or Console(stderr=True)
-    keeper = _Keeper(engine, train, checkpoints, checkpoint_seconds, identity or {}, console)
+    keeper = Keeper(engine, train, checkpoints, identity or {}, console, seconds=checkpoint_seconds)
     with contextlib.ExitStack() as stack:
         stack.enter_context(keeper)
         stack.enter_context(_name_lost_processes())
-        progress = keeper.load()  # before the log is opened: that of another run stays as it is
+        progress = keeper.progress()  # before the log is opened: that of another run stays as it is
         log = stack.enter_context(_Log(out if rank() == 0 else None, tensorboard and rank() == 0))
         for line in progress.epochs:
             log.write(line)
         while progress.stale < patience and len(progress.epochs) < max_epochs:
             number = len(progress.epochs) + 1
             try:
-                _train_epoch(engine, train, progress, keeper, f"epoch {number}", out, console)
+                if progress.batches < len(train):  # else only its validation was missing
+                    keep = functools.partial(_save_batch, out)
+                    train_epoch(engine, train, progress, keeper, f"epoch {number}", console, keep)
                 validating = time.perf_counter()
                 scored = evaluate(engine.model, valid, device=engine.device, quick=True)
             except KeyboardInterrupt:
@@ -187,7 +191,7 @@ def fit(
             if not better:
                 # None is brought below 1e-6, or raised to it.
                 engine.learning_rates = [max(r * cut_factor, min(r, 1e-6)) for r in engine.learning_rates]
-            keeper.save(progress, best=better)
+            keeper.save_epoch(progress, best=better)
         keeper.restore_best(progress)
     history = History(progress.epochs, progress.best_epoch)
     if progress.total_seconds:
@@ -205,18 +209,20 @@ def check_schedule(max_epochs: int, patience: int) -> None:
     check_whole(1, max_epochs=max_epochs, patience=patience)
 
 
-def _train_epoch(
+def train_epoch(
     engine: Engine,
     train: Batches,
     progress: Progress,
-    keeper: _Keeper,
+    keeper: Keeper,
     title: str,
-    out: Path | None,
     console: Console,
+    keep: Callable[[Batch], str] = lambda batch: "",
 ) -> None:
-    """One pass, or what is left of it; the sums go to `progress`."""
-    if progress.batches == len(train):
-        return  # only its validation was missing
+    """One pass, or what is left of it; the sums go to `progress`.
+
+    Raises:
+        NonFiniteLossError: a loss is NaN or infinite; `keep` gets the batch, and gives a sentence for the message.
+    """
     engine.model.train()
     columns = (
         TextColumn("{task.description}"),
@@ -232,10 +238,10 @@ def _train_epoch(
         for batch, loss in engine.train(keeper.count(train)):
             value = loss.item()
             if not np.isfinite(value):
-                where = _save_batch(batch, out)
                 raise NonFiniteLossError(
-                    f"{title}, batch {progress.batches}: the loss is {value}; no weight was changed by this batch. "
-                    f"{where} Usual causes: a learning rate that is too high, or numeric features without a transform"
+                    f"{title}, batch {progress.batches}: the loss is {value}; no weight was changed by this batch."
+                    f"{keep(batch)} Usual causes: a learning rate that is too high, or numeric features without a "
+                    "transform"
                 )
             progress.add(value, batch.size * world_size(), total(known_weight(batch)))
             progress.seconds = seconds + time.perf_counter() - started
@@ -243,27 +249,37 @@ def _train_epoch(
             keeper.save_if_due(progress)
 
 
-class _Keeper:
-    """Saves the run and finds it again; keeps the best weights meanwhile."""
+class Keeper:
+    """Saves all that the rest of a training depends on, and puts it back: of a run, or (`what`) of a search.
+
+    That is the engine's state and `tensors` besides, its learning rates, the batches trained on, the random generators,
+    and plain values of the caller's own. What is of another `identity` is refused. Within `with`, SIGTERM saves after
+    the step in progress. Without checkpoints, the best weights are kept in memory.
+    """
 
     def __init__(
         self,
         engine: Engine,
         train: Batches,
         checkpoints: Checkpoints | None,
-        seconds: float,
         identity: dict[str, Any],
         console: Console,
+        *,
+        seconds: float = math.inf,
+        what: str = "run",
+        tensors: State | None = None,
     ) -> None:
         if checkpoints is not None and not hasattr(train, "load_state_dict"):
             raise TypeError(
                 f"checkpoints need a loader that can go on in mid-epoch: give a ctrlib.Loader, not {train!r}"
             )
-        self._engine, self._train, self._checkpoints = engine, train, checkpoints
-        self._seconds, self._identity, self._console = seconds, identity, console
+        self._engine, self._loader, self._checkpoints = engine, cast(Resumable, train), checkpoints
+        self._identity, self._console, self._seconds = identity, console, seconds
+        self._what, self._tensors = what, tensors or {}
         self._best: State | None = None  # a copy, where no checkpoint has it
         self._given = 0  # batches handed to the engine since the start of this process ...
         self._taken = 0  # ... and trained on
+        self._saved_at = time.monotonic()
         self._signals: set[int] = set()  # that came
         self._handlers: dict[int, Any] = {}
 
@@ -274,34 +290,12 @@ class _Keeper:
             numbers += [signal.SIGINT] if world_size() > 1 else []
             for number in numbers:
                 self._handlers[number] = signal.signal(number, lambda came, frame: self._signals.add(came))
-        self._saved_at = time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if signal.SIGTERM in self._signals and kind is None:  # came when all was done
             signal.raise_signal(signal.SIGTERM)
-
-    def load(self) -> Progress:
-        """Where the saved run stands, with everything put back; a new run if there is none."""
-        if self._checkpoints is None:
-            return Progress()
-        saved = self._checkpoints.load(self._engine.state(), check=self._check)
-        if saved is None:
-            return Progress()
-        progress = Progress.from_dict(saved["progress"])
-        if saved["best"]:  # it could not yet know its own name
-            progress.best_checkpoint = self._checkpoints.last
-        self._loader.load_state_dict(saved["loader"])
-        self._engine.learning_rates = saved["learning_rates"]
-        set_random_state(saved["random_state"], world_size())
-        self._console.print(f"goes on after step {progress.step:,}, in epoch {len(progress.epochs) + 1}")
-        return progress
-
-    def _check(self, saved: dict[str, Any]) -> None:
-        assert self._checkpoints is not None
-        what = f"the checkpoints in {self._checkpoints.folder} are of another run"
-        refuse_another(saved.get("identity", {}), self._identity, what)
 
     def count(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches: a pipeline takes some before it trains on them, and those must be loaded again."""
@@ -310,6 +304,50 @@ class _Keeper:
             self._given += 1
             yield batch
 
+    def load(self) -> dict[str, Any] | None:
+        """The caller's own values, with all else put back; None if nothing was saved.
+
+        Raises:
+            ArgumentError: what was saved is of another run, and what differs is named.
+        """
+        if self._checkpoints is None:
+            return None
+        what = f"the checkpoints in {self._checkpoints.folder} are of another {self._what}"
+        saved = self._checkpoints.load(
+            self._state(), check=lambda saved: refuse_another(saved.get("identity", {}), self._identity, what)
+        )
+        if saved is not None:
+            self._loader.load_state_dict(saved["loader"])
+            self._engine.learning_rates = saved["learning_rates"]
+            set_random_state(saved["random_state"], world_size())
+        return saved
+
+    def save(self, step: int, own: dict[str, Any], *, needs: str | None = None) -> str | None:
+        """Save it after a step, with the caller's own values; the name of the checkpoint, if there are any."""
+        if self._checkpoints is None:
+            return None
+        state = {
+            "identity": self._identity,
+            **own,
+            "loader": self._loader.state_dict(in_flight=self._given - self._taken),
+            "learning_rates": self._engine.learning_rates,
+            "random_state": random_state(),
+        }
+        return self._checkpoints.save(step, self._state(), state, needs=needs)
+
+    def _state(self) -> State:
+        return {**self._engine.state(), **self._tensors}
+
+    def progress(self) -> Progress:
+        """Where the saved run stands, with everything put back; a new run if there is none."""
+        if (saved := self.load()) is None:
+            return Progress()
+        progress = Progress.from_dict(saved["progress"])
+        if saved["best"] and self._checkpoints is not None:  # it could not yet know its own name
+            progress.best_checkpoint = self._checkpoints.last
+        self._console.print(f"goes on after step {progress.step:,}, in epoch {len(progress.epochs) + 1}")
+        return progress
+
     def save_if_due(self, progress: Progress) -> None:
         """After a step: save if it is time, or the process is to end."""
         self._taken += 1
@@ -317,33 +355,24 @@ class _Keeper:
         came = (number in self._signals for number in (signal.SIGTERM, signal.SIGINT))
         due, terminated, interrupted = any_rank(due, *came)
         if due or terminated:
-            self._write(progress, best=False)
+            self._save(progress, best=False)
         if terminated:
             self._end()
         if interrupted:
             raise KeyboardInterrupt
 
-    def save(self, progress: Progress, *, best: bool) -> None:
+    def save_epoch(self, progress: Progress, *, best: bool) -> None:
         """After an epoch."""
         if self._checkpoints is not None:
-            self._write(progress, best=best)
+            self._save(progress, best=best)
             if any_rank(signal.SIGTERM in self._signals)[0]:
                 self._end()
         elif best:
             self._best = copy_state(self._weights())
 
-    def _write(self, progress: Progress, *, best: bool) -> None:
-        assert self._checkpoints is not None
-        state = {
-            "identity": self._identity,
-            "best": best,
-            "progress": progress.to_dict(),
-            "loader": self._loader.state_dict(in_flight=self._given - self._taken),
-            "learning_rates": self._engine.learning_rates,
-            "random_state": random_state(),
-        }
+    def _save(self, progress: Progress, *, best: bool) -> None:
         needs = None if best else progress.best_checkpoint
-        name = self._checkpoints.save(progress.step, self._engine.state(), state, needs=needs)
+        name = self.save(progress.step, {"best": best, "progress": progress.to_dict()}, needs=needs)
         if best:
             progress.best_checkpoint = name
         self._saved_at = time.monotonic()
@@ -365,10 +394,6 @@ class _Keeper:
 
     def _weights(self) -> State:
         return {name: tensor for name, tensor in self._engine.state().items() if name.startswith("model.")}
-
-    @property
-    def _loader(self) -> Resumable:
-        return self._train  # type: ignore[return-value]  # checked when made
 
 
 # What gloo and nccl say when the other side of a connection is gone, or silent.
@@ -392,9 +417,9 @@ def _name_lost_processes() -> Iterator[None]:
         ) from error
 
 
-def _save_batch(batch: Batch, out: Path | None) -> str:
+def _save_batch(out: Path | None, batch: Batch) -> str:
     if out is None:
-        return "Pass out= to have the batch saved."
+        return " Pass out= to have the batch saved."
     path = out / ("non_finite_batch.pt" if world_size() == 1 else f"non_finite_batch.rank-{rank()}.pt")
     tensors = {
         "keys": batch.sparse.keys(),
@@ -406,7 +431,7 @@ def _save_batch(batch: Batch, out: Path | None) -> str:
     }
     out.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, path)
-    return f"The batch is saved as {path} (read it with torch.load(..., weights_only=True))."
+    return f" The batch is saved as {path} (read it with torch.load(..., weights_only=True))."
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
