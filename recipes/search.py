@@ -39,11 +39,12 @@ from ctrlib import models
 from ctrlib.schema import PADDING_ID
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.counting import count_reads
+from ctrlib.search.experiment import settings_of
 from ctrlib.search.floors import keep_rows, row_norms
 from ctrlib.search.optembed import OptEmbed
 from ctrlib.search.optinter import OptInter, count_crosses, plan_of
 from ctrlib.search.plan import Plan, materialise
-from ctrlib.search.run import search_and_retrain, settings_of
+from ctrlib.search.run import search_and_retrain
 from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.evaluate import score

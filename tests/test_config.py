@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ import ctrlib as ctr
 from ctrlib import cli, models
 from ctrlib.errors import CtrlibError, WrongTypeError
 from ctrlib.models import MODELS
-from ctrlib.search.run import search_and_retrain, settings_of
+from ctrlib.search.experiment import HEEDED, experiment_of, parts_of, settings_of
+from ctrlib.search.methods import SEARCHES
+from ctrlib.search.run import search_and_retrain
 from ctrlib.search.stages import attributes
 from ctrlib.search.stages import identity_of as identity_of_search
 from ctrlib.testing import example_schema
@@ -363,6 +366,82 @@ def test_a_damaged_description_of_a_search_is_named(data: Path, tmp_path: Path) 
         search_and_retrain("optfs", data, {"model": "fm", "embedding_dim": 4}, tmp_path, console=QUIET)
 
 
+SEARCH_SETTINGS = {"normalise": "none", "num_bytes": 900, "features": ["a", "b"], "rewind": 2}
+
+
+def every_setting() -> Iterator[tuple[str, str]]:
+    for method in SEARCHES:
+        names = [field.name for field in dataclasses.fields(settings_of(method, {}))]
+        yield from ((method, f"search.{name}") for name in names)
+    yield from (("optfs", f"training.{name}") for name in HEEDED)
+    yield from (("optfs", name) for name in ("embedding_dim", "hidden", "numeric"))
+
+
+@pytest.mark.parametrize(("method", "path"), list(every_setting()))
+def test_a_search_goes_on_only_with_the_same_settings(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, path: str
+) -> None:
+    """Generated from the settings of each method; and no search but of the same method."""
+    before = experiment_of(method, {"model": "mlp"}, settings_of(method, {}), Training())
+    part, _, name = path.rpartition(".")
+    inner = before[part] if part else before
+    value = SEARCH_SETTINGS.get(name) if part == "search" else None
+    other = value if value is not None else other_than(name, inner[name])
+    changed = {**before, part: {**inner, name: other}} if part else {**before, name: other}
+
+    def killed(*_: Any, **__: Any) -> None:
+        (tmp_path / "search").mkdir(exist_ok=True)  # where its checkpoints would be
+        raise Killed
+
+    def start(experiment: dict[str, Any]) -> None:
+        _, config, settings, training = parts_of(experiment)
+        entries = {entry: getattr(training, entry) for entry in HEEDED}
+        search_and_retrain(experiment["search"]["method"], data, config, tmp_path, settings=settings, **entries)
+
+    monkeypatch.setattr("ctrlib.search.run._plan", killed)
+    monkeypatch.setattr("ctrlib.models.build", lambda *_, **__: models.mlp(ctr.Inputs(SCHEMA, embedding_dim=4)))
+    with pytest.raises(Killed):
+        start(before)
+    if path == "training.max_epochs":
+        with pytest.raises(Killed):
+            start(changed)
+        return
+    with pytest.raises(ValueError, match=rf"holds an unfinished search.*: {re.escape(path)} was "):
+        start(changed)
+    if path == "search.learning_rate":
+        another = "dnis" if method == "optfs" else "optfs"
+        with pytest.raises(ValueError, match=rf"search\.method was '{method}', is now '{another}'"):
+            start(experiment_of(another, {"model": "mlp"}, settings_of(another, {}), Training()))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        ({"model": "fm"}, 'search is None, expected a dictionary {"method": name'),
+        ({"model": "fm", "search": "optfs"}, "search is str 'optfs', expected a dictionary"),
+        ({"model": "fm", "search": {"penalty": 1}}, 'expected a dictionary {"method": name'),
+        ({"model": "fm", "search": {"method": "optsf"}}, "unknown method 'optsf'; the closest are optfs"),
+        ({"model": "fm", "search": {"method": "optfs", "penalti": 1}}, "optfs has no setting ['penalti']"),
+        (
+            {"model": "fm", "search": {"method": "optfs"}, "training": {"engine": "fused"}},
+            "{'engine': 'fused'}, which no",
+        ),
+        ({"model": "fm", "search": {"method": "optfs"}, "training": {"device": "cuda"}}, "training says {'device'"),
+        ({"model": "fm", "search": {"method": "optfs"}, "training": {"workers": 2}}, "training says {'workers': 2}"),
+        ({"model": "fm", "search": {"method": "optfs"}, "training": {"epochs": 2}}, "training has no ['epochs']"),
+    ],
+)
+def test_no_experiment_of_a_search(experiment: dict[str, Any], message: str) -> None:
+    with pytest.raises(CtrlibError) as refused:
+        parts_of(experiment)
+    assert message in str(refused.value)
+
+
+def test_a_searchs_config_is_of_the_model_alone(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CtrlibError, match=r"config holds \['training'\]: expected the model alone"):
+        search_and_retrain("optfs", data, experiment("fm"), tmp_path, console=QUIET)
+
+
 # Models of one's own.
 
 
@@ -457,6 +536,68 @@ def test_the_command_line_makes_prints_reads_and_saves_one_dictionary(
     assert printed("--config", str(tmp_path / "two" / "model.json")) == config
 
 
+def test_the_command_line_makes_prints_reads_and_saves_one_dictionary_of_a_search(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "mlp", "--dim", "4", "--hidden", "8", "--l2", "1e-6", "--epochs", "1", "--batch-size", "200"]
+    flags += ["--setting", "epochs=2", "rewind=null"]
+
+    def printed(*arguments: str) -> Any:
+        assert cli.main(["search", "optfs", str(data), *arguments, "--print-config"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    config = printed(*flags)
+    method, of_model, settings, training = parts_of(config)
+    assert experiment_of(method, of_model, settings, training) == config
+    expected = {"method": "optfs", "epochs": 2, "rewind": None, "embedding_l2": 1e-6, "learning_rate": 1e-3}
+    assert expected.items() <= config["search"].items()
+    assert (config["model"], config["hidden"], config["training"]["batch_size"]) == ("mlp", [8], 200)
+    path = tmp_path / "search.json"
+    path.write_text(json.dumps(config))
+    assert printed("--config", str(path)) == config
+    changed = printed("--config", str(path), "--learning-rate", "0.01", "--setting", "rewind=1")
+    assert sorted(differences(config, changed)) == [
+        "search.learning_rate was 0.001, is now 0.01",
+        "search.rewind was None, is now 1",
+        "training.learning_rate was 0.001, is now 0.01",
+    ]
+    results = []
+    for out, arguments in (("one", flags), ("two", ["--config", str(path)])):
+        assert cli.main(["search", "optfs", str(data), *arguments, "--out", str(tmp_path / out), "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+        saved = json.loads((tmp_path / out / "model.json").read_text())
+        assert {name: value for name, value in saved.items() if name != "replaced"} == config
+    assert results[0]["test_auc"] == results[1]["test_auc"]
+    assert printed("--config", str(tmp_path / "two" / "model.json")) == config  # what it came to is left out
+    trained = {name: value for name, value in config.items() if name != "search"}
+    path.write_text(json.dumps(trained))
+    assert printed("--config", str(path), "--setting", "epochs=2", "rewind=null") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ('{"model": "fm"}', ["--dim", "4"], "--dim: --config"),
+        ('{"model": "fm", "search": []}', [], "search is [], expected a dictionary"),
+        ('{"model": "fm", "search": {"method": "dnis"}}', [], "describes a search by dnis, and METHOD is optfs"),
+        ('{"model": "fm", "search": {"penalti": 1}}', [], "optfs has no setting ['penalti']"),
+        ('{"model": "fm", "replaced": {}}', [], "was made smaller (replaced)"),
+        ('{"model": "fm", "training": {"engine": "fused"}}', [], "training says {'engine': 'fused'}, which no search"),
+        (None, [], "there is no such file"),
+    ],
+)
+def test_a_config_that_does_not_fit_a_search_is_refused(
+    data: Path, tmp_path: Path, text: str | None, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "experiment.json"
+    if text is not None:
+        path.write_text(text)
+    out = tmp_path / "out"
+    assert cli.main(["search", "optfs", str(data), "--config", str(path), "--out", str(out), *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
@@ -465,6 +606,7 @@ def test_the_command_line_makes_prints_reads_and_saves_one_dictionary(
         ("[]", [], 'is no experiment: expected {"model": NAME'),
         ('{"model": 3}', [], "is no experiment"),
         ('{"model": "fm", "replaced": {}}', [], "was made smaller (replaced)"),
+        ('{"model": "fm", "search": {"method": "optfs"}}', [], "describes a search: use `ctrlib search`"),
         ('{"model": "fm", "training": []}', [], "training is [], expected a dictionary"),
         ('{"model": "fm", "training": {"epochs": 1}}', [], "training has no ['epochs']"),
         ('{"model": "fm", "width": 1}', [], "fm takes no ['width']"),

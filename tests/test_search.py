@@ -23,11 +23,12 @@ from ctrlib.schema import NUM_RESERVED_IDS
 from ctrlib.search import optembed, optfs
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.counting import count_reads
+from ctrlib.search.experiment import settings_of
 from ctrlib.search.floors import keep_rows, row_norms
 from ctrlib.search.methods import SEARCHES
 from ctrlib.search.optembed import OptEmbed
 from ctrlib.search.plan import Plan, materialise
-from ctrlib.search.run import search_and_retrain, settings_of
+from ctrlib.search.run import search_and_retrain
 from ctrlib.search.stages import search_epochs
 from ctrlib.serving.predictor import Predictor
 from ctrlib.training.exact import ExactEngine

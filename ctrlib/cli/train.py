@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
@@ -12,17 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from ctrlib._target import check_target
+from ctrlib.cli.experiment import Experiment, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
 from ctrlib.cli.kinds import OptionalPath, Switch
 from ctrlib.cli.paths import check_model, check_prepared
 from ctrlib.cli.tables import print_scores
-from ctrlib.errors import check_number, check_whole
+from ctrlib.errors import ArgumentError, check_number, check_whole
 
 if TYPE_CHECKING:
     from ctrlib.model import Model
-
-# Entry of `training` in an experiment -> the field below that says it. All others are called the same.
-FIELD_OF = {"embedding_l2": "l2", "max_epochs": "epochs"}
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,6 @@ class EngineFlags:
     """How the fused engine spreads tables over the processes that torchrun starts."""
     plan: OptionalPath = None
     """The plan.json of an earlier run, to spread tables as that did."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """All of it at once."""
-
-    config: OptionalPath = None
-    """The experiment as JSON: a model.json, or what --print-config wrote; flags may change how it is trained."""
-    print_config: Switch = False
-    """Print the experiment as JSON, every default filled in, and train nothing."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ class Train(Command):
         check_number(0, checkpoint_seconds=self.output.checkpoint_seconds)
         check_whole(0, workers=engine.workers)
         check_prepared(self.data)
-        said = self._read() if self.experiment.config is not None else None
+        said = self._read()
         out = self.output.out or Path("runs") / f"{self.data.name}-{said['model'] if said else self.model.model}"
         if not self.experiment.print_config:
             inputs = [self.data, how.warm_start, engine.plan]
@@ -163,43 +150,17 @@ class Train(Command):
         return 0
 
     def _training(self, given: frozenset[str] | None = None) -> dict[str, Any]:
-        """The entries of `training` that the flags say: all, or those of the flags that were given."""
-        said: dict[str, Any] = {}
-        entries = {name: entry for entry, name in FIELD_OF.items()}
-        for group in (self.training, self.engine, self.output):
-            for one in dataclasses.fields(group):
-                flag = f"--{one.name.replace('_', '-')}"
-                if one.name in ("out", "overwrite", "tensorboard") or (given is not None and flag not in given):
-                    continue
-                value = self.training.rows_per_step(self.data) if one.name == "batch_size" else getattr(group, one.name)
-                said[entries.get(one.name, one.name)] = str(value) if isinstance(value, Path) else value
-        return said
+        groups = (self.training, self.engine, self.output)
+        return training_entries(groups, self.data, leave_out=("out", "overwrite", "tensorboard"), given=given)
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any] | None:
         """The experiment in --config, with what the flags change."""
-        path = self.experiment.config
-        assert path is not None
-        of_model = [f"--{one.name.replace('_', '-')}" for one in dataclasses.fields(self.model)] + ["--engine"]
-        if both := sorted(self.given & set(of_model)):
-            raise ValueError(
-                f"{', '.join(both)}: --config {path} says what the model is: change it there, or leave it out"
+        said = self.experiment.read(self.given, ("--engine",))
+        if said is None:
+            return None
+        if "search" in said:
+            raise ArgumentError(
+                f"--config {self.experiment.config} describes a search: use `ctrlib search`, or take the model.json of "
+                "a model that was trained"
             )
-        if not path.is_file():
-            raise ValueError(f"--config {path}: there is no such file")
-        try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"--config {path} is not JSON ({error}): expected what --print-config writes") from error
-        if not isinstance(said, dict) or not isinstance(said.get("model"), str):
-            raise ValueError(
-                f'--config {path} is no experiment: expected {{"model": NAME, ...}}, as --print-config writes'
-            )
-        if beside := sorted({"replaced", "search"} & set(said)):
-            raise ValueError(
-                f"--config {path} describes a model that was made smaller ({', '.join(beside)}): take the model.json "
-                "of one that was trained, or use `ctrlib search`"
-            )
-        training = said.get("training", {})
-        if not isinstance(training, dict):
-            raise ValueError(f"--config {path}: training is {training!r}, expected a dictionary")
-        return {**said, "training": {**training, **self._training(self.given)}}
+        return {**said, "training": {**said["training"], **self._training(self.given)}}

@@ -7,7 +7,8 @@ __getattr__, __dir__ = _lazy.named(
     {
         "plan": ("Plan", "materialise"),
         "methods": ("SEARCHES",),
-        "run": ("search_and_retrain", "settings_of"),
+        "experiment": ("experiment_of", "parts_of", "settings_of"),
+        "run": ("search_and_retrain",),
         "optfs": ("OptFS",),
         "optembed": ("OptEmbed",),
         "dnis": ("DNIS",),

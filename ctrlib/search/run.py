@@ -15,15 +15,14 @@ import torch
 from rich.console import Console
 
 from ctrlib import models, plots
-from ctrlib._lazy import instead
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
-from ctrlib.errors import ArgumentError, WrongTypeError, check_number, check_path, check_type, check_whole, shown
+from ctrlib.errors import WrongTypeError, check_number, check_path, check_type, check_whole, shown
 from ctrlib.making import remove, write_text
 from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
 from ctrlib.search.bytes import bytes_of
-from ctrlib.search.methods import SEARCHES
+from ctrlib.search.experiment import experiment_of, settings_of
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.stages import identity_of
 from ctrlib.serving.model_folder import model_in_the_making
@@ -34,30 +33,6 @@ from ctrlib.training.config import identity_of as identity_of_run
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.loop import check_schedule, fit, to_json
-
-
-def settings_of(method: str, values: dict[str, Any]) -> Any:
-    """The settings of a method, with some values of one's own.
-
-    Raises:
-        ValueError: there is no such method, or it has no such setting.
-
-    >>> settings_of("optfs", {"penalty": 1e-5}).penalty
-    1e-05
-    """
-    check_type("the name of a method", str, method=method)
-    check_type("a dictionary of settings", dict, values=values)
-    if method not in SEARCHES:
-        raise ValueError(f"unknown method {method!r}; {instead([method], SEARCHES)}")
-    settings = getattr(importlib.import_module(f"ctrlib.search.{method}"), SEARCHES[method].settings)
-    names = [field.name for field in dataclasses.fields(settings)]
-    if unknown := sorted(set(values) - set(names)):
-        raise ValueError(f"{method} has no setting {unknown}; {instead(unknown, names)}")
-    try:
-        return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    except TypeError as error:
-        said = f"{method} does not take these settings, one is of the wrong kind: {values} ({error})"
-        raise ArgumentError(said) from error
 
 
 def search_and_retrain(
@@ -129,8 +104,7 @@ def search_and_retrain(
         patience=patience,
         seed=seed,
     )
-    described = {"search": {"method": method, **asdict(settings)}, "training": asdict(training)}
-    config = models.complete({**config, **described}, modules=modules)
+    config = experiment_of(method, config, settings, training, modules=modules)
     model = models.build(config, schema, modules=modules)
     before = bytes_of(model)
     train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
