@@ -4,9 +4,9 @@
     Batch --embedding--> (B, F, D) --tower--> (B, H) --head--> (B, T) logits
 
 `import ctrlib as ctr` gives the names that most programs need; `ctr.towers`, `ctr.heads`, `ctr.embeddings` and
-`ctr.models` hold all parts, `ctr.search`, `ctr.sharding`, `ctr.training` and `ctr.analysis` what is done with them.
-Each name is imported when it is first used, so that metrics need no torch and `ctrlib doctor` runs where TorchRec does
-not.
+`ctr.models` hold all parts, `ctr.search`, `ctr.sharding`, `ctr.training`, `ctr.ranking` and `ctr.analysis` what is
+done with them. Each name is imported when it is first used, so that metrics need no torch and `ctrlib doctor` runs
+where TorchRec does not.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _NAMES = {
     "training.run": ("run",),
     "training.evaluate": ("evaluate", "predict"),
     "training.checkpoint": ("CheckpointError", "Checkpoints"),
+    "ranking.run": ("rank",),
     "serving.model_folder": ("save_model",),
     "serving.predictor": ("Predictor",),
     "serving.warm_start": ("warm_start",),

@@ -118,4 +118,4 @@ def no_such(package: str, name: str, public: Sequence[str]) -> str:
     return f"{said}. There is {' and '.join(f'{other}.{name}' for other in others)}" if others else said
 
 
-PACKAGES = ("models", "towers", "heads", "embeddings", "search", "sharding", "training", "analysis")
+PACKAGES = ("models", "towers", "heads", "embeddings", "search", "sharding", "training", "ranking", "analysis")

@@ -13,13 +13,14 @@ from typing import Literal
 from ctrlib.errors import CtrlibError, check_path
 from ctrlib.making import settle
 
-Kind = Literal["file", "prepared", "model", "compressed", "search", "run", "other"]
+Kind = Literal["file", "prepared", "model", "compressed", "search", "ranking", "run", "other"]
 NAMES: dict[Kind, str] = {
     "file": "a file",
     "prepared": "a prepared folder",
     "model": "a model folder",
     "compressed": "a folder of `ctrlib compress`",
     "search": "a folder of `ctrlib search`",
+    "ranking": "a folder of `ctrlib rank`",
     "run": "the folder of a run",
     "other": "a folder with other files",
 }
@@ -28,11 +29,12 @@ NAMES: dict[Kind, str] = {
 MARKERS: dict[Kind, tuple[str, ...]] = {
     "search": ("search.json", "plan.safetensors", "unfinished.json", "search"),
     "compressed": ("compression.json",),
+    "ranking": ("ranking.json",),
     "model": ("model.json",),
     "run": ("metrics.json", "log.jsonl", "checkpoints", "plan.json", "non_finite_batch.pt"),
     "prepared": ("schema.json",),
 }
-RESULTS = ("model.json", "metrics.json", "search.json")
+RESULTS = ("model.json", "metrics.json", "search.json", "ranking.json")
 GOES_ON = ("checkpoints", "search")  # folders of checkpoints, which are gone when all is done
 
 

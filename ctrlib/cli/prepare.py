@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, cast, get_args
@@ -182,8 +183,12 @@ class Prepare(Command):
             features.append(Sequence(name, **options, **rare(name)))
         return features
 
-    def __call__(self) -> int:
-        """Run the command; the exit status."""
+    def prepare(self, log: Callable[[Any], None] | None) -> Schema:
+        """Write the folder, as the flags say.
+
+        Raises:
+            ValueError, CtrlibError: what is said of files, columns or output does not hold.
+        """
         files, column, out = self.file, self.column, self.output.out
         if self.kept.extend and self.kept.like is None:
             raise ValueError("--extend adds values to those of another folder: name it by --like FOLDER")
@@ -202,12 +207,10 @@ class Prepare(Command):
         read = [*(path for paths in given.values() for path in paths), self.kept.like]
         check_target(out, "prepared", inputs=read, overwrite=self.output.overwrite)
 
-        from rich.console import Console
-
         from ctrlib.data.prepare import prepare
 
         splits: Any = {name: paths[0] if len(paths) == 1 else list(paths) for name, paths in given.items()}
-        schema = prepare(
+        return prepare(
             splits if len(splits) > 1 else splits["train"],
             out,
             features=features,
@@ -230,8 +233,14 @@ class Prepare(Command):
             like=self.kept.like,
             extend=self.kept.extend,
             overwrite=self.output.overwrite,
-            log=Console(stderr=True).print,
+            log=log,
         )
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        from rich.console import Console
+
+        out, schema = self.output.out, self.prepare(Console(stderr=True).print)
         if self.json:
             report = json.loads((out / "report.json").read_text(encoding="utf-8"))
             print(json.dumps({"out": str(out), "hash": schema.hash, **report}))

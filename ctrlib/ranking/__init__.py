@@ -1,0 +1,14 @@
+"""Which features, and pairs of them, are worth it: relevance beyond chance, redundancy, synergy, quality."""
+
+from ctrlib import _lazy
+
+__getattr__, __dir__ = _lazy.named(
+    __name__,
+    {
+        "counts": ("Cells", "JointCounts"),
+        "null": ("Null", "NullTable"),
+        "run": ("Ranking", "rank"),
+        "relevance": ("Counts", "Score", "benjamini_hochberg", "count", "score_column", "scores", "shift_null"),
+        "source": ("Source",),
+    },
+)

@@ -1,0 +1,225 @@
+"""Joint counts of values and a label: whole numbers that add up, so shards counted apart merge bit for bit.
+
+What mutual information and its null need is less: how many values have n rows of which k are positive (`Cells`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ctrlib.ranking.null import Null, NullTable, psi
+
+Array = npt.NDArray[Any]
+DENSE = 8  # a table may have so many cells for each row that is counted at once, before sorting is faster
+
+
+@dataclass(frozen=True)
+class Cells:
+    """`times[i]` values have `rows[i]` rows each, of which `positives[i]` have a positive label.
+
+    Shape: all three (cells,) int64, distinct and in ascending order of rows, then positives, so that every sum over
+    them is the same whatever the order of the rows was.
+
+    >>> cells = Cells.of(np.array([3, 1, 3]), np.array([1, 0, 1]))
+    >>> cells.rows.tolist(), cells.positives.tolist(), cells.times.tolist()
+    ([1, 3], [0, 1], [1, 2])
+    """
+
+    rows: Array
+    positives: Array
+    times: Array
+
+    @classmethod
+    def of(cls, rows: Array, positives: Array, times: Array | None = None) -> Cells:
+        """Of the counts of values, in any order; those without rows are left out."""
+        rows, positives = rows.astype(np.int64, copy=False), positives.astype(np.int64, copy=False)
+        times = np.ones(len(rows), np.int64) if times is None else times
+        small = rows < 1 << 10  # most values of most columns, whose cells are few
+        parts = []
+        if small.any():
+            table = np.bincount((rows[small] << 10) + positives[small], times[small]).astype(np.int64)
+            code = np.flatnonzero(table)
+            parts.append((code >> 10, code & 1023, table[code]))
+        if not small.all():
+            n, k, t = rows[~small], positives[~small], times[~small]
+            order = np.lexsort((k, n))
+            n, k, t = n[order], k[order], t[order]
+            first = np.flatnonzero(np.concatenate([[True], (n[1:] != n[:-1]) | (k[1:] != k[:-1])]))
+            parts.append((n[first], k[first], np.add.reduceat(t, first)))
+        if not parts:
+            return cls(*(np.empty(0, np.int64) for _ in range(3)))
+        n, k, t = (np.concatenate(column) for column in zip(*parts))
+        kept = n > 0
+        return cls(n[kept], k[kept], t[kept])
+
+    @classmethod
+    def merge(cls, parts: Sequence[Cells]) -> Cells:
+        """Of values that are in one of the parts only."""
+        return (
+            parts[0]
+            if len(parts) == 1
+            else cls.of(
+                *(np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "positives", "times"))
+            )
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return int(self.rows @ self.times)
+
+    @property
+    def num_positives(self) -> int:
+        """K."""
+        return int(self.positives @ self.times)
+
+    @property
+    def num_values(self) -> int:
+        """Distinct values."""
+        return int(self.times.sum())
+
+    @property
+    def num_once(self) -> int:
+        """Values that one row has."""
+        return int(self.times[self.rows == 1].sum())
+
+    def counts(self) -> tuple[Array, Array]:
+        """The distinct numbers of rows, ascending, and how many values have each."""
+        first = np.flatnonzero(np.diff(self.rows, prepend=-1))
+        return self.rows[first], np.add.reduceat(self.times, first)
+
+    def entropy(self) -> float:
+        """H(F) in nats."""
+        counts, times = self.counts()
+        share = counts / self.num_rows
+        return float(-(times * share) @ np.log(share)) + 0.0
+
+    def information(self) -> float:
+        """Plug-in I(F; Y) in nats.
+
+        >>> round(Cells.of(np.array([2, 2]), np.array([0, 2])).information(), 6)  # F is Y: ln 2
+        0.693147
+        """
+        return float(self.times @ self._terms()) / self.num_rows
+
+    def sampling_sd(self) -> float:
+        """Of `information` over other samples of as many rows, to first order: 0 if F and Y are independent."""
+        n, k, rows, share = self.rows, self.positives, self.num_rows, self.num_positives / self.num_rows
+        with np.errstate(divide="ignore", invalid="ignore"):
+            positive = np.where(k > 0, np.log(k / (n * share)), 0.0)
+            negative = np.where(k < n, np.log((n - k) / (n * (1 - share))), 0.0)
+        square = float(self.times @ (k * positive**2 + (n - k) * negative**2)) / rows
+        return float(np.sqrt(max(0.0, square - self.information() ** 2) / rows))
+
+    def null(self, table: NullTable) -> Null:
+        """The distribution of `information` when the labels are permuted."""
+        return table.of(*self.counts())
+
+    def _terms(self) -> Array:
+        return psi(self.rows, self.positives, self.num_positives / self.num_rows)
+
+
+@dataclass(frozen=True)
+class JointCounts:
+    """How many rows have each value with a negative, and with a positive label.
+
+    Shape: keys (V,) int64, ascending; counts (V, 2) int64; or (V, 2 + 2 (1 + R)): those of rows, then the sums of their
+    weights, then these under R permutations.
+
+    >>> one = JointCounts.of(np.array([7, 3, 7]), np.array([1, 0, 0]))
+    >>> two = JointCounts.of(np.array([3, 9]), np.array([1, 1]))
+    >>> merged = JointCounts.merge([one, two])
+    >>> merged.keys.tolist(), merged.counts.tolist()
+    ([3, 7, 9], [[1, 1], [1, 1], [0, 1]])
+    """
+
+    keys: Array
+    counts: Array
+
+    @classmethod
+    def of(cls, keys: Array, positive: Array, size: int | None = None) -> JointCounts:
+        """Count rows.
+
+        Shape: keys (rows,), whole numbers; positive (rows,), 0 or 1. With `size` all keys are in [0, size).
+        """
+        if size is not None and 2 * size <= DENSE * len(keys) + 1024:
+            table = np.bincount(keys.astype(np.int64) * 2 + positive, minlength=2 * size).reshape(-1, 2)
+            kept = np.flatnonzero(table.any(axis=1))
+            return cls(kept, table[kept])
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order].astype(np.int64, copy=False)
+        first = np.flatnonzero(np.concatenate([np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]]))
+        if not len(first):
+            return cls(keys, np.empty((0, 2), np.int64))
+        rows = np.diff(first, append=len(keys))
+        positives = np.add.reduceat(positive[order].astype(np.int64), first)
+        return cls(keys[first], np.stack([rows - positives, positives], axis=1))
+
+    @classmethod
+    def merge(cls, parts: Iterable[JointCounts]) -> JointCounts:
+        """Of the rows of all parts, whatever their order."""
+        parts = list(parts)
+        if len(parts) == 1:
+            return parts[0]
+        keys, counts = np.concatenate([p.keys for p in parts]), np.concatenate([p.counts for p in parts])
+        order = np.argsort(keys, kind="stable")
+        keys, counts = keys[order], counts[order]
+        first = np.flatnonzero(np.concatenate([np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]]))
+        return cls(keys[first], np.add.reduceat(counts, first, axis=0) if len(first) else counts)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were counted."""
+        return int(self.counts[:, :2].sum())
+
+    def cells(self) -> Cells:
+        """How many values have how many rows and positives."""
+        return Cells.of(self.counts[:, 0] + self.counts[:, 1], self.counts[:, 1])
+
+    def drawn(self) -> list[Cells]:
+        """The same of each permutation that was counted beside."""
+        both = self.counts.reshape(len(self.counts), -1, 2)[:, 1:]
+        return [Cells.of(one.sum(axis=1), one[:, 1]) for one in both.transpose(1, 0, 2)]
+
+
+class Tally:
+    """Joint counts that grow block by block; of columns with few values as a table, of others sorted.
+
+    Args:
+        size: keys are in [0, size); None for any 64-bit ids.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self._size = size
+        self._table: Array | None = None
+        self._parts: list[JointCounts] = []
+
+    def add(self, keys: Array, positive: Array) -> None:
+        """Count a block of rows."""
+        size = self._size
+        if size is not None and (self._table is not None or 2 * size <= DENSE * len(keys) + 1024):
+            table = np.bincount(keys.astype(np.int64) * 2 + positive, minlength=2 * size)
+            if self._table is None:
+                self._table = table
+            else:
+                self._table += table
+            return
+        self._parts.append(JointCounts.of(keys, positive))
+        if sum(len(part.keys) for part in self._parts[1:]) > len(self._parts[0].keys):
+            self._parts = [JointCounts.merge(self._parts)]
+
+    def counts(self) -> JointCounts:
+        """Of all blocks."""
+        parts = list(self._parts)
+        if self._table is not None:
+            table = self._table.reshape(-1, 2)
+            kept = np.flatnonzero(table.any(axis=1))
+            parts.append(JointCounts(kept, table[kept]))
+        if not parts:
+            return JointCounts(np.empty(0, np.int64), np.empty((0, 2), np.int64))
+        return JointCounts.merge(parts)

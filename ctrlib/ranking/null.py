@@ -1,0 +1,236 @@
+"""What mutual information with a label is by chance alone: its exact mean and variance when labels are permuted.
+
+With n_v rows of value v, k_v of them positive, K of N rows positive and p = K / N,
+
+    N I(F; Y) = sum_v psi(n_v, k_v),   psi(n, k) = k ln(k / (n p)) + (n - k) ln((n - k) / (n (1 - p))),
+
+and all permutations of the labels are equally likely if F says nothing. Then k_v is hypergeometric, so that the mean is
+a sum over k for each n_v (N. X. Vinh, J. Epps and J. Bailey, "Information Theoretic Measures for Clusterings
+Comparison", JMLR 2010). For the variance, let c_j(n) be the coefficients of psi(n, .) in the orthonormal polynomials of
+that distribution (Hahn's). Two values of n and m rows have hypergeometric counts whose joint distribution is diagonal
+in them,
+
+    Cov(psi_v, psi_w) = sum_j (-1)^j c_j(n) r_j(n) c_j(m) r_j(m),
+    r_j(n)^2 = n (n - 1) ... (n - j + 1) / ((N - n) (N - n - 1) ... (N - n - j + 1)),
+
+so the sum over all pairs of values is a square for each j. Values with equal counts share one computation, and nothing
+is drawn. c_j falls with n and r_j with n / N; `NUM_POLYNOMIALS` of them leave nothing that a double would show. Where a
+count has a standard deviation of several rows, the sums take a third of it as their step, which for such smooth bells
+changes no digit.
+
+The p-value is that of a gamma distribution with this mean, this variance and the skewness that follows from the cells
+by themselves and, between them, from the quadratic part of psi: exact in the limit of many rows, where 2 N I is
+chi-squared, and heavy-tailed where a few rare cells decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+Array = npt.NDArray[Any]
+NUM_POLYNOMIALS = 10
+REACH = 12.0  # standard deviations of a count that are summed over
+FINENESS = 3  # steps per standard deviation, at least
+BLOCK = 1 << 16  # cells of the sums that are held at once
+
+
+@dataclass(frozen=True)
+class Null:
+    """The distribution of plug-in mutual information under permuted labels, in nats."""
+
+    mean: float
+    sd: float
+    skewness: float
+
+    def z(self, information: float) -> float:
+        """How many standard deviations above the mean; 0 where permuting changes nothing."""
+        return (information - self.mean) / self.sd if self.sd > 0 else 0.0
+
+    def p_value(self, information: float) -> float:
+        """P(I >= information) when the labels are permuted; 1 where permuting changes nothing.
+
+        >>> round(Null(0.0, 1.0, 0.0).p_value(1.96), 4)
+        0.025
+        """
+        if self.sd <= 0:
+            return 1.0
+        z = self.z(information)
+        if self.skewness < 1e-3:
+            return float(special.ndtr(-z))
+        shape = 4 / self.skewness**2
+        return float(special.gammaincc(shape, max(0.0, shape + z * np.sqrt(shape))))
+
+
+class NullTable:
+    """The moments of psi(n, k) for the counts n that come up, for N rows of which K are positive.
+
+    Args:
+        num_rows: N.
+        num_positives: K, with 0 < K < N.
+
+    >>> table = NullTable(4, 2)
+    >>> round(table.of(np.array([2]), np.array([2])).mean, 6)  # ln 2 or 0, with probabilities 1/3 and 2/3
+    0.231049
+    """
+
+    def __init__(self, num_rows: int, num_positives: int) -> None:
+        if not 0 < num_positives < num_rows:
+            raise ValueError(f"{num_positives} of {num_rows} rows are positive: expected both classes")
+        self.num_rows, self.num_positives = num_rows, num_positives
+        self._counts = np.empty(0, np.int64)
+        self._moments = np.empty((0, 3 + NUM_POLYNOMIALS))
+
+    def lookup(self, counts: Array) -> Array:
+        """Mean, variance, third central moment and c_1 r_1, ..., c_J r_J of psi for each count, those not known made.
+
+        Shape: counts (D,), ascending and distinct -> (D, 3 + NUM_POLYNOMIALS).
+        """
+        new = np.setdiff1d(counts, self._counts, assume_unique=True)
+        if len(new):
+            made = [_moments(new[at], self.num_rows, self.num_positives) for at in _blocks(new, self)]
+            order = np.argsort(counts_known := np.concatenate([self._counts, new]), kind="stable")
+            self._counts = counts_known[order]
+            self._moments = np.concatenate([self._moments, *made])[order]
+        found: Array = self._moments[np.searchsorted(self._counts, counts)]
+        return found
+
+    def of(self, counts: Array, times: Array) -> Null:
+        """The null of a feature that has `times[i]` values with `counts[i]` rows each, which sum to N.
+
+        Shape: counts (D,), ascending and distinct; times (D,), both whole numbers.
+        """
+        mean, variance, third = self.sums(counts, times)
+        sd = np.sqrt(variance)
+        skewness = third / variance**1.5 if variance > 0 else 0.0
+        return Null(mean / self.num_rows, float(sd) / self.num_rows, max(0.0, float(skewness)))
+
+    def sums(self, counts: Array, times: Array) -> tuple[float, float, float]:
+        """Mean, variance and third central moment of N I, which add over independent strata."""
+        moments = self.lookup(counts)
+        times = times.astype(np.float64)
+        mean = float(times @ moments[:, 0])
+        if counts[-1] == 1 or (len(counts) == 1 and times[0] == 1):  # each row its own value, or all the same
+            return mean, 0.0, 0.0
+        crossed = moments[:, 3:]
+        signs = (-1.0) ** np.arange(1, NUM_POLYNOMIALS + 1)
+        between = signs * ((times @ crossed) ** 2 - times @ crossed**2)
+        variance = max(0.0, float(times @ moments[:, 1] + between.sum()))
+        return mean, variance, float(times @ moments[:, 2] + self._third_between(counts, times, moments))
+
+    def _third_between(self, counts: Array, times: Array, moments: Array) -> float:
+        """Of psi's quadratic parts a z^2 / 2, with z correlated by -r_v r_w: tr((A R)^3) less each by itself."""
+        ratio = _ratios(counts, self.num_rows)[:, :2]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            curvature = np.where(ratio[:, 1] > 0, np.sqrt(2) * np.abs(moments[:, 4]) / ratio[:, 1], 0.0)
+        square = ratio[:, 0] ** 2
+        own = curvature * (1 + square)
+        weight = curvature * square
+        total = times @ weight
+        cubes = times @ (own**3 - 3 * own**2 * weight) + 3 * total * (times @ (own * weight)) - total**3
+        return float(cubes - times @ curvature**3)
+
+
+def psi(rows: Array, positives: Array, share: float) -> Array:
+    """k ln(k / (n p)) + (n - k) ln((n - k) / (n (1 - p))), the part that a value has in N I(F; Y)."""
+    rows, positives = rows.astype(np.float64), positives.astype(np.float64)
+    mean = rows * share
+    return _deviance(mean, positives - mean) + _deviance(rows - mean, mean - positives)
+
+
+def _blocks(counts: Array, table: NullTable) -> list[slice]:
+    """Slices of ascending counts whose sums fit into a block."""
+    share = table.num_positives / table.num_rows
+    width = np.minimum(counts + 1, 40 + 2 * REACH * np.maximum(FINENESS + 1, np.sqrt(counts * share * (1 - share))))
+    width = np.minimum(width, 600)
+    ends = np.floor(np.cumsum(width) / BLOCK).astype(np.int64)
+    starts = np.flatnonzero(np.diff(ends, prepend=-1))
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(counts)])]
+
+
+def _ratios(counts: Array, num_rows: int) -> Array:
+    """r_j(n), 0 where no other value can have j rows: (D, NUM_POLYNOMIALS)."""
+    places = np.arange(NUM_POLYNOMIALS)
+    above = np.maximum(counts[:, None] - places, 0.0)
+    below = num_rows - counts[:, None] - places
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = np.where(below > 0, above / below, 0.0)
+    ratios: Array = np.sqrt(np.cumprod(factors, axis=1))
+    return ratios
+
+
+def _moments(counts: Array, num_rows: int, num_positives: int) -> Array:
+    n, rows, positives = counts[:, None].astype(np.float64), float(num_rows), float(num_positives)
+    share = positives / rows
+    mean = n * share
+    sd = np.sqrt(n * share * (1 - share) * (rows - n) / max(1.0, rows - 1))
+    least, most = np.maximum(0.0, n + positives - rows), np.minimum(n, positives)
+    first, last = np.floor(mean - REACH * sd) - 1, np.ceil(mean + REACH * sd) + 30
+    inner = (first > least) & (last < most)
+    step = np.where(inner, np.maximum(1.0, np.floor(sd / FINENESS)), 1.0)
+    first, last = np.maximum(first, least), np.minimum(last, most)
+    k = first + step * np.arange(int(((last - first) // step).max()) + 1)
+    inside = k <= last
+    k = np.where(inside, k, first)
+    # The four cells of the table: k, n - k, K - k, N - K - n + k, each its mean plus or minus d.
+    d = k - mean
+    information = _deviance(mean, d) + _deviance(n - mean, -d)
+    others = _deviance(positives - mean, -d) + _deviance(rows - positives - n + mean, d)
+    stirling = _stirling(k) + _stirling(n - k) + _stirling(positives - k) + _stirling(rows - positives - n + k)
+    log = np.where(inside, -(information + others + stirling), -np.inf)
+    mass = np.exp(log - log.max(axis=1, keepdims=True))
+    mass /= mass.sum(axis=1, keepdims=True)
+    average = (mass * information).sum(axis=1, keepdims=True)
+    away = information - average
+    found = np.zeros((len(counts), 3 + NUM_POLYNOMIALS))
+    found[:, 0] = average[:, 0]
+    found[:, 1] = (mass * away**2).sum(axis=1)
+    found[:, 2] = (mass * away**3).sum(axis=1)
+    found[:, 3:] = _coefficients(mass, d / np.maximum(sd, 1e-300), away, (most - least)[:, 0]) * _ratios(
+        counts, num_rows
+    )
+    return found
+
+
+def _coefficients(mass: Array, x: Array, values: Array, degree: Array) -> Array:
+    """Of values in the polynomials of degree 1, 2, ... that are orthonormal under `mass`, by Stieltjes' recurrence."""
+    found = np.zeros((len(mass), NUM_POLYNOMIALS))
+    before, now, norm = np.zeros_like(x), np.ones_like(x), np.zeros((len(x), 1))
+    for j in range(NUM_POLYNOMIALS):
+        centre = (mass * x * now**2).sum(axis=1, keepdims=True)
+        following = (x - centre) * now - norm * before
+        norm = np.sqrt((mass * following**2).sum(axis=1, keepdims=True))
+        good = (norm > 1e-100) & (degree[:, None] > j)
+        following = np.where(good, following / np.where(good, norm, 1.0), 0.0)
+        found[:, j] = (mass * values * following).sum(axis=1)
+        before, now = now, following
+    return found
+
+
+def _deviance(mean: Array, d: Array) -> Array:
+    """x ln(x / mean) - (x - mean), where x = mean + d, without cancellation; 0 ln 0 is 0."""
+    x = np.maximum(mean + d, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        u = np.where(mean > 0, d / mean, 0.0)
+        found: Array = np.where(x > 0, x * np.log1p(np.maximum(u, -1.0)) - d, mean)
+    return np.where(x > 0, found, mean)
+
+
+# ln x! - (x ln x - x), for the first whole numbers.
+_FIRST = special.gammaln(np.arange(16) + 1.0) - special.xlogy(np.arange(16), np.arange(16)) + np.arange(16)
+
+
+def _stirling(x: Array) -> Array:
+    """ln x! - (x ln x - x), for whole numbers."""
+    large = np.maximum(x, 16.0)
+    inverse = 1 / large
+    square = inverse * inverse
+    series = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
+    found: Array = np.where(
+        x < 16, _FIRST[np.clip(x, 0, 15).astype(np.int64)], 0.5 * np.log(2 * np.pi * large) + series
+    )
+    return found

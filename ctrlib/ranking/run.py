@@ -1,0 +1,152 @@
+"""Which features are worth it: `rank`, and what it gives."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ctrlib._lazy import instead
+from ctrlib.data.prepare import prepare
+from ctrlib.data.raw import RawData
+from ctrlib.data.scan import DataError
+from ctrlib.errors import ArgumentError, check_whole
+from ctrlib.making import new_folder
+from ctrlib.ranking.relevance import Score, count, entropy_of, scores
+from ctrlib.ranking.source import Source
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LabelRanking:
+    """What the features tell about one label.
+
+    `entropy`, in nats, is all that there is to tell; `scores` in order of relevance.
+    """
+
+    label: str
+    rows: int
+    positive: float
+    entropy: float
+    scores: list[Score]
+
+    @property
+    def features(self) -> list[str]:
+        """Names, most relevant first; copies of the label are not among them."""
+        return [score.feature for score in self.scores if not score.leak]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What `rank` found, for each label."""
+
+    data: str
+    split: str
+    labels: list[LabelRanking]
+
+    def __getitem__(self, label: str) -> LabelRanking:
+        for one in self.labels:
+            if one.label == label:
+                return one
+        raise KeyError(f"no label {label!r}; there are {[one.label for one in self.labels]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as ranking.json has it."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    def frame(self) -> pl.DataFrame:
+        """A row for each label and feature, in the order of relevance, as ranking.parquet has it."""
+        rows = [
+            {"label": one.label, "rank": place, **dataclasses.asdict(score)}
+            for one in self.labels
+            for place, score in enumerate(one.scores, 1)
+        ]
+        return pl.DataFrame(rows, infer_schema_length=None)
+
+    def save(self, out: str | Path) -> None:
+        """Write ranking.json and ranking.parquet into a folder, which is made or replaced when they are whole."""
+        with new_folder(Path(out)) as folder:
+            self.frame().write_parquet(folder / "ranking.parquet")
+            (folder / "ranking.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def rank(
+    data: RawData,
+    *,
+    labels: Sequence[str] | str | None = None,
+    split: str = "train",
+    num_bins: int = 32,
+    **options: Any,
+) -> Ranking:
+    """Rank the features of a data set by what they tell about its labels beyond chance.
+
+    Args:
+        data: a prepared folder; or raw data as `prepare` takes it, which is prepared into a temporary folder.
+        labels: to be explained; all labels of a prepared folder, or `label` of raw data, by default.
+        split: which split of a prepared folder.
+        num_bins: quantile bins of each number.
+        options: of `prepare`, for raw data, such as `features`, `ignore`, `missing_values`.
+
+    Raises:
+        SchemaError, DataError: the data does not fit or is damaged, or a label has one class; as `prepare`.
+        ArgumentError: an argument is out of range, or there is no such label or split.
+
+    >>> import numpy as np
+    >>> from ctrlib.schema import Categorical
+    >>> rng = np.random.default_rng(1)
+    >>> click, noise = rng.integers(0, 2, (2, 4000))
+    >>> item = np.where(rng.random(4000) < 0.2, click, rng.integers(0, 50, 4000))
+    >>> frame = pl.DataFrame({"noise": noise, "item": item, "row": np.arange(4000).astype(str), "click": click})
+    >>> ranking = rank(frame, labels="click", features=[Categorical(name) for name in ("noise", "item", "row")])
+    >>> [(score.feature, score.values, round(score.relevance, 3)) for score in ranking["click"].scores]
+    [('item', 50, 0.099), ('row', 4000, 0.0), ('noise', 2, -0.0)]
+    """
+    check_whole(1, num_bins=num_bins)
+    with _prepared(data, labels, options) as (folder, name):
+        source = Source(folder, num_bins=num_bins)
+        if split not in source.splits():
+            raise ArgumentError(f"split {split!r}: {name} has {source.splits()}; name one of these")
+        wanted = _labels(source, labels, name)
+        counts = count(source, split)
+        found = []
+        for label in wanted:
+            ordered = scores(counts, source.schema.features, label)
+            negatives, positives = counts.rows[label]
+            share = positives / (negatives + positives)
+            found.append(LabelRanking(label, negatives + positives, share, entropy_of(share), ordered))
+        return Ranking(name, split, found)
+
+
+@contextlib.contextmanager
+def _prepared(data: Any, labels: Sequence[str] | str | None, options: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    """A prepared folder, and what to call the data."""
+    is_path = isinstance(data, str | os.PathLike)
+    name = str(data) if is_path else "rows"
+    if is_path and (Path(data) / "schema.json").is_file():
+        if options:
+            raise ArgumentError(f"{data} is prepared already, so {', '.join(options)} cannot be said: leave it out")
+        yield Path(data), name
+        return
+    if not is_path and not isinstance(data, list | tuple) and not len(data):
+        raise DataError("the data to rank has no rows: expected at least one")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "prepared"
+        prepare({"train": data}, folder, labels=labels, **{"log": None, **options})
+        yield folder, name
+
+
+def _labels(source: Source, labels: Sequence[str] | str | None, name: str) -> list[str]:
+    known = list(source.schema.labels)
+    wanted = known if labels is None else [labels] if isinstance(labels, str) else list(dict.fromkeys(labels))
+    if unknown := [label for label in wanted if label not in known]:
+        raise ArgumentError(f"{name} has no label {unknown[0]!r}; {instead(unknown, known)}")
+    return wanted

@@ -1,0 +1,427 @@
+"""Rankings: the null beside all permutations and beside drawn ones, counts that merge, planted features."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.special import ndtr
+from sklearn.metrics import mutual_info_score
+from sklearn.metrics.cluster import expected_mutual_information
+
+import ctrlib as ctr
+from ctrlib.data.scan import DataError
+from ctrlib.ranking import JointCounts, NullTable, Source, benjamini_hochberg, count, score_column, scores, shift_null
+
+ROWS = 1 << 14
+CARDINALITIES = (10, 100, 1_000, 10_000, 50_000)
+
+
+def clicks(rng, rows=ROWS, share=0.2):
+    return (rng.random(rows) < share).astype(np.int8)
+
+
+def planted(rng, rows=ROWS, values=100, sd=0.05):
+    """Rates that differ by value: p ~ N(.2, sd)."""
+    rates = np.clip(rng.normal(0.2, sd, values), 0.01, 0.99)
+    codes = rng.integers(0, values, rows)
+    return codes, (rng.random(rows) < rates[codes]).astype(np.int8)
+
+
+# ------------------------------------------------------------------------------------------ the null
+
+
+def enumerated(counts, positives):
+    """Mean, sd and skewness of I over all ways to give so many positive labels to values with these counts."""
+    rows, share = sum(counts), positives / sum(counts)
+    weights, found = [], []
+    for ks in itertools.product(*(range(n + 1) for n in counts)):
+        if sum(ks) != positives:
+            continue
+        parts = [(k, n * share) for k, n in zip(ks, counts)] + [(n - k, n * (1 - share)) for k, n in zip(ks, counts)]
+        weights.append(math.prod(math.comb(n, k) for n, k in zip(counts, ks)) / math.comb(rows, positives))
+        found.append(sum(x * math.log(x / mean) for x, mean in parts if x) / rows)
+    mean = np.dot(weights, found)
+    away = np.array(found) - mean
+    sd = math.sqrt(np.dot(weights, away**2))
+    return mean, sd, np.dot(weights, away**3) / sd**3
+
+
+@pytest.mark.parametrize(
+    ("counts", "positives"),
+    [
+        ((3, 4, 5), 4),
+        ((1, 1, 2, 6), 3),
+        ((5, 5, 5, 5), 10),
+        ((20, 30), 11),
+        ((10, 1, 1), 3),
+        ((2, 2, 2, 9, 1), 12),
+        ((40, 1, 3), 7),
+        ((1, 29), 14),
+        ((2, 3), 1),
+        ((2, 3), 4),
+    ],
+)
+def test_mean_and_variance_are_those_of_all_permutations(counts, positives):
+    null = NullTable(sum(counts), positives).of(*np.unique(counts, return_counts=True))
+    mean, sd, _ = enumerated(counts, positives)
+    assert null.mean == pytest.approx(mean, rel=1e-12)
+    assert null.sd == pytest.approx(sd, rel=1e-7)
+
+
+def test_mean_is_that_of_scikit_learn():
+    rng = np.random.default_rng(3)
+    codes, positive = rng.integers(0, 300, 5_000) // rng.integers(1, 30, 5_000), clicks(rng, 5_000, 0.03)
+    table = np.zeros((300, 2), np.int64)
+    np.add.at(table, (codes, positive), 1)
+    score = score_column(codes, positive)
+    assert score.expected == pytest.approx(expected_mutual_information(table[table.any(axis=1)], 5_000), rel=1e-9)
+    assert score.information == pytest.approx(mutual_info_score(codes, positive), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "rows"), [(2, 0.01, 4_000), (10, 0.2, 2_000), (300, 0.2, 2_000), (2_000, 0.4, 2_000)]
+)
+def test_permuted_labels_have_these_moments_and_p_values(values, share, rows):
+    rng = np.random.default_rng(values)
+    codes, positive = rng.integers(0, values, rows), clicks(rng, rows, share)
+    drawn = [score_column(codes, rng.permutation(positive)) for _ in range(400)]
+    information = np.array([one.information for one in drawn])
+    assert information.mean() == pytest.approx(drawn[0].expected, abs=4 * drawn[0].sd / 20)
+    assert information.std() == pytest.approx(drawn[0].sd, rel=0.2)
+    p = np.array([one.p for one in drawn])
+    for level in (0.05, 0.2, 0.5):  # four standard errors, and what is discrete about a column with two values
+        assert np.mean(p <= level) == pytest.approx(level, abs=4 * math.sqrt(level * (1 - level) / 400) + 0.02)
+
+
+def test_a_rare_value_is_not_more_than_chance_makes_it():
+    """Two rows of a value, both positive, of 1 %: that comes up once in ten thousand columns, not in 10^20."""
+    positive = np.zeros(100_000, np.int8)
+    positive[:1_000] = 1
+    codes = np.zeros(100_000, np.int64)
+    codes[:2] = 1
+    score = score_column(codes, positive)
+    assert score.z > 20
+    assert 3e-5 < score.p < 3e-4  # C(1,000, 2) / C(100,000, 2) is 1.0e-4
+
+
+# ------------------------------------------------------------------------------------------ T1 to T5, T7, T8, T10
+
+
+def test_t1_noise_of_any_cardinality_tells_nothing():
+    repeats = 20
+    for values in CARDINALITIES:
+        found = []
+        for seed in range(repeats):
+            rng = np.random.default_rng([seed, values])
+            found.append(score_column(rng.integers(0, values, ROWS), clicks(rng)))
+        relevance = np.array([one.relevance for one in found])
+        assert abs(relevance.mean()) < 3 * relevance.std() / math.sqrt(repeats)
+        assert relevance.std() < 3 * found[0].sd
+        if values == 10_000:
+            assert min(one.information for one in found) > 0.25
+
+
+def test_t2_a_row_id_tells_nothing_exactly():
+    positive = clicks(np.random.default_rng(0))
+    score = score_column(np.random.default_rng(1).permutation(ROWS), positive)
+    share = positive.mean()
+    assert (score.relevance, score.z, score.p, score.sd) == (0.0, 0.0, 1.0, 0.0)
+    assert score.information == pytest.approx(-share * math.log(share) - (1 - share) * math.log(1 - share), abs=1e-12)
+    assert (score.once, score.values) == (ROWS, ROWS)
+
+
+def test_a_constant_tells_nothing_exactly():
+    score = score_column(np.full(100, 7), clicks(np.random.default_rng(0), 100))
+    assert (score.relevance, score.information, score.p, score.share, score.ami) == (0.0, 0.0, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_t3_a_signal_is_above_noise_of_more_values(seed):
+    rng = np.random.default_rng(seed)
+    codes, positive = planted(rng)
+    signal = score_column(codes, positive)
+    noise = [score_column(rng.integers(0, values, ROWS), positive) for values in (1_000, 10_000)]
+    assert all(signal.relevance > one.relevance for one in noise)
+    assert all(signal.information < one.information for one in noise)
+    assert signal.p < 1e-6 < min(one.p for one in noise)
+
+
+def test_t4_xor_singles():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 2, (2, ROWS))
+    singles, pair = [score_column(one, a ^ b) for one in (a, b)], score_column(2 * a + b, a ^ b)
+    assert all(one.relevance < 1e-3 for one in singles)
+    assert pair.relevance == pytest.approx(math.log(2), abs=0.002)
+
+
+def test_t5_names_of_values_and_order_of_rows_do_not_matter():
+    rng = np.random.default_rng(0)
+    codes, positive = planted(rng)
+    codes += 3  # ids of values, above the reserved ones
+    names, order = rng.permutation(10_000)[:200] * 2**40 + 7, rng.permutation(ROWS)
+    assert score_column(names[codes], positive) == score_column(codes, positive)
+    assert score_column(codes[order], positive[order]) == score_column(codes, positive)
+
+
+def test_t7_a_feature_whose_codes_sum_to_the_labels_is_corrected():
+    """OutRank switches its correction off where sum(F - Y) is 0."""
+    rng = np.random.default_rng(0)
+    positive = clicks(rng, 1_000, 0.5)
+    codes = rng.permutation(np.concatenate([np.full(10, 1), np.arange(-400, 400), np.zeros(190)])).astype(np.int64)
+    codes[0] += int(positive.sum()) - int(codes.sum())
+    assert codes.sum() == positive.sum()
+    score = score_column(codes, positive)
+    assert score.expected > 0.4
+    assert abs(score.z) < 4
+
+
+def test_t8_half_of_the_rows_tell_as_much():
+    rng = np.random.default_rng(0)
+    codes, positive = planted(rng)
+    full = score_column(codes, positive)
+    half = np.concatenate([np.flatnonzero(positive == y)[::2] for y in (0, 1)])
+    part = score_column(codes[half], positive[half])
+    assert abs(part.relevance - full.relevance) < 3 * (part.high - part.low) / 2 / 1.96
+
+
+def test_t10_no_noise_is_found():
+    """Of 100 sets of 12 columns each: none has p below that of z = 4, and at most 10 have anything with q < 0.05."""
+    found = strong = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        positive = clicks(rng, 4_000, 0.1)
+        columns = [rng.integers(0, values, 4_000) for values in (2, 3, 10, 10, 50, 100, 300, 1_000, 3_000, 4_000)]
+        columns += [rng.zipf(1.3, 4_000) % 10_000, np.minimum(rng.geometric(0.5, 4_000), 12)]
+        p = [score_column(column, positive).p for column in columns]
+        found += min(benjamini_hochberg(p)) < 0.05
+        strong += min(p) < ndtr(-4) / 12
+    assert found <= 10
+    assert strong == 0
+
+
+def test_false_discoveries_among_signals_and_noise():
+    """Of 50 sets of 10 signals and 30 noise columns, at q < 0.05: at most 5 % of what is found is noise."""
+    right = wrong = 0
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        signals = rng.integers(0, 20, (10, 4_000))
+        rates = 0.2 * rng.standard_normal((10, 20))
+        logit = -1.5 + sum(rate[codes] for rate, codes in zip(rates, signals))
+        positive = (rng.random(4_000) < 1 / (1 + np.exp(-logit))).astype(np.int8)
+        noise = [rng.integers(0, values, 4_000) for values in (2, 10, 100, 500, 2_000) * 6]
+        q = benjamini_hochberg([score_column(codes, positive).p for codes in (*signals, *noise)])
+        right += sum(one < 0.05 for one in q[:10])
+        wrong += sum(one < 0.05 for one in q[10:])
+    assert right > 250
+    assert wrong / (right + wrong) <= 0.05
+
+
+def test_shift_null_is_outranks():
+    """H(F shifted | Y) - H(F | Y), written out."""
+    codes, positive = np.array([5, 5, 6, 7, 5, 6]), np.array([0, 1, 1, 0, 0, 1])
+    ln = math.log
+
+    def entropy(*values):
+        shares = [values.count(value) / len(values) for value in set(values)]
+        return -sum(share * ln(share) for share in shares)
+
+    # Rows 0, 3, 4 are negative; three rows further are 3, 0, 1. Rows 1, 2, 5 are positive; further are 4, 5, 2.
+    spoofed = (entropy(7, 5, 5) + entropy(5, 6, 6)) / 2
+    assert shift_null(codes, positive) == pytest.approx(spoofed - (entropy(5, 7, 5) + entropy(5, 6, 6)) / 2)
+
+
+# ------------------------------------------------------------------------------------------ T6: folders
+
+
+def frame_of(rng, rows=4_000):
+    item, click = planted(rng, rows)
+    price = np.where(rng.random(rows) < 0.1, np.nan, rng.normal(size=rows) + 0.5 * click)
+    return pl.DataFrame(
+        {
+            "item": [f"i{code}" for code in item],
+            "noise": [f"n{code}" for code in rng.integers(0, 500, rows)],
+            "row": [f"r{code}" for code in range(rows)],
+            "price": pl.Series(price).fill_nan(None),
+            "tags": ["|".join(f"t{tag}" for tag in rng.integers(0, 9, 1 + code % 3)) for code in item],
+            "click": click,
+            "buy": np.where(rng.random(rows) < 0.3, np.nan, rng.random(rows) < 0.1).astype(float),
+        }
+    ).with_columns(pl.col("buy").fill_nan(None))
+
+
+FEATURES = [ctr.Categorical("item"), ctr.Categorical("noise"), ctr.Categorical("row"), ctr.Numeric("price")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of 4,000 rows, in 8 row groups."""
+    out = tmp_path_factory.mktemp("ranking") / "prepared"
+    frame = frame_of(np.random.default_rng(5))
+    ctr.prepare(
+        {"train": frame},
+        out,
+        features=[*FEATURES, ctr.MultiValued("tags")],
+        labels=["click", "buy"],
+        missing_labels="mask",
+        log=None,
+    )
+    (path,) = (out / "train").glob("*.parquet")
+    table = pl.read_parquet(path)
+    path.unlink()
+    table.write_parquet(path, row_group_size=500)
+    (out / "MANIFEST").unlink()
+    schema = ctr.Schema.load(out)
+    schema.save(out / "schema.json")
+    return out
+
+
+def test_t6_shards_merge_bit_for_bit(folder):
+    source = Source(folder)
+    whole = count(source)
+    merged = whole.merge([count(source, shard=(part, 8)) for part in (3, 0, 7, 1, 2, 6, 5, 4)])
+    assert merged.rows == whole.rows
+    for label, features in whole.by_label.items():
+        for name, joint in features.items():
+            np.testing.assert_array_equal(merged.by_label[label][name].keys, joint.keys)
+            np.testing.assert_array_equal(merged.by_label[label][name].counts, joint.counts)
+        assert scores(merged, source.schema.features, label) == scores(whole, source.schema.features, label)
+
+
+def test_shards_of_other_columns_do_not_merge(folder):
+    counts = count(Source(folder))
+    other = type(counts)({"click": {}}, {"click": (1, 1)})
+    with pytest.raises(ValueError, match="cannot be merged"):
+        counts.merge([counts, other])
+
+
+def test_rank_of_a_folder_and_of_rows_agree(folder):
+    ranking = ctr.rank(folder)
+    frame = frame_of(np.random.default_rng(5))
+    raw = ctr.rank(frame, labels=["click", "buy"], features=[*FEATURES, ctr.MultiValued("tags")], missing_labels="mask")
+    for label in ("click", "buy"):
+        for one, other in zip(ranking[label].scores, raw[label].scores):
+            assert one.feature == other.feature
+            if one.feature != "tags":  # whose permutations are those of row groups, and whose p all q depend on
+                assert dataclasses.replace(one, q=other.q) == other
+    by_name = {score.feature: score for score in ranking["click"].scores}
+    assert ranking["click"].features[:2] == ["price", "item"] or ranking["click"].features[:2] == ["item", "price"]
+    assert (by_name["row"].relevance, by_name["row"].once) == (0.0, 4_000)
+    assert by_name["noise"].q > 0.05
+    assert by_name["price"].missing == pytest.approx(frame["price"].null_count() / 4_000)
+    assert by_name["price"].values == 33
+    assert ranking["buy"].rows == 4_000 - frame["buy"].null_count()
+    assert {score.q > 0.01 for score in ranking["buy"].scores} == {True}
+
+
+def test_scores_by_hand(folder):
+    """Of `item`, from the raw rows."""
+    frame = frame_of(np.random.default_rng(5))
+    (score,) = (one for one in ctr.rank(folder, labels="click")["click"].scores if one.feature == "item")
+    assert score.information == pytest.approx(mutual_info_score(frame["item"], frame["click"]), rel=1e-12)
+    shares = frame["item"].value_counts()["count"].to_numpy() / 4_000
+    assert score.entropy == pytest.approx(-(shares * np.log(shares)).sum(), rel=1e-12)
+    assert score.relevance == score.information - score.expected
+
+
+def test_a_list_counts_each_value_of_a_row_once(folder):
+    """The draws permute rows, so that events of one row stay together: sd as that of permutations by hand."""
+    frame = frame_of(np.random.default_rng(5))
+    (score,) = (one for one in ctr.rank(folder)["click"].scores if one.feature == "tags")
+    rows = frame.select("click", pl.col("tags").str.split("|").list.unique()).with_row_index().explode("tags")
+    assert score.information == pytest.approx(mutual_info_score(rows["tags"], rows["click"]), rel=1e-12)
+    rng = np.random.default_rng(0)
+    click = frame["click"].to_numpy()
+    of_row = rows["index"].to_numpy()
+    drawn = [mutual_info_score(rows["tags"], rng.permutation(click)[of_row]) for _ in range(200)]
+    assert score.expected == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / math.sqrt(32))
+    assert score.sd == pytest.approx(np.std(drawn), rel=0.5)
+    assert score.drawn
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_equal_weights_change_nothing_but_draws(scale, tmp_path):
+    frame = frame_of(np.random.default_rng(6)).with_columns(weight=pl.lit(scale)).drop("tags", "buy")
+    plain = {
+        one.feature: one for one in ctr.rank(frame.drop("weight"), labels="click", features=FEATURES)["click"].scores
+    }
+    weighed = ctr.rank(frame, labels="click", features=FEATURES, weight="weight")["click"].scores
+    for one in weighed:
+        other = plain[one.feature]
+        assert one.information == pytest.approx(other.information, rel=1e-12)
+        assert one.expected == pytest.approx(other.expected, abs=1e-12 + 4 * other.sd / math.sqrt(32))
+        assert one.sd == pytest.approx(other.sd, rel=0.6, abs=1e-12)
+        assert (one.rows, one.values, one.once) == (other.rows, other.values, other.once)
+    assert plain["row"].relevance == 0.0 == next(one.relevance for one in weighed if one.feature == "row")
+
+
+def test_rows_of_weight_0_do_not_count():
+    frame = frame_of(np.random.default_rng(6)).drop("tags", "buy")
+    kept = np.arange(4_000) % 3 > 0
+    more = frame.with_columns(weight=pl.Series(kept).cast(pl.Float64))
+    weighed = ctr.rank(more, labels="click", features=FEATURES, weight="weight")["click"]
+    plain = ctr.rank(frame.filter(kept), labels="click", features=FEATURES)["click"]
+    assert weighed.rows == plain.rows == kept.sum()
+    information = {one.feature: one.information for one in weighed.scores if one.feature != "price"}
+    assert information == pytest.approx(
+        {one.feature: one.information for one in plain.scores if one.feature in information}
+    )
+
+
+# ------------------------------------------------------------------------------------------ leaks, refusals
+
+
+def test_a_copy_of_the_label_is_a_leak_and_not_ranked_first():
+    frame = frame_of(np.random.default_rng(7)).select("item", "noise", "click", copy=pl.col("click").cast(pl.String))
+    ranking = ctr.rank(frame, labels="click")["click"]
+    assert ranking.scores[-1].feature == "copy"
+    assert ranking.scores[-1].leak
+    assert ranking.scores[-1].share == pytest.approx(1.0)
+    assert ranking.features == ["item", "noise"]
+    assert "click" not in {score.feature for score in ranking.scores}
+
+
+def test_a_label_with_one_class_is_refused():
+    frame = pl.DataFrame({"item": ["a", "b"] * 20, "click": [0] * 40})
+    with pytest.raises(DataError, match=r"label 'click' is 0 in all 40 rows that have it: expected both 0 and 1"):
+        ctr.rank(frame, labels="click", features=[ctr.Categorical("item")])
+
+
+def test_a_label_that_is_missing_is_refused():
+    frame = pl.DataFrame({"item": ["a", "b"] * 20, "click": [0, 1] * 20, "buy": pl.Series([None] * 40, dtype=pl.Int64)})
+    with pytest.raises(DataError, match=r"label 'buy' is missing in all rows"):
+        ctr.rank(frame, labels=["click", "buy"], missing_labels="mask", features=[ctr.Categorical("item")])
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(DataError, match="no rows"):
+        ctr.rank(pl.DataFrame({"item": [], "click": []}, schema={"item": pl.String, "click": pl.Int64}), labels="click")
+
+
+def test_a_column_without_values_tells_nothing():
+    frame = pl.DataFrame(
+        {"item": ["a", "b"] * 20, "empty": pl.Series([None] * 40, dtype=pl.String), "click": [0, 1] * 20}
+    )
+    features = [ctr.Categorical("item"), ctr.Categorical("empty")]
+    score = ctr.rank(frame, labels="click", features=features)["click"].scores[0]
+    assert (score.feature, score.relevance, score.missing, score.values) == ("empty", 0.0, 1.0, 1)
+
+
+def test_what_is_not_there_is_named(folder):
+    with pytest.raises(ctr.CtrlibError, match="has no label 'clik'; the closest are click"):
+        ctr.rank(folder, labels="clik")
+    with pytest.raises(ctr.CtrlibError, match=r"split 'test': .* has \['train'\]"):
+        ctr.rank(folder, split="test")
+    with pytest.raises(ctr.CtrlibError, match="is prepared already, so ignore cannot be said"):
+        ctr.rank(folder, ignore=["item"])
+
+
+def test_joint_counts_of_big_ids():
+    keys = np.array([2**62, -(2**63), 2**62, 5])
+    joint = JointCounts.of(keys, np.array([1, 0, 0, 1]))
+    assert joint.keys.tolist() == [-(2**63), 5, 2**62]
+    assert joint.counts.tolist() == [[1, 0], [0, 1], [1, 1]]
