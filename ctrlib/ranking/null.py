@@ -25,6 +25,7 @@ chi-squared, and heavy-tailed where a few rare cells decide.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,10 +93,9 @@ class NullTable:
         """
         new = np.setdiff1d(counts, self._counts, assume_unique=True)
         if len(new):
-            made = [_moments(new[at], self.num_rows, self.num_positives) for at in _blocks(new, self)]
-            order = np.argsort(counts_known := np.concatenate([self._counts, new]), kind="stable")
-            self._counts = counts_known[order]
-            self._moments = np.concatenate([self._moments, *made])[order]
+            made = moments(new, np.full(len(new), self.num_rows), np.full(len(new), self.num_positives))
+            order = np.argsort(known := np.concatenate([self._counts, new]), kind="stable")
+            self._counts, self._moments = known[order], np.concatenate([self._moments, made])[order]
         found: Array = self._moments[np.searchsorted(self._counts, counts)]
         return found
 
@@ -135,6 +135,12 @@ class NullTable:
         return float(cubes - times @ curvature**3)
 
 
+@functools.lru_cache(maxsize=8)
+def null_table(num_rows: int, num_positives: int) -> NullTable:
+    """The table for so many rows and positives, which those who ask for it share."""
+    return NullTable(num_rows, num_positives)
+
+
 def psi(rows: Array, positives: Array, share: float) -> Array:
     """k ln(k / (n p)) + (n - k) ln((n - k) / (n (1 - p))), the part that a value has in N I(F; Y)."""
     rows, positives = rows.astype(np.float64), positives.astype(np.float64)
@@ -142,32 +148,69 @@ def psi(rows: Array, positives: Array, share: float) -> Array:
     return _deviance(mean, positives - mean) + _deviance(rows - mean, mean - positives)
 
 
-def _blocks(counts: Array, table: NullTable) -> list[slice]:
-    """Slices of ascending counts whose sums fit into a block."""
-    share = table.num_positives / table.num_rows
-    width = np.minimum(counts + 1, 40 + 2 * REACH * np.maximum(FINENESS + 1, np.sqrt(counts * share * (1 - share))))
-    width = np.minimum(width, 600)
+def _blocks(counts: Array, share: Array | float) -> list[slice]:
+    """Slices of counts, of which a share is positive, whose sums fit into a block."""
+    sd = np.sqrt(counts * share * (1 - share))
+    width = np.minimum(counts + 1, 40 + 2 * REACH * np.minimum(sd, 2 * FINENESS + 1))
     ends = np.floor(np.cumsum(width) / BLOCK).astype(np.int64)
     starts = np.flatnonzero(np.diff(ends, prepend=-1))
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(counts)])]
 
 
-def _ratios(counts: Array, num_rows: int) -> Array:
+def _ratios(counts: Array, num_rows: Array | int) -> Array:
     """r_j(n), 0 where no other value can have j rows: (D, NUM_POLYNOMIALS)."""
     places = np.arange(NUM_POLYNOMIALS)
     above = np.maximum(counts[:, None] - places, 0.0)
-    below = num_rows - counts[:, None] - places
+    below = (num_rows - counts)[:, None] - places
     with np.errstate(divide="ignore", invalid="ignore"):
         factors = np.where(below > 0, above / below, 0.0)
     ratios: Array = np.sqrt(np.cumprod(factors, axis=1))
     return ratios
 
 
-def _moments(counts: Array, num_rows: int, num_positives: int) -> Array:
-    n, rows, positives = counts[:, None].astype(np.float64), float(num_rows), float(num_positives)
+def moments(counts: Array, num_rows: Array, num_positives: Array) -> Array:
+    """Mean, variance, third central moment and c_j r_j of psi, for counts in strata of their own.
+
+    Shape: all (D,), with 0 < K < N and 0 < n <= N -> (D, 3 + NUM_POLYNOMIALS).
+    """
+    found = np.empty((len(counts), 3 + NUM_POLYNOMIALS))
+    order = np.argsort(counts * (num_positives / num_rows), kind="stable")  # alike in what their sums need
+    for at in _blocks(counts[order], (num_positives / num_rows)[order]):
+        rows = order[at]
+        found[rows] = _moments(counts[rows], num_rows[rows], num_positives[rows])
+    return found
+
+
+def _moments(counts: Array, num_rows: Array, num_positives: Array) -> Array:
+    mass, d, first, second, degree, sd = _sums(counts, num_rows, num_positives)
+    information = first + second
+    average = (mass * information).sum(axis=1, keepdims=True)
+    away = information - average
+    found = np.zeros((len(counts), 3 + NUM_POLYNOMIALS))
+    found[:, 0] = average[:, 0]
+    found[:, 1] = (mass * away**2).sum(axis=1)
+    found[:, 2] = (mass * away**3).sum(axis=1)
+    found[:, 3:] = _coefficients(mass, d / np.maximum(sd, 1e-300), away, degree) * _ratios(counts, num_rows)
+    return found
+
+
+def positive_part(counts: Array, num_rows: Array, num_positives: Array) -> Array:
+    """The mean of k ln(k / (n p)) for hypergeometric k. Shape: all (D,) -> (D,)."""
+    found = np.empty(len(counts))
+    for at in _blocks(counts, num_positives / num_rows):
+        mass, _, part, _, _, _ = _sums(counts[at], num_rows[at], num_positives[at])
+        found[at] = (mass * part).sum(axis=1)
+    return found
+
+
+def _sums(counts: Array, num_rows: Array, num_positives: Array) -> tuple[Array, ...]:
+    """For each count, points k on its support: their probabilities, k less its mean, both parts of psi; and how many
+    steps the support has, and the standard deviation of k.
+    """
+    n, rows, positives = (one[:, None].astype(np.float64) for one in (counts, num_rows, num_positives))
     share = positives / rows
     mean = n * share
-    sd = np.sqrt(n * share * (1 - share) * (rows - n) / max(1.0, rows - 1))
+    sd = np.sqrt(n * share * (1 - share) * (rows - n) / np.maximum(1.0, rows - 1))
     least, most = np.maximum(0.0, n + positives - rows), np.minimum(n, positives)
     first, last = np.floor(mean - REACH * sd) - 1, np.ceil(mean + REACH * sd) + 30
     inner = (first > least) & (last < most)
@@ -178,22 +221,13 @@ def _moments(counts: Array, num_rows: int, num_positives: int) -> Array:
     k = np.where(inside, k, first)
     # The four cells of the table: k, n - k, K - k, N - K - n + k, each its mean plus or minus d.
     d = k - mean
-    information = _deviance(mean, d) + _deviance(n - mean, -d)
+    positive, negative = _deviance(mean, d), _deviance(n - mean, -d)
     others = _deviance(positives - mean, -d) + _deviance(rows - positives - n + mean, d)
     stirling = _stirling(k) + _stirling(n - k) + _stirling(positives - k) + _stirling(rows - positives - n + k)
-    log = np.where(inside, -(information + others + stirling), -np.inf)
+    log = np.where(inside, -(positive + negative + others + stirling), -np.inf)
     mass = np.exp(log - log.max(axis=1, keepdims=True))
     mass /= mass.sum(axis=1, keepdims=True)
-    average = (mass * information).sum(axis=1, keepdims=True)
-    away = information - average
-    found = np.zeros((len(counts), 3 + NUM_POLYNOMIALS))
-    found[:, 0] = average[:, 0]
-    found[:, 1] = (mass * away**2).sum(axis=1)
-    found[:, 2] = (mass * away**3).sum(axis=1)
-    found[:, 3:] = _coefficients(mass, d / np.maximum(sd, 1e-300), away, (most - least)[:, 0]) * _ratios(
-        counts, num_rows
-    )
-    return found
+    return mass, d, positive, negative, (most - least)[:, 0], sd
 
 
 def _coefficients(mass: Array, x: Array, values: Array, degree: Array) -> Array:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ctrlib.data.columns import Ragged
 from ctrlib.data.scan import DataError
 from ctrlib.ranking.counts import JointCounts, Tally
-from ctrlib.ranking.null import Null, NullTable
+from ctrlib.ranking.null import Null, null_table
 from ctrlib.ranking.source import Source, labelled, missing_key
 from ctrlib.schema import Categorical, Feature, kind_of
 
@@ -171,8 +171,7 @@ def scores(counts: Counts, features: Sequence[Feature], label: str) -> list[Scor
         DataError: no row has the label, or all of them have the same.
     """
     check_label(label, *counts.rows[label])
-    tables: dict[tuple[int, int], NullTable] = {}
-    found = [_score(feature, counts.by_label[label][feature.name], tables) for feature in features]
+    found = [_score(feature, counts.by_label[label][feature.name]) for feature in features]
     q_values = benjamini_hochberg([one.p for one in found])
     return order_by_relevance([dataclasses.replace(one, q=q) for one, q in zip(found, q_values)])
 
@@ -191,7 +190,7 @@ def score_column(codes: Array, positive: Array, name: str = "column") -> Score:
     """
     positive = positive.astype(np.int8)
     check_label("label", len(positive) - int(positive.sum()), int(positive.sum()))
-    score = _score(Categorical(name), JointCounts.of(codes, positive), {})
+    score = _score(Categorical(name), JointCounts.of(codes, positive))
     return dataclasses.replace(score, q=score.p)
 
 
@@ -210,7 +209,7 @@ def check_label(label: str, negatives: int, positives: int) -> None:
         )
 
 
-def _score(feature: Feature, joint: JointCounts, tables: dict[tuple[int, int], NullTable]) -> Score:
+def _score(feature: Feature, joint: JointCounts) -> Score:
     cells, drawn = joint.cells(), joint.counts.shape[1] > 2
     rows, weighed = cells.num_rows, cells
     if drawn:
@@ -219,8 +218,7 @@ def _score(feature: Feature, joint: JointCounts, tables: dict[tuple[int, int], N
         mean, sd = float(draws.mean()), float(draws.std(ddof=1))
         null = Null(mean, sd, 2 * sd / mean) if sd > 1e-9 * mean else Null(mean, 0.0, 0.0)
     else:
-        margins = (rows, cells.num_positives)
-        null = cells.null(tables.setdefault(margins, NullTable(*margins)))
+        null = cells.null(null_table(rows, cells.num_positives))
     information, label_entropy = weighed.information(), entropy_of(weighed.num_positives / weighed.num_rows)
     fixed = null.sd == 0.0  # permuting changes nothing: a constant, or no two rows have the same value
     relevance = 0.0 if fixed else information - null.mean
@@ -283,7 +281,8 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 def shift_null(codes: Array, positive: Array) -> float:
     """OutRank's score of a column, H(F' | Y) - H(F | Y) in nats.
 
-    For the rows with label y, F' is F shifted by as many rows as have that label. It depends on the order of rows, and is here to be compared with; one batch of theirs is 2^14 rows.
+    For the rows with label y, F' is F shifted by as many rows as have that label. So it depends on the order of rows;
+    it is here to be compared with. One batch of theirs is 2^14 rows.
 
     Shape: codes (rows,), positive (rows,) 0 or 1, both in the order of the log.
 
