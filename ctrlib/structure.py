@@ -100,3 +100,27 @@ def unstack(model: nn.Module) -> None:
             for config, weight in zip(configs, weights):
                 tables.embedding_bags[config.name].weight.copy_(weight)
         put(model, f"{path}.tables" if path else "tables", tables)
+
+
+def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Path of each module -> its class, and those of its public attributes that are plain data.
+
+    >>> attributes(nn.Dropout(0.5))
+    {'': {'class': 'torch.nn.modules.dropout.Dropout', 'p': 0.5, 'inplace': False}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        kind = type(module)
+        found[path] = {"class": f"{kind.__module__}.{kind.__qualname__}"}
+        for name, value in vars(module).items():
+            if not name.startswith("_") and name != "training" and _is_plain(value):
+                found[path][name] = value
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(each) for name, each in value.items())
+    return value is None or isinstance(value, bool | int | float | str)

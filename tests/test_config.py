@@ -26,8 +26,8 @@ from ctrlib.models import MODELS
 from ctrlib.search.experiment import HEEDED, experiment_of, parts_of, settings_of
 from ctrlib.search.methods import SEARCHES
 from ctrlib.search.run import search_and_retrain
-from ctrlib.search.stages import attributes
 from ctrlib.search.stages import identity_of as identity_of_search
+from ctrlib.structure import attributes
 from ctrlib.testing import example_schema
 from ctrlib.training import loop, run
 from ctrlib.training.config import MAY_CHANGE, Training, complete, differences, identity_of, refuse_another

@@ -51,7 +51,7 @@ class Experiment:
             raise ArgumentError(
                 f"--config {path} is not JSON ({error}): expected what --print-config writes"
             ) from error
-        if not isinstance(said, dict) or not isinstance(said.get("model"), str):
+        if not isinstance(said, dict) or not isinstance(said.get("model"), str | dict):
             raise ArgumentError(
                 f'--config {path} is no experiment: expected {{"model": NAME, ...}}, as --print-config writes'
             )
@@ -64,6 +64,16 @@ class Experiment:
                 "that it came from"
             )
         return {"training": {}, **said}
+
+
+def name_of(config: dict[str, Any]) -> str:
+    """A short name of a config's model, for people and for folders.
+
+    >>> name_of({"model": "dcnv2"}), name_of({"model": {"class": "ctrlib.Model"}})
+    ('dcnv2', 'Model')
+    """
+    model = config["model"]
+    return model if isinstance(model, str) else str(model.get("class")).rpartition(".")[2]
 
 
 def flag_of(name: str) -> str:

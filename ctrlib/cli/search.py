@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ctrlib._target import check_target
-from ctrlib.cli.experiment import Experiment, training_entries
+from ctrlib.cli.experiment import Experiment, name_of, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags, parse_option
 from ctrlib.cli.kinds import OptionalPath, Settings, Switch
 from ctrlib.cli.paths import check_prepared
@@ -78,7 +78,7 @@ class Search(Command):
         settings = self._settings()
         check_prepared(self.data)
         said = self._read()
-        name = said["model"] if said else self.model.model
+        name = name_of(said) if said else self.model.model
         if out is None:
             out = Path("runs") / f"{self.data.name}-{name}-{self.method}"
         if not self.experiment.print_config:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from ctrlib._target import check_target
-from ctrlib.cli.experiment import Experiment, training_entries
+from ctrlib.cli.experiment import Experiment, name_of, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
 from ctrlib.cli.kinds import OptionalPath, Switch
 from ctrlib.cli.paths import check_model, check_prepared
@@ -96,7 +96,7 @@ class Train(Command):
         check_whole(0, workers=engine.workers)
         check_prepared(self.data)
         said = self._read()
-        out = self.output.out or Path("runs") / f"{self.data.name}-{said['model'] if said else self.model.model}"
+        out = self.output.out or Path("runs") / f"{self.data.name}-{name_of(said) if said else self.model.model}"
         if not self.experiment.print_config:
             inputs = [self.data, how.warm_start, engine.plan]
             check_target(out, ("model", "run"), inputs=inputs, overwrite=self.output.overwrite)
@@ -145,7 +145,7 @@ class Train(Command):
         if self.json:
             print(to_json({"out": str(out), **result}))
         else:
-            print_scores(result, f"{config['model']} on {self.data}")
+            print_scores(result, f"{name_of(config)} on {self.data}")
             print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
         return 0
 

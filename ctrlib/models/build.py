@@ -2,7 +2,8 @@
 
 The name is that of a published model, or the import path of a function or class of one's own that takes `Inputs` first
 and plain arguments by keyword. The latter is imported only from modules that the caller names: a model folder of
-somebody else cannot choose what runs.
+somebody else cannot choose what runs. Or a tree of constructors stands in its place, `{"model": {"class": ...}}`
+(`ctrlib.models.tree`): then the tree says all, and there are no arguments beside it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ctrlib._lazy import instead
 from ctrlib.errors import ArgumentError, check_type, shown
 from ctrlib.models.table import MODELS, PublishedModel
+from ctrlib.models.tree import complete_tree, make_tree
 
 # What a config may hold beside the arguments: parts of a compressed model, how it was trained, how it was searched.
 BESIDE = ("replaced", "training", "search")
@@ -42,7 +44,7 @@ def build(config: Mapping[str, Any], schema: Schema, *, modules: Sequence[str] =
     `search`, which say how it came about (`ctrlib.run`), are of no concern here.
 
     Args:
-        config: plain data.
+        config: plain data; in the place of the name, it may have a tree of constructors (`ctrlib.models.tree`).
         schema: of the prepared data.
         modules: where models of one's own may be imported from, such as "shop.models".
 
@@ -82,12 +84,14 @@ def complete(config: Mapping[str, Any], *, modules: Sequence[str] = ()) -> dict[
 
     check_type('a dictionary {"model": name, **arguments}', Mapping, config=config)
     arguments = {name: value for name, value in config.items() if name not in BESIDE}
+    beside = {name: config[name] for name in BESIDE if name in config}
+    if isinstance(arguments.get("model"), Mapping):
+        plain(arguments)  # before it is looked at: a part itself is none
+        return plain({"model": complete_tree(_tree(arguments), modules), **beside})
     model, of_inputs = _checked(arguments, modules)
     defaults = {field.name: field.default for field in fields(Inputs) if field.name in of_inputs}
     defaults |= {name: value for name, value in model.defaults().items() if value is not inspect.Parameter.empty}
-    return plain(
-        {"model": arguments["model"], **defaults, **arguments, **{n: config[n] for n in BESIDE if n in config}}
-    )
+    return plain({"model": arguments["model"], **defaults, **arguments, **beside})
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +130,10 @@ def _build(arguments: dict[str, Any], schema: Schema, modules: Sequence[str]) ->
     from ctrlib.inputs import Inputs
     from ctrlib.model import Model
 
+    if isinstance(arguments.get("model"), Mapping):
+        whole = make_tree(_tree(arguments), schema, modules)
+        check_type("a tree whose class is ctrlib.Model or made of one", Model, model=whole)
+        return cast("Model", whole)
     config = arguments
     model, of_inputs = _checked(arguments, modules)
     arguments = {name: value for name, value in arguments.items() if name != "model"}
@@ -138,6 +146,16 @@ def _build(arguments: dict[str, Any], schema: Schema, modules: Sequence[str]) ->
         ) from error
     check_type("a function that returns a ctrlib.Model", Model, model=made)
     return made
+
+
+def _tree(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tree of a config; refuses arguments beside it, which nothing would read."""
+    if beside := sorted(set(arguments) - {"model"}):
+        raise ArgumentError(f"config has {beside} beside a tree of constructors: the tree says all, put them there")
+    tree: Mapping[str, Any] = arguments["model"]
+    if "class" not in tree:
+        raise ArgumentError(f'model is {shown(tree)}, expected a name or {{"class": path, "arguments": {{...}}}}')
+    return tree
 
 
 def _checked(config: dict[str, Any], modules: Sequence[str]) -> tuple[PublishedModel, list[str]]:

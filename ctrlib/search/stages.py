@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
@@ -21,6 +21,7 @@ from ctrlib.distributed import world_size
 from ctrlib.model import Model
 from ctrlib.models.build import plain
 from ctrlib.sharding.shards import State
+from ctrlib.structure import attributes
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.loop import Engine, Keeper, train_epoch
 from ctrlib.training.progress import Progress
@@ -120,27 +121,3 @@ def identity_of(model: Model, train: Loader, settings: Any, seed: int) -> dict[s
             "weights": weights.hexdigest(),
         }
     )
-
-
-def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Path of each module -> its class, and those of its public attributes that are plain data.
-
-    >>> attributes(nn.Dropout(0.5))
-    {'': {'class': 'torch.nn.modules.dropout.Dropout', 'p': 0.5, 'inplace': False}}
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for path, module in model.named_modules():
-        kind = type(module)
-        found[path] = {"class": f"{kind.__module__}.{kind.__qualname__}"}
-        for name, value in vars(module).items():
-            if not name.startswith("_") and name != "training" and _is_plain(value):
-                found[path][name] = value
-    return found
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(isinstance(name, str) and _is_plain(each) for name, each in value.items())
-    return value is None or isinstance(value, bool | int | float | str)

@@ -28,6 +28,8 @@ from ctrlib.errors import ArgumentError, check_path, check_type
 from ctrlib.making import new_folder, remove
 from ctrlib.manifest import load_schema, manifest_of, write_manifest
 from ctrlib.schema import Schema, SchemaError
+from ctrlib.structure import attributes
+from ctrlib.training.config import differences
 
 
 def save_model(
@@ -37,7 +39,7 @@ def save_model(
 
     Args:
         model: a trained, plain (not sharded) model.
-        config: what `models.build` needs to make it again, `{"model": name, **arguments}`.
+        config: what `models.build` needs to make it again, `{"model": name, **arguments}` or a tree of constructors.
         data: the prepared folder it was trained on; schema and vocabularies are copied from it.
         out: the folder; made if missing, other files in it are left alone. A model that was there is the old one or
             the new one, whenever this is stopped.
@@ -109,11 +111,24 @@ def _check_config(model: nn.Module, config: dict[str, Any], schema: Schema, modu
         for name in sorted({*shapes, *expected})
         if shapes.get(name) != expected.get(name)
     ]
+    what = f"{len(unfit)} tensors differ"
+    if not unfit and (tied := _tied(model)) != (tied_there := _tied(described)):
+        unfit, what = [f"tied are {tied or 'none'}, in that of the config {tied_there or 'none'}"], "tied tensors"
+    if not unfit:  # what has the same weights may still compute something else
+        unfit, what = differences(attributes(model), attributes(described)), "its parts differ"
     if unfit:
         raise ArgumentError(
-            f"config describes another model than the one to save, {len(unfit)} tensors differ: "
-            f"{'; '.join(unfit[:3])}. Give what `ctrlib.models.build` made this model from: {reprlib.repr(config)}"
+            f"config describes another model than the one to save, {what}: {'; '.join(unfit[:3])}. Give what "
+            f"`ctrlib.models.build` made this model from: {reprlib.repr(config)}"
         )
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of those parameters that have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [these for these in names.values() if len(these) > 1]
 
 
 def _shape(shape: torch.Size | None) -> str:
