@@ -7,6 +7,7 @@ import datetime as dt
 import gzip
 import json
 import lzma
+import math
 import os
 import pickle
 import re
@@ -29,6 +30,7 @@ from ctrlib.data import jsonlines, stream
 from ctrlib.data.infer import HOURS, infer_features
 from ctrlib.data.raw import read_raw
 from ctrlib.data.scan import DataError
+from ctrlib.data.split import _quantile
 from ctrlib.data.table import RawTable, of_arrow
 from ctrlib.schema import Categorical, MultiValued, Numeric, RawId, SchemaError
 
@@ -854,6 +856,26 @@ def test_splits_by_times_in_every_form(tmp_path: Path, write: Any, form: str) ->
     ctr.prepare(data, tmp_path / "out", split_by="hour", **options)
     found = [sorted(pl.read_parquet(tmp_path / "out" / split)["n"].to_list()) for split in ("train", "valid", "test")]
     assert found == [[0, 1, 2, 3, 4, 5], [6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [-1.7e308, -1.6e308, 0.0, 1.6e308, 1.7e308],  # whose range is infinite
+        [-1.7e308, 1.7e308],
+        [0.0, 5e-324, 1e-323, 1.5e-323],  # whose bins are narrower than any number
+        [0.0, 1e-310, 2e-310, 1e-200],
+        [1.0, 1.0 + 2**-52, 1.0 + 2**-51],
+        [7.0, 7.0, 7.0, 8.0],
+        [float(n % 11) for n in range(50)],
+    ],
+)
+def test_quantiles_of_any_range_end_and_are_right(times: list[float]) -> None:
+    for order in (times, times[::-1]):
+        table = RawTable((pl.DataFrame({"time": order}).lazy(),), "test")
+        for share in (0.05, 0.2, 1 / 3, 0.5, 0.8, 0.9, 1.0):
+            expected = sorted(times)[max(0, math.ceil(round(share * len(times), 6)) - 1)]
+            assert _quantile(table, share) == expected, share
 
 
 @pytest.mark.parametrize(

@@ -542,6 +542,23 @@ def test_hard_search_leaves_events_of_the_same_category() -> None:
     assert found > 10
 
 
+def test_unknown_and_missing_events_are_not_of_an_unknown_or_missing_target() -> None:
+    """Their ids are equal, and stand for any values: 1 is a missing one, 2 one that train does not know."""
+    features = [f for f in FEATURES if f.name in ("item", "items")]
+    units = [Unit(("item",), ("items",), MeanPooling(4), same="item")]
+    embedding = SequenceEmbedding(features, units=units, embedding_dim=4, init_std=0.5)
+    targets, events = torch.tensor([1, 2, 5, 5]), torch.tensor([1, 2, 5] * 4)
+    lengths = torch.cat([torch.ones(4, dtype=torch.int64), torch.full((4,), 3)])
+    order = [f.name for f in features]
+    values = torch.cat([targets, events] if order == ["item", "items"] else [events, targets])
+    if order != ["item", "items"]:
+        lengths = lengths.flip(0)
+    sparse = KeyedJaggedTensor.from_lengths_sync(order, values, lengths)
+    out = embedding(ctr.Batch(sparse, torch.zeros(4, 0), torch.zeros(4, 1), torch.ones(4)))[:, order.index("items")]
+    rows = embedding.tables.embeddings["table_item"].weight
+    assert torch.equal(out, torch.stack([torch.zeros(4), torch.zeros(4), rows[5], rows[5]]))
+
+
 def test_all_features_in_units() -> None:
     features = [f for f in FEATURES if f.name in ("item", "items")]
     embedding = SequenceEmbedding(features, units=[Unit(("item",), ("items",), DIN(4))], embedding_dim=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -192,7 +193,12 @@ _MERGED = [pl.col("low").min(), pl.col("high").max(), pl.col("rows").sum()]
 
 
 def _histogram(times: RawTable, low: float, high: float) -> pl.DataFrame:
-    time = pl.col("time")
-    bin_of = ((time - low) * (_NUM_BINS / (high - low))).floor().clip(0, _NUM_BINS - 1).alias("bin")
-    found = times.gather(lambda piece: piece.filter(time.is_between(low, high)).group_by(bin_of).agg(_RANGE))
+    """Rows, least and greatest time of each bin, in order; two bins or more, since low < high."""
+    time, width = pl.col("time"), high - low
+    per_bin = _NUM_BINS / width
+    if math.isfinite(width) and math.isfinite(per_bin):
+        number = ((time - low) * per_bin).floor().clip(0, _NUM_BINS - 1)
+    else:  # too far apart to be subtracted, or too near to be divided by: two halves
+        number = time > min(low / 2 + high / 2, math.nextafter(high, low))
+    found = times.gather(lambda piece: piece.filter(time.is_between(low, high)).group_by(bin=number).agg(_RANGE))
     return found.group_by("bin").agg(_MERGED).sort("bin")

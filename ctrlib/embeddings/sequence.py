@@ -28,7 +28,16 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from ctrlib.batch import Batch
 from ctrlib.embeddings.table import TableEmbedding, by_vocabulary, init_rows, num_rows, table_name
 from ctrlib.losses import add_auxiliary
-from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, Sequence, SparseFeature, vocabulary_of
+from ctrlib.schema import (
+    NUM_RESERVED_IDS,
+    PADDING_ID,
+    Categorical,
+    Feature,
+    Numeric,
+    Sequence,
+    SparseFeature,
+    vocabulary_of,
+)
 
 
 class MeanPooling(nn.Module):
@@ -56,7 +65,8 @@ class Unit:
 
     Item and category are side features of *one* event: their vectors are concatenated (C = k * D), and what the
     encoder makes of them fills the fields of the k histories. `same`: a target whose id an event must share in order
-    to count at all, the hard search of SIM (Pi et al., CIKM 2020, https://arxiv.org/abs/2006.05639).
+    to count at all, the hard search of SIM (Pi et al., CIKM 2020, https://arxiv.org/abs/2006.05639). Values that train
+    does not know, and missing ones, are the same as nothing.
     """
 
     targets: tuple[str, ...]
@@ -164,7 +174,8 @@ class SequenceEmbedding(nn.Module):
             if same is not None:
                 of_event = ids[histories[targets.index(same)]].values()
                 of_target = to_events(ids[same].values(), offsets, of_event.shape[0])
-                values_NC, offsets = keep_events(values_NC, offsets, of_event == of_target)
+                known = of_event >= NUM_RESERVED_IDS  # of two unknown values, nobody knows whether they are the same
+                values_NC, offsets = keep_events(values_NC, offsets, known & (of_event == of_target))
             encoded = encoder(target_BC, values_NC, offsets).to(values_NC.dtype)
             fields |= zip(histories, encoded.split(dim, dim=1))
         for name, pooling in self.pooled.items():
