@@ -38,6 +38,8 @@ from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.ranks import Goal
 from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
+from ctrlib.training.config import Training
+from ctrlib.training.run import load_splits, score_once, sizes_of
 from records import record
 
 
@@ -111,28 +113,23 @@ def main(knobs: Knobs) -> None:
     setting: Setting = SETTINGS[knobs.data_set]
     width = setting.config["embedding_dim"]
     engine = setting.training.get("engine", "exact")
-    batch_size = setting.training["batch_size"]
+    train, valid, test = load_splits(knobs.data, Training(seed=knobs.seed, **setting.training))
     sample = Head(ctr.Loader(knobs.data, "train", batch_size=8192, shuffle=True, seed=knobs.seed), 400_000)
-    train = ctr.Loader(knobs.data, "train", batch_size=batch_size, shuffle=True, seed=knobs.seed)
-    valid, test = (ctr.Loader(knobs.data, split, batch_size=8192) for split in ("valid", "test"))
     tried: list[Candidate] = []
 
     def report(name: str, model: ctr.Model) -> None:
-        scores = {split: ctr.evaluate(model, part, quick=True) for split, part in (("valid", valid), ("test", test))}
-        size, (auc, log_loss) = bytes_of(model), (scores["valid"][metric] for metric in ("auc", "log_loss"))
-        tried.append(Candidate(series(name), size.embedding, size.total, auc, log_loss))
+        scores, _ = score_once(model, valid, test)
+        size = bytes_of(model)
+        tried.append(Candidate(series(name), size.embedding, size.total, scores["valid_auc"], scores["valid_logloss"]))
         result = {
-            "valid_auc": auc,
-            "test_auc": scores["test"]["auc"],
-            "test_logloss": scores["test"]["log_loss"],
-            "parameters": sum(model.num_parameters().values()),
-            "network_parameters": model.num_parameters()["network"],
+            **scores,
+            **sizes_of(model),
             "embedding_bytes": size.embedding,
             "samples_per_second": float("nan"),
             "engine": engine,
             "precision": "fp32",
             "seed": knobs.seed,
-            "data_hash": ctr.Schema.load(knobs.data).hash,
+            "data_hash": train.schema.hash,
             "note": "",
         }
         print(json.dumps({"model": f"dcnv2_{width} {name}", **result}), flush=True)
@@ -147,7 +144,7 @@ def main(knobs: Knobs) -> None:
         assert setting.whole is not None, f"{knobs.data_set} has no setting for the whole model"
         ratio, layer_ratio, epochs = setting.whole
         smaller = materialise(base, transform_coding(base, sample, num_bytes=int(size / ratio)))
-        layers = low_rank(smaller, ctr.Schema.load(knobs.data), sample, layers=Goal(ratio=layer_ratio))
+        layers = low_rank(smaller, train.schema, sample, layers=Goal(ratio=layer_ratio))
         smaller = apply_low_rank(smaller, layers)
         title = f"whole model x{round(bytes_of(base).total / bytes_of(smaller).total)}"
         report(title, smaller)
@@ -167,7 +164,7 @@ def main(knobs: Knobs) -> None:
     if not knobs.only_claim:
         for narrower in setting.widths:
             report(f"width {narrower} from scratch", trained(knobs, setting, narrower))
-        features, rows = ctr.Schema.load(knobs.data).features, int(size / setting.ratios[1] / (4 * width))
+        features, rows = train.schema.features, int(size / setting.ratios[1] / (4 * width))
         for name, tables in {
             "hashing": {"kind": "unified", "num_embeddings": proportional_rows(features, rows)},
             "multiplexed": {"kind": "unified", "num_embeddings": rows},

@@ -6,6 +6,7 @@ It stands beside them, so that `python recipes/frappe.py` finds it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import time
@@ -20,12 +21,11 @@ from ctrlib.data.loader import Loader
 from ctrlib.data.quantiles import quantile_edges
 from ctrlib.distributed import rank, world_size
 from ctrlib.model import Ensemble, Model
-from ctrlib.schema import Schema
 from ctrlib.training.allocator import keep_freed_memory
-from ctrlib.training.config import Device, EngineName
-from ctrlib.training.evaluate import evaluate, predict, score
+from ctrlib.training.config import Device, EngineName, Training
+from ctrlib.training.evaluate import predict
 from ctrlib.training.loop import to_json
-from ctrlib.training.run import choose_device, run
+from ctrlib.training.run import choose_device, load_splits, run, score_once, write_result
 from records import record
 
 
@@ -176,9 +176,7 @@ def _report_transfer(
         "gradients": gradient_cosines(model, valid),
         "gates": gate_usage(model, valid),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "transfer.json").write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
-    plots.transfer(report, out / "transfer.png")
+    write_result(out, report, ("transfer.json", "transfer.png"), functools.partial(plots.transfer, report))
     print(to_json(report["tasks"]))
 
 
@@ -214,25 +212,14 @@ def run_ensemble_recipe(
         models.append(member)
         results.append(result)
     device = choose_device(knobs.device)
-    ensemble = Ensemble(models).to(device)
-    with_group = Schema.load(folder).group is not None
-    valid, test = (Loader(folder, split, batch_size=8192, with_group=with_group) for split in ("valid", "test"))
-    valid_scores = evaluate(ensemble, valid, device=device)
-    started = time.perf_counter()
-    scored = predict(ensemble, test, device=device)
-    inference = test.num_rows / (time.perf_counter() - started)
-    test_scores = score(scored)
+    _, valid, test = load_splits(folder, Training())
+    scores, _ = score_once(Ensemble(models).to(device), valid, test, device=device)
     summed = ("parameters", "network_parameters", "embedding_bytes", "seconds")
     result = {
         **{"data": data, "model": model, **results[0]},
         **{name: sum(result[name] for result in results) for name in summed},
-        "valid_auc": valid_scores["auc"],
-        "valid_logloss": valid_scores["log_loss"],
-        "test_auc": test_scores["auc"],
-        "test_logloss": test_scores["log_loss"],
-        **{f"test_{name}": value for name, value in test_scores.items() if name not in ("auc", "log_loss")},
+        **scores,
         "samples_per_second": round(1 / sum(1 / result["samples_per_second"] for result in results), 1),
-        "inference_samples_per_second": round(inference, 1),
         "epochs": max(result["epochs"] for result in results),
         "best_epoch": max(result["best_epoch"] for result in results),
     }

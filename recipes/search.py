@@ -21,7 +21,7 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +47,8 @@ from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.run import search_and_retrain
 from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
-from ctrlib.training.evaluate import score
-from ctrlib.training.exact import ExactEngine
+from ctrlib.training.config import Training
+from ctrlib.training.run import load_splits, score_once, sizes_of, train_model
 from records import record
 
 
@@ -152,10 +152,9 @@ class Run:
         self.knobs, self.data, self.seed = knobs, data, seed
         self.setting: Setting = SETTINGS[knobs.data_set]
         self.out = knobs.out / f"{knobs.data_set}_seed_{seed}"
-        self.schema = ctr.Schema.load(data)
-        self.l2, self.rate = self.setting.training["embedding_l2"], self.setting.training["learning_rate"]
-        self.train = ctr.Loader(data, "train", batch_size=self.setting.training["batch_size"], shuffle=True, seed=seed)
-        self.valid, self.test = (ctr.Loader(data, split, batch_size=8192) for split in ("valid", "test"))
+        self.how = Training(seed=seed, max_epochs=knobs.epochs, device="cpu", **self.setting.training)
+        self.train, self.valid, self.test = load_splits(data, self.how)
+        self.schema = self.train.schema
         self.scores: dict[str, npt.NDArray[np.float32]] = {}
 
     def all(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -163,7 +162,8 @@ class Run:
         method = self.knobs.method
         base = self.trained("untouched", self.fresh)
         num_bytes = int(bytes_of(base).embedding * self.setting.share)
-        own = {"learning_rate": self.rate, "embedding_l2": self.l2, **self.setting.methods.get(method, {})}
+        own = {name: getattr(self.how, name) for name in ("learning_rate", "embedding_l2")}
+        own |= self.setting.methods.get(method, {})
         if method in ("optembed", "dnis") and self.setting.share < 1:
             own["num_bytes"] = num_bytes
         settings = settings_of(method, own)
@@ -200,15 +200,11 @@ class Run:
             before = copy.deepcopy(model)
             self.train.set_epoch(0)
             torch.manual_seed(self.seed)
-            ctr.fit(
-                ExactEngine(model, learning_rate=self.rate, embedding_l2=self.l2),
-                self.train,
-                self.valid,
-                max_epochs=self.knobs.epochs,
-            )
+            config = {**self.setting.config, "replaced": describe(model), "training": asdict(self.how)}
+            train_model(model, self.how, self.train, self.valid)
             if fine_tune and self.valid_auc(before) > self.valid_auc(model):
                 model = before
-            ctr.save_model(model, {**self.setting.config, "replaced": describe(model)}, self.data, folder)
+            ctr.save_model(model, config, self.data, folder)
             self.keep(name, model)
         return self.known(name)
 
@@ -238,17 +234,9 @@ class Run:
 
     def keep(self, name: str, model: ctr.Model) -> None:
         """Score a trained model once, and write what it reached."""
-        scored = ctr.predict(model, self.test)
-        test = score(scored)
+        scores, scored = score_once(model, self.valid, self.test)
         np.save(self.out / name / "test.npy", scored.logits[:, 0])
-        result = {
-            "valid_auc": self.valid_auc(model),
-            "test_auc": test["auc"],
-            "test_logloss": test["log_loss"],
-            "parameters": sum(model.num_parameters().values()),
-            "network_parameters": model.num_parameters()["network"],
-            "embedding_bytes": bytes_of(model).embedding,
-        }
+        result = {**scores, **sizes_of(model), "embedding_bytes": bytes_of(model).embedding}
         (self.out / name / "result.json").write_text(ctr.training.to_json(result), encoding="utf-8")
 
     def known(self, name: str) -> ctr.Model:

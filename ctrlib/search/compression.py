@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,6 @@ from ctrlib import plots
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
 from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
-from ctrlib.manifest import check_folder
 from ctrlib.model import Ensemble, Model
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.coding import transform_coding
@@ -29,8 +29,9 @@ from ctrlib.serving.model_folder import model_in_the_making
 from ctrlib.serving.predictor import Predictor
 from ctrlib.sharding.plan import TABLES
 from ctrlib.structure import KINDS, describe
+from ctrlib.training.config import Training
 from ctrlib.training.evaluate import evaluate
-from ctrlib.training.loop import to_json
+from ctrlib.training.run import load_splits, write_result
 
 SMALLER = tuple(KINDS.values())  # what tables have given way to in a model that was made smaller already
 SAMPLE_ROWS = 400_000  # of train, to see how tables are used
@@ -75,7 +76,7 @@ def compress(
         num_bytes: the budget,
         ratio: or by how much to divide the bytes that there are.
         epochs: of fine-tuning; 0 for none.
-        batch_size: rows per step, everywhere.
+        batch_size: rows per step; twice as many are scored at a time.
         layer_ratio: also give the linear layers so many times fewer weights, by low rank.
         learning_rate: of fine-tuning.
         teachers: folders of more models of the same data, such as other seeds: fine-tuning goes towards the mean logit
@@ -86,7 +87,7 @@ def compress(
     Raises:
         ValueError: both budgets or none, or one that cannot be met; the message says what the smallest is.
         SchemaError: the data were prepared differently.
-        DataError: validation has one class of a label only, so nothing can be chosen by it.
+        DataError: train or valid has one class of a label only, or no row with weight.
         TargetError: `out` is a model or the data, or holds something else than a compressed model.
         TypeError: an argument is of another type.
     """
@@ -99,7 +100,6 @@ def compress(
     console = console or Console(stderr=True)
     predictor = Predictor.load(folder)
     predictor.check_prepared(data)
-    check_folder(data)
     model: Model = predictor.model  # type: ignore[assignment]
     others = [Predictor.load(other) for other in teachers]
     for other in others:
@@ -113,9 +113,7 @@ def compress(
             f"the model's embeddings take {before.embedding:,} bytes, a budget of {budget:,} asks for nothing: name a "
             "smaller one"
         )
-    train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
-    valid, test = (Loader(data, split, batch_size=batch_size) for split in ("valid", "test"))
-    valid.check_classes()
+    train, valid, test = load_splits(data, Training(batch_size=batch_size, seed=seed))
     sample = Head(train, SAMPLE_ROWS)
 
     tried: list[Candidate] = []
@@ -188,8 +186,8 @@ def compress(
         "tried": [asdict(candidate) for candidate in tried],
     }
     with model_in_the_making(smaller, config, folder, out, "compress") as making:
-        (making / "compression.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-        plots.compression(tried, budget, making / "compression.png")
+        draw = functools.partial(plots.compression, tried, budget)
+        write_result(making, result, ("compression.json", "compression.png"), draw)
     return result
 
 

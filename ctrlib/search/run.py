@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -17,9 +18,8 @@ from rich.console import Console
 from ctrlib import models, plots
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
-from ctrlib.errors import WrongTypeError, check_number, check_path, check_type, check_whole, shown
+from ctrlib.errors import WrongTypeError, check_path, check_type, shown
 from ctrlib.making import remove, write_text
-from ctrlib.manifest import check_folder, load_schema
 from ctrlib.model import Model
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.experiment import experiment_of, settings_of
@@ -27,12 +27,9 @@ from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.stages import identity_of
 from ctrlib.serving.model_folder import model_in_the_making
 from ctrlib.structure import describe
-from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.config import Training, refuse_another
 from ctrlib.training.config import identity_of as identity_of_run
-from ctrlib.training.evaluate import evaluate
-from ctrlib.training.exact import ExactEngine
-from ctrlib.training.loop import check_schedule, fit, to_json
+from ctrlib.training.run import load_splits, score_once, sizes_of, train_model, write_result
 
 
 def search_and_retrain(
@@ -86,16 +83,6 @@ def search_and_retrain(
     if settings is not None and not dataclasses.is_dataclass(settings):
         raise WrongTypeError(f"settings must be what settings_of(method, values) gives, got {shown(settings)}")
     check_type('a dictionary {"model": name, **arguments}', dict, config=config)
-    check_schedule(max_epochs, patience)
-    check_whole(1, batch_size=batch_size)
-    check_whole(0, seed=seed)
-    check_number(0, learning_rate=learning_rate, embedding_l2=embedding_l2)
-    check_target(out, ("search", "other"), inputs=[data], overwrite=True)
-    data, out, console = Path(data), Path(out), console or Console(stderr=True)
-    settings = settings or settings_of(method, {"learning_rate": learning_rate, "embedding_l2": embedding_l2})
-    torch.manual_seed(seed)
-    check_folder(data)
-    schema = load_schema(data)
     training = Training(
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -104,15 +91,16 @@ def search_and_retrain(
         patience=patience,
         seed=seed,
     )
+    check_target(out, ("search", "other"), inputs=[data], overwrite=True)
+    data, out, console = Path(data), Path(out), console or Console(stderr=True)
+    settings = settings or settings_of(method, {"learning_rate": learning_rate, "embedding_l2": embedding_l2})
     config = experiment_of(method, config, settings, training, modules=modules)
-    model = models.build(config, schema, modules=modules)
+    train, valid, test = load_splits(data, training)
+    torch.manual_seed(seed)
+    model = models.build(config, train.schema, modules=modules)
     before = bytes_of(model)
-    train = Loader(data, "train", batch_size=batch_size, shuffle=True, seed=seed)
-    valid, test = (Loader(data, split, batch_size=2 * batch_size) for split in ("valid", "test"))
-    for loader in (train, valid):
-        loader.check_classes()
     out.mkdir(parents=True, exist_ok=True)
-    unfinished, experiment = out / "unfinished.json", identity_of_run(config, schema.hash, train.data_hash)
+    unfinished, experiment = out / "unfinished.json", identity_of_run(config, train.schema.hash, train.data_hash)
     _begin(unfinished, experiment)
 
     plan = _plan(method, model, train, valid, settings, seed, out, checkpoints or out / "search", console)
@@ -123,39 +111,16 @@ def search_and_retrain(
     train.set_epoch(0)
     torch.manual_seed(seed)
     # The whole search, and the plan that came of it.
-    identity = {
-        **experiment,
-        "plan": hashlib.sha256((out / "plan.safetensors").read_bytes()).hexdigest(),
-    }
-    with Checkpoints(out / "checkpoints", log=console.print) as epochs:
-        engine = ExactEngine(smaller, learning_rate=learning_rate, embedding_l2=embedding_l2)
-        history = fit(
-            engine,
-            train,
-            valid,
-            max_epochs=max_epochs,
-            patience=patience,
-            out=out,
-            checkpoints=epochs,
-            identity=identity,
-            console=console,
-        )
-    valid_scores = evaluate(smaller, valid, quick=True, labels=schema.labels)
-    test_scores = evaluate(smaller, test, labels=schema.labels)
+    identity = {**experiment, "plan": hashlib.sha256((out / "plan.safetensors").read_bytes()).hexdigest()}
+    on_cpu = dataclasses.replace(training, device="cpu")  # as the search was
+    _, history = train_model(smaller, on_cpu, train, valid, out=out, identity=identity, console=console)
+    scores, _ = score_once(smaller, valid, test)
+    del scores["inference_samples_per_second"]  # a search that was killed ends with the same result
     result = {
         "method": method,
         "settings": asdict(settings),
-        "valid_auc": valid_scores["auc"],
-        "valid_logloss": valid_scores["log_loss"],
-        "test_auc": test_scores["auc"],
-        "test_logloss": test_scores["log_loss"],
-        **{
-            f"{split}_tasks": scores["tasks"]
-            for split, scores in (("valid", valid_scores), ("test", test_scores))
-            if "tasks" in scores
-        },
-        "parameters": sum(smaller.num_parameters().values()),
-        "network_parameters": smaller.num_parameters()["network"],
+        **scores,
+        **sizes_of(smaller),
         "embedding_bytes_before": before.embedding,
         "embedding_bytes": size.embedding,
         "bytes_before": asdict(before),
@@ -168,8 +133,7 @@ def search_and_retrain(
     }
     config = {**config, "replaced": describe(smaller)}
     with model_in_the_making(smaller, config, data, out, "search") as making:
-        (making / "search.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-        plots.search_result(result, making / "search.png")
+        write_result(making, result, ("search.json", "search.png"), functools.partial(plots.search_result, result))
     for folder in ("search", "checkpoints"):
         remove(out / folder)  # it is over: started again, it begins anew
     unfinished.unlink()

@@ -1,8 +1,13 @@
-"""One whole experiment by the evaluation protocol: train, choose by validation, report test once, write it all down."""
+"""The evaluation protocol: train, choose by validation, report test once, write it all down.
+
+`run` goes the whole road; a search, a compression or a recipe whose model comes from elsewhere takes the same steps:
+`load_splits`, `train_model`, `score_once`, `write_result`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -13,6 +18,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from ctrlib import models, plots
 from ctrlib._target import check_target
@@ -20,16 +26,16 @@ from ctrlib.data.loader import Loader
 from ctrlib.distributed import init_process_group, rank, world_size
 from ctrlib.errors import WrongTypeError, check_path, shown
 from ctrlib.making import new_file, remove, write_text
-from ctrlib.manifest import check_folder, load_schema
+from ctrlib.manifest import check_folder
 from ctrlib.model import Model
 from ctrlib.schema import SchemaError
 from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
 from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.config import Device, EngineName, Precision, complete, identity_of, training_of
-from ctrlib.training.evaluate import evaluate, predict, score
+from ctrlib.training.config import Device, EngineName, Precision, Training, complete, identity_of, training_of
+from ctrlib.training.evaluate import Scores, evaluate, predict, score
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.fused import FusedEngine
-from ctrlib.training.loop import Engine, fit, to_json
+from ctrlib.training.loop import Engine, History, fit, to_json
 
 
 def choose_device(device: Device) -> torch.device:
@@ -107,6 +113,134 @@ def make_engine(
     )
 
 
+def load_splits(data: str | Path, how: Training) -> tuple[Loader, Loader, Loader]:
+    """This process's share of train, shuffled, and of valid and test, of a prepared folder that is looked through.
+
+    Raises:
+        SchemaError: a file is damaged.
+        DataError: train or valid has one class of a label only, or no row with weight.
+    """
+    check_folder(data)  # all that is read after the training, too
+    share: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "workers": how.workers}
+    size = how.batch_size // world_size()
+    train = Loader(data, "train", batch_size=size, shuffle=True, seed=how.seed, **share)
+    share["with_group"] = train.schema.group is not None
+    # Scoring needs no gradients: larger batches, so fewer calls.
+    valid, test = (Loader(data, split, batch_size=2 * size, **share) for split in ("valid", "test"))
+    for loader in (train, valid):
+        loader.check_classes()
+    return train, valid, test
+
+
+def train_model(
+    model: Model,
+    how: Training,
+    train: Loader,
+    valid: Loader,
+    *,
+    out: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    asynchronous_checkpoints: bool = False,
+    tensorboard: bool = False,
+    console: Console | None = None,
+) -> tuple[Engine, History]:
+    """Train a model; the engine's model is left with the weights that validation chose.
+
+    `out` receives log.jsonl and, while it trains, checkpoints: started again there with the same `identity`, it goes on
+    (`fit`). They are there until the caller, who has saved the model, removes them.
+
+    Raises:
+        ValueError: what `how` says does not fit, or `out` holds the checkpoints of another run.
+    """
+    started = time.perf_counter()
+    console = console or Console(stderr=True)
+    engine = make_engine(
+        model,
+        how.engine,
+        learning_rate=how.learning_rate,
+        embedding_l2=how.embedding_l2,
+        embedding_learning_rate=how.embedding_learning_rate,
+        precision=how.precision,
+        sharding=cast(Any, how.sharding),  # `make_engine` looks at it
+        plan=None if how.plan is None else load_plan(how.plan),
+        check_ids=False,  # the loaders have
+        device=choose_device(how.device),
+    )
+    sharded = engine if isinstance(engine, FusedEngine) and world_size() > 1 else None
+    if sharded is not None:
+        console.print(sharded.plan_table)
+    if rank():
+        torch.manual_seed(how.seed + rank())  # dropout draws other masks for other rows
+    built = time.perf_counter() - started
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if out is not None and how.checkpoint_seconds is not None:
+            checkpoints = stack.enter_context(
+                Checkpoints(out / "checkpoints", asynchronous=asynchronous_checkpoints, log=console.print)
+            )
+        history = fit(
+            engine,
+            train,
+            valid,
+            max_epochs=how.max_epochs,
+            patience=how.patience,
+            out=out,
+            checkpoints=checkpoints,
+            checkpoint_seconds=how.checkpoint_seconds or 0.0,
+            identity=identity,
+            tensorboard=tensorboard,
+            console=console,
+        )
+    history.seconds += built
+    if sharded is not None and out is not None and rank() == 0:
+        save_plan(sharded.plan, out / "plan.json")
+    return engine, history
+
+
+def score_once(
+    model: nn.Module, valid: Loader, test: Loader, *, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Any], Scores]:
+    """What is reported of a model that was chosen, and its predictions for test.
+
+    That is valid_auc, valid_logloss, test_auc, test_logloss, every other metric of test as test_NAME, with several
+    labels those of each, and how many rows of test were scored a second, loading included.
+    """
+    labels = test.schema.labels
+    of_valid = evaluate(model, valid, device=device, labels=labels)
+    started = time.perf_counter()
+    scored = predict(model, test, device=device)
+    inference = test.num_rows / (time.perf_counter() - started)
+    of_test = score(scored, labels=labels)
+    result = {
+        "valid_auc": of_valid["auc"],
+        "valid_logloss": of_valid["log_loss"],
+        "test_auc": of_test["auc"],
+        "test_logloss": of_test["log_loss"],
+        **{f"test_{name}": value for name, value in of_test.items() if name not in ("auc", "log_loss")},
+        **({"valid_tasks": of_valid["tasks"]} if "tasks" in of_valid else {}),
+        "inference_samples_per_second": round(inference, 1),
+    }
+    return result, scored
+
+
+def sizes_of(model: Model) -> dict[str, int]:
+    """A model's size, as it is reported: parameters, those of the network, and bytes of the other ones."""
+    parameters = model.num_parameters()
+    return {
+        "parameters": sum(parameters.values()),
+        "network_parameters": parameters["network"],
+        "embedding_bytes": model.embedding_bytes(),
+    }
+
+
+def write_result(folder: Path, result: dict[str, Any], names: tuple[str, str], draw: Callable[[Path], None]) -> None:
+    """Write a result as JSON, and what `draw` makes of it beside, by these names."""
+    numbers, picture = names
+    write_text(folder / numbers, to_json(result, indent=1) + "\n")
+    with new_file(folder / picture) as making:
+        draw(making)
+
+
 def run(
     data: str | Path,
     config: Mapping[str, Any],
@@ -178,62 +312,26 @@ def run(
         init_process_group(chosen_device)
     is_first = rank() == 0
     console = (console or Console(stderr=True)) if is_first else Console(quiet=True)
-    check_folder(data)  # all that is read after the training, too
-    schema, note = load_schema(data), _note(data)
+    train, valid, test = load_splits(data, how)
+    schema, note = train.schema, _note(data)
     torch.manual_seed(how.seed)
     model = models.build(config, schema, modules=modules)
     if on_built is not None:
         on_built(model)
-    parameters, embedding_bytes = model.num_parameters(), model.embedding_bytes()
-    trainer = make_engine(
-        model,
-        how.engine,
-        learning_rate=how.learning_rate,
-        embedding_l2=how.embedding_l2,
-        embedding_learning_rate=how.embedding_learning_rate,
-        precision=how.precision,
-        sharding=cast(Any, how.sharding),  # `make_engine` looks at it
-        plan=None if how.plan is None else load_plan(how.plan),
-        check_ids=False,  # the loaders have
-        device=chosen_device,
-    )
-    if is_first and isinstance(trainer, FusedEngine) and world_size() > 1:
-        console.print(trainer.plan_table)
-    if not is_first:
-        torch.manual_seed(how.seed + rank())  # dropout draws other masks for other rows
-    with_group = schema.group is not None
-    share: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "workers": how.workers}
-    own_size = how.batch_size // world_size()
-    train = Loader(data, "train", batch_size=own_size, shuffle=True, seed=how.seed, **share)
-    # Scoring needs no gradients: larger batches, so fewer calls.
-    valid, test = (
-        Loader(data, split, batch_size=2 * own_size, with_group=with_group, **share) for split in ("valid", "test")
-    )
-    for loader in (train, valid):
-        loader.check_classes()
+    sizes = sizes_of(model)
     before_training = time.perf_counter() - started
-    with contextlib.ExitStack() as stack:
-        checkpoints = None
-        if out is not None and how.checkpoint_seconds is not None:
-            checkpoints = stack.enter_context(
-                Checkpoints(out / "checkpoints", asynchronous=asynchronous_checkpoints, log=console.print)
-            )
-        history = fit(
-            trainer,
-            train,
-            valid,
-            max_epochs=how.max_epochs,
-            patience=how.patience,
-            out=out,
-            checkpoints=checkpoints,
-            checkpoint_seconds=how.checkpoint_seconds or 0.0,
-            identity=identity_of(config, schema.hash, train.data_hash),
-            tensorboard=tensorboard,
-            console=console,
-        )
+    trainer, history = train_model(
+        model,
+        how,
+        train,
+        valid,
+        out=out,
+        identity=identity_of(config, schema.hash, train.data_hash),
+        asynchronous_checkpoints=asynchronous_checkpoints,
+        tensorboard=tensorboard,
+        console=console,
+    )
     trained = time.perf_counter()
-    if is_first and out is not None and isinstance(trainer, FusedEngine) and world_size() > 1:
-        save_plan(trainer.plan, out / "plan.json")
     # The engine may have wrapped the model or moved it: a plain one with the trained weights, for saving and serving.
     weights = trainer.weights()
     with contextlib.nullcontext() if is_first else torch.device("meta"):
@@ -242,25 +340,13 @@ def run(
         plain.load_state_dict(weights)
         if on_trained is not None:
             on_trained(plain)
-    valid_scores = evaluate(trainer.model, valid, device=chosen_device, labels=schema.labels)
-    scoring = time.perf_counter()
-    scored = predict(trainer.model, test, device=chosen_device)
-    inference = test.num_rows / (time.perf_counter() - scoring)
-    test_scores = score(scored, labels=schema.labels)
-    if math.isnan(test_scores["auc"]):
+    scores, _ = score_once(trainer.model, valid, test, device=chosen_device)
+    if math.isnan(scores["test_auc"]):
         console.print("warning: test holds one class only (or no known label), so its AUC is undefined (NaN)")
     result = {
-        "valid_auc": valid_scores["auc"],
-        "valid_logloss": valid_scores["log_loss"],
-        "test_auc": test_scores["auc"],
-        "test_logloss": test_scores["log_loss"],
-        **{f"test_{name}": value for name, value in test_scores.items() if name not in ("auc", "log_loss")},
-        **({"valid_tasks": valid_scores["tasks"]} if "tasks" in valid_scores else {}),
-        "parameters": sum(parameters.values()),
-        "network_parameters": parameters["network"],
-        "embedding_bytes": embedding_bytes,
+        **scores,
+        **sizes,
         "samples_per_second": history.samples_per_second,
-        "inference_samples_per_second": round(inference, 1),
         "seconds": round(before_training + history.seconds + time.perf_counter() - trained, 2),
         "epochs": len(history.epochs),
         "best_epoch": history.best_epoch,
@@ -272,9 +358,7 @@ def run(
         "note": note,
     }
     if out is not None and is_first:
-        write_text(out / "metrics.json", to_json(result, indent=1) + "\n")
-        with new_file(out / "curve.png") as picture:
-            plots.learning_curve(history, picture)
+        write_result(out, result, ("metrics.json", "curve.png"), functools.partial(plots.learning_curve, history))
         if how.checkpoint_seconds is not None:
             remove(out / "checkpoints")  # the run is over: started again, it begins anew
     return plain, result
