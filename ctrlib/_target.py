@@ -36,6 +36,7 @@ MARKERS: dict[Kind, tuple[str, ...]] = {
 }
 RESULTS = ("model.json", "metrics.json", "search.json", "ranking.json")
 GOES_ON = ("checkpoints", "search")  # folders of checkpoints, which are gone when all is done
+FINISHED = ".finished"  # there while what a run needed to go on is removed (`ctrlib.training.finished`)
 
 
 class TargetError(CtrlibError, ValueError, FileExistsError):
@@ -61,7 +62,7 @@ def kind_of(path: Path) -> Kind | None:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether this is what a killed run, search or compression left: the same command goes on or begins anew there."""
-    goes_on = any(_holds(folder, part) for part in GOES_ON)
+    goes_on = any(_holds(folder, part) for part in GOES_ON) or (folder / FINISHED).is_file()
     return goes_on or not any((folder / result).exists() for result in RESULTS)
 
 

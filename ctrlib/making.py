@@ -52,7 +52,8 @@ def new_file(out: str | Path) -> Iterator[Path]:
     sweep(out.parent, out.name)
     making = _hidden(out.parent, f"partial.{out.name}")
     with contextlib.ExitStack() as stack:
-        stack.callback(making.unlink, missing_ok=True)
+        # Only if it failed: after the rename nothing is left to do, so that a kill then finds all done.
+        stack.push(lambda kind, *_: making.unlink(missing_ok=True) if kind else None)
         with _naming_a_full_disk(out, making):
             os.close(os.open(making, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             stack.enter_context(_locked(making))
@@ -125,11 +126,11 @@ def settle(folder: str | Path) -> None:
         ) from error
 
 
-def remove(folder: str | Path) -> None:
-    """Delete a folder, if there is one, so that a kill leaves all of it or nothing under its name."""
-    folder = Path(folder)
-    if folder.exists():
-        _discard(folder)
+def remove(path: str | Path) -> None:
+    """Delete a folder or file, if there is one, so that a kill leaves all of it or nothing under its name."""
+    path = Path(path)
+    if path.exists():
+        _discard(path)
 
 
 def sweep(place: Path, name: str) -> None:

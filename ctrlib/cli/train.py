@@ -132,14 +132,16 @@ class Train(Command):
                     counts = f"{rows.carried:,} values carried over, {rows.new:,} new, {rows.gone:,} gone"
                     print(f"warm start: {vocabulary}: {counts}", file=sys.stderr)
 
-        _, result = run(
-            self.data,
-            config,
-            out=out,
-            tensorboard=self.output.tensorboard,
-            on_built=carry_over,
-            on_trained=lambda model: save_model(model, config, self.data, out),
-        )
+        result = self._finished(config, out)
+        if result is None:
+            _, result = run(
+                self.data,
+                config,
+                out=out,
+                tensorboard=self.output.tensorboard,
+                on_built=carry_over,
+                on_trained=lambda model: save_model(model, config, self.data, out),
+            )
         if rank() > 0:
             return 0
         if self.json:
@@ -148,6 +150,34 @@ class Train(Command):
             print_scores(result, f"{name_of(config)} on {self.data}")
             print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
         return 0
+
+    def _finished(self, config: dict[str, Any], out: Path) -> dict[str, Any] | None:
+        """The result of this very run, if it was stopped in its last clean-up, which is done now; otherwise None.
+
+        Raises:
+            ValueError: another run was.
+        """
+        from ctrlib.distributed import gather, init_process_group, rank, world_size
+        from ctrlib.manifest import data_hash, load_schema
+        from ctrlib.training.config import identity_of
+        from ctrlib.training.finished import clean_up, finished
+        from ctrlib.training.run import choose_device
+
+        hashes = load_schema(self.data).hash, data_hash(self.data)
+        identity = identity_of(config, *hashes)
+        result = finished(out, identity)
+        if result is None or not (out / "model.json").is_file():
+            return None
+        saved = {"training": {}, **json.loads((out / "model.json").read_text(encoding="utf-8"))}
+        if identity_of(saved, *hashes) != identity:
+            return None  # somebody saved another model there
+        if world_size() > 1:
+            init_process_group(choose_device(config["training"]["device"]))
+            gather(None)  # all have looked
+        if rank() == 0:
+            clean_up(out)
+            print(f"the run in {out} was over; what was left of its clean-up is done", file=sys.stderr)
+        return result
 
     def _training(self, given: frozenset[str] | None = None) -> dict[str, Any]:
         groups = (self.training, self.engine, self.output)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ctrlib.making import new_file
@@ -48,10 +48,9 @@ class Plan:
         """Write the plan into one safetensors file."""
         text = {"method": self.method, "replaced": json.dumps(self.replaced), "summary": json.dumps(self.summary)}
         text["sha256"] = _sha256(text, self.weights)
-        with new_file(path) as making:
-            mode = making.stat().st_mode  # safetensors would let nobody else read it
-            save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, str(making), metadata=text)
-            making.chmod(mode)
+        content = save({name: tensor.contiguous() for name, tensor in self.weights.items()}, metadata=text)
+        with new_file(path) as making:  # `save_file` has a file of its own beside it, which a kill would leave
+            making.write_bytes(content)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

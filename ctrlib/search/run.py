@@ -19,7 +19,7 @@ from ctrlib import models, plots
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
 from ctrlib.errors import WrongTypeError, check_path, check_type, shown
-from ctrlib.making import remove, write_text
+from ctrlib.making import write_text
 from ctrlib.model import Model
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.experiment import experiment_of, settings_of
@@ -29,6 +29,7 @@ from ctrlib.serving.model_folder import model_in_the_making
 from ctrlib.structure import describe
 from ctrlib.training.config import Training, refuse_another
 from ctrlib.training.config import identity_of as identity_of_run
+from ctrlib.training.finished import clean_up, finish, finished
 from ctrlib.training.run import load_splits, score_once, sizes_of, train_model, write_result
 
 
@@ -101,6 +102,10 @@ def search_and_retrain(
     before = bytes_of(model)
     out.mkdir(parents=True, exist_ok=True)
     unfinished, experiment = out / "unfinished.json", identity_of_run(config, train.schema.hash, train.data_hash)
+    if (result := finished(out, experiment)) is not None:
+        console.print(f"the search in {out} was over; what was left of its clean-up is done")
+        clean_up(out)
+        return result
     _begin(unfinished, experiment)
 
     plan = _plan(method, model, train, valid, settings, seed, out, checkpoints or out / "search", console)
@@ -134,9 +139,7 @@ def search_and_retrain(
     config = {**config, "replaced": describe(smaller)}
     with model_in_the_making(smaller, config, data, out, "search") as making:
         write_result(making, result, ("search.json", "search.png"), functools.partial(plots.search_result, result))
-    for folder in ("search", "checkpoints"):
-        remove(out / folder)  # it is over: started again, it begins anew
-    unfinished.unlink()
+    finish(out, experiment, result, ["search", "checkpoints", unfinished.name])  # started again, it begins anew
     return result
 
 

@@ -21,11 +21,11 @@ from rich.console import Console
 from torch import nn
 
 from ctrlib import models, plots
-from ctrlib._target import check_target
+from ctrlib._target import FINISHED, check_target
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import init_process_group, rank, world_size
 from ctrlib.errors import WrongTypeError, check_path, shown
-from ctrlib.making import new_file, remove, write_text
+from ctrlib.making import new_file, write_text
 from ctrlib.manifest import check_folder
 from ctrlib.model import Model
 from ctrlib.schema import SchemaError
@@ -34,6 +34,7 @@ from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.config import Device, EngineName, Precision, Training, complete, identity_of, training_of
 from ctrlib.training.evaluate import Scores, evaluate, predict, score
 from ctrlib.training.exact import ExactEngine
+from ctrlib.training.finished import finish, finished
 from ctrlib.training.fused import FusedEngine
 from ctrlib.training.loop import Engine, History, fit, to_json
 
@@ -319,6 +320,9 @@ def run(
     if on_built is not None:
         on_built(model)
     sizes = sizes_of(model)
+    identity = identity_of(config, schema.hash, train.data_hash)
+    if out is not None and is_first and finished(out, identity) is not None:
+        (out / FINISHED).unlink()  # from here on it is at work again
     before_training = time.perf_counter() - started
     trainer, history = train_model(
         model,
@@ -326,7 +330,7 @@ def run(
         train,
         valid,
         out=out,
-        identity=identity_of(config, schema.hash, train.data_hash),
+        identity=identity,
         asynchronous_checkpoints=asynchronous_checkpoints,
         tensorboard=tensorboard,
         console=console,
@@ -360,7 +364,7 @@ def run(
     if out is not None and is_first:
         write_result(out, result, ("metrics.json", "curve.png"), functools.partial(plots.learning_curve, history))
         if how.checkpoint_seconds is not None:
-            remove(out / "checkpoints")  # the run is over: started again, it begins anew
+            finish(out, identity, result, ["checkpoints"])  # it is over: started again, it begins anew
     return plain, result
 
 
