@@ -5,11 +5,14 @@ What is there is replaced only if that was said, if it is of the kind that is wr
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from ctrlib._launcher import announced
+from ctrlib._lock import locked, refuse_held
 from ctrlib.errors import CtrlibError, check_path
 from ctrlib.making import settle
 
@@ -111,7 +114,8 @@ def check_target(
         settle(out)  # what a killed command began to replace
     found = kind_of(out)
     if out.exists() and out.is_dir() == (wanted == "file"):
-        raise TargetError(f"--out {out}: that is a {'file' if wanted == 'folder' else 'folder'}, expected a {wanted}")
+        what = "file" if wanted == "folder" else "folder"
+        raise TargetError(f"--out {out}: that is a {what}, expected a {wanted}: give another --out")
     if found is not None and found not in kinds:
         what = NAMES[found]
         if found == "other":
@@ -126,9 +130,38 @@ def check_target(
         )
     place = next(place for place in ((out,) if out.is_dir() else out.parents) if place.exists())
     if not place.is_dir():
-        raise TargetError(f"--out {out}: {place} is a file, so no {wanted} can be made in it")
+        raise TargetError(f"--out {out}: {place} is a file, so no {wanted} can be made in it: give another --out")
     if not os.access(place, os.W_OK):
-        raise TargetError(f"--out {out}: {place} may not be written to")
+        raise TargetError(
+            f"--out {out}: {place} may not be written to (it is read-only, or somebody else's): give another --out, or "
+            "ask for the right to write there"
+        )
+
+
+@contextlib.contextmanager
+def target(
+    out: str | Path,
+    kinds: Kind | tuple[Kind, ...],
+    *,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+    overwrite: bool = False,
+    shared: bool = False,
+) -> Iterator[None]:
+    """As `check_target`, and nobody else writes there for as long as this lasts.
+
+    `shared`: several processes may be started for it, of which the first writes.
+
+    Raises:
+        TargetError: as `check_target`.
+        LockedError: somebody else writes there; the message says who.
+    """
+    inputs = tuple(inputs)
+    check_path("what is to be written", out=out)
+    refuse_held(out)  # which says more than that there is something already
+    check_target(out, kinds, inputs=inputs, overwrite=overwrite)
+    with contextlib.nullcontext() if shared and announced()[0] else locked(out):
+        check_target(out, kinds, inputs=inputs, overwrite=overwrite)  # what somebody else has finished meanwhile
+        yield
 
 
 def _overlap(out: Path, path: Path) -> str | None:

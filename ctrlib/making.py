@@ -23,20 +23,26 @@ import glob
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LAST = "MANIFEST"  # of a folder's entries, moved when all others are in place
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NEW, _WHOLE, _INSIDE = ".new", ".new-whole", "folder"
+Needed = Callable[[int], str]  # how many bytes were written -> "about 4,096 bytes are needed"
+
+
+def _more(written: int) -> str:
+    return f"more than {written:,} bytes are needed"
 
 
 @contextlib.contextmanager
-def new_file(out: str | Path) -> Iterator[Path]:
+def new_file(out: str | Path, *, needed: Needed = _more) -> Iterator[Path]:
     """Where to write a file, which becomes `out` if all goes well, and is removed if not.
 
     Raises:
-        OSError: the disk is full; the message says how much room there is. `out` is as it was.
+        OSError: the disk is full; the message says how much room there is, and what `needed` says of how much it takes.
+            `out` is as it was.
 
     >>> import tempfile
     >>> out = Path(tempfile.mkdtemp()) / "scores.csv"
@@ -54,7 +60,7 @@ def new_file(out: str | Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         # Only if it failed: after the rename nothing is left to do, so that a kill then finds all done.
         stack.push(lambda kind, *_: making.unlink(missing_ok=True) if kind else None)
-        with _naming_a_full_disk(out, making):
+        with _naming_a_full_disk(out, making, needed):
             os.close(os.open(making, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             stack.enter_context(_locked(making))
             yield making
@@ -68,13 +74,14 @@ def write_text(out: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: str | Path, *, keep: bool = False) -> Iterator[Path]:
+def new_folder(out: str | Path, *, keep: bool = False, needed: Needed | int = _more) -> Iterator[Path]:
     """Where to fill a folder, which becomes `out` if all goes well, and is removed if not.
 
-    If there is a folder `out`, its entries give way to the new ones; with `keep`, those of other names stay.
+    If there is a folder `out`, its entries give way to the new ones; with `keep`, those of other names stay. Where it
+    is known how many bytes are `needed`, it is looked before whether there is room for them.
 
     Raises:
-        OSError: the disk is full; the message says how much room there is. `out` is as it was.
+        OSError: as `new_file`.
 
     >>> import tempfile
     >>> out = Path(tempfile.mkdtemp()) / "model"
@@ -93,7 +100,7 @@ def new_folder(out: str | Path, *, keep: bool = False) -> Iterator[Path]:
     making = _hidden(place, f"partial.{name}")
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, making, ignore_errors=True)
-        with _naming_a_full_disk(out, making):
+        with _naming_a_full_disk(out, making, needed):
             making.mkdir()
             stack.enter_context(_locked(making))
             yield making
@@ -104,6 +111,12 @@ def new_folder(out: str | Path, *, keep: bool = False) -> Iterator[Path]:
                 _settle(out)
                 making.rename(out / (_NEW if keep else _WHOLE))
                 _settle(out)
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def settle(folder: str | Path) -> None:
@@ -196,21 +209,27 @@ def _locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _naming_a_full_disk(out: Path, making: Path) -> Iterator[None]:
+def _naming_a_full_disk(out: Path, making: Path, needed: Needed | int) -> Iterator[None]:
     """Whoever wrote, polars, Arrow or safetensors: one error with the numbers that help."""
+
+    def full(written: int) -> OSError:
+        free = shutil.disk_usage(making.parent).free + written
+        need = f"{needed:,} bytes are needed" if isinstance(needed, int) else needed(written)
+        stopped = f", {written:,} were written when the disk was full (or a limit on files was reached)"
+        return OSError(
+            errno.ENOSPC,
+            f"no room for {out}: {need}{stopped if written else ''}, and {free:,} are free without these; what was "
+            "there is as it was. Make room, or give another place",
+        )
+
+    if isinstance(needed, int) and needed > shutil.disk_usage(making.parent).free:
+        raise full(0)
     try:
         yield
     except Exception as error:
         if not _is_full(error):
             raise
-        files = [making] if making.is_file() else making.rglob("*")
-        written = sum(path.stat().st_size for path in files if path.is_file())
-        raise OSError(
-            errno.ENOSPC,
-            f"no room for {out}: {written:,} bytes of it were written when the disk was full (or a limit on files was "
-            f"reached), and {shutil.disk_usage(making.parent).free + written:,} are free without them; what was there "
-            "is as it was. Make room, or give another place",
-        ) from error
+        raise full(size_of(making)) from error
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"doctor"},
     {"errors", "making"},
+    {"_launcher", "_lock"},
     {"_lazy", "_target"},  # an installation that does not load is explained by `doctor`
     {"schema", "batch", "layers", "metrics", "plots", "distributed"},
     {"losses", "manifest"},
@@ -34,7 +35,10 @@ FRIENDS = LAYERS[LEVEL["training"]]
 STRICT = {
     "doctor": (set(), set()),  # runs where nothing else does
     "errors": (set(), set()),
-    "_target": ({"errors", "making"}, set()),  # nobody waits for torch to be told that a folder is taken
+    "_launcher": ({"errors"}, set()),
+    "_lock": ({"errors"}, set()),
+    # Nobody waits for torch to be told that a folder is taken.
+    "_target": ({"errors", "making", "_launcher", "_lock"}, set()),
     "_lazy": ({"doctor"}, set()),
     "metrics": (set(), {"numpy"}),  # an offline AUC needs no torch
     "layers": (set(), {"torch"}),

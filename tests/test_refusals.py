@@ -3,6 +3,7 @@ configs of other models, things of other types; and that the command line says s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import polars as pl
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pytest
 import torch
 from rich.console import Console
+from tyro.conf import Positional
 
 import ctrlib as ctr
 from ctrlib import cli, models, search
@@ -126,6 +128,95 @@ COMMANDS = {
     "compress model data --ratio 2": ("compressed",),
     "predict model x.csv": ("file",),
 }
+
+
+def own_fields(group: type) -> dict[str, Any]:
+    """Name of each argument of a command, as it is typed, -> its type with all that is said of it."""
+    hints, found = get_type_hints(group, include_extras=True), {}
+    for one in dataclasses.fields(group):
+        hint = hints[one.name]
+        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if dataclasses.is_dataclass(plain):
+            found |= own_fields(plain)  # type: ignore[arg-type]
+        else:
+            name = one.name.replace("_", "-")
+            found[name.upper() if Positional in getattr(hint, "__metadata__", ()) else f"--{name}"] = hint
+    return found
+
+
+FIELDS = {name: own_fields(cli.command_class(name)) for name in cli.COMMANDS}
+# Of each command that writes, every argument that is a path, from its class, so that a new one must be thought of here.
+PATHS = [
+    (command, name)
+    for command, named in FIELDS.items()
+    for name, hint in named.items()
+    if "--out" in named and name != "--out" and "path" in repr(hint).lower()
+]
+# What they are, and what the command needs besides.
+READ = {
+    ("prepare", "DATA"): ("x.csv", "prepare x.csv"),
+    ("prepare", "--valid"): ("y.csv", "prepare x.csv --valid y.csv --test x.csv"),
+    ("prepare", "--test"): ("y.csv", "prepare x.csv --valid x.csv --test y.csv"),
+    ("prepare", "--like"): ("data", "prepare x.csv --like data"),
+    ("train", "DATA"): ("data", "train data --epochs 1"),
+    ("train", "--warm-start"): ("model", "train data --epochs 1 --warm-start model"),
+    ("train", "--plan"): ("plan.json", "train data --epochs 1 --engine fused --plan plan.json"),
+    ("train", "--config"): ("model/model.json", "train data --config model/model.json"),
+    ("predict", "MODEL"): ("model", "predict model x.csv"),
+    ("predict", "DATA"): ("x.csv", "predict model x.csv"),
+    ("compress", "MODEL"): ("model", "compress model data --ratio 2"),
+    ("compress", "DATA"): ("data", "compress model data --ratio 2"),
+    ("compress", "--teachers"): ("model2", "compress model data --ratio 2 --teachers model2"),
+    ("search", "DATA"): ("data", "search optfs data"),
+}
+
+
+def test_every_command_that_writes_is_tested_here() -> None:
+    writing = {command for command, named in FIELDS.items() if "--out" in named}
+    assert (
+        {command.split()[0] for command in COMMANDS}
+        == writing
+        == set(cli.COMMANDS)
+        - {
+            *("evaluate", "models", "doctor")  # which write nothing
+        }
+    )
+    assert all("--overwrite" in FIELDS[command] for command in writing)
+    assert set(READ) == set(PATHS)
+
+
+@pytest.mark.parametrize("spelling", ["link", "inside"])
+@pytest.mark.parametrize(("command", "argument"), READ)
+def test_no_argument_is_written_over(
+    command: str, argument: str, spelling: str, home: Path, no_work: None, capsys: Any, monkeypatch: Any
+) -> None:
+    """Under another name, which ends so that any command takes it; in a folder that is read; and around a file."""
+    monkeypatch.chdir(home)
+    shutil.copy("x.csv", "y.csv")
+    (home / "plan.json").write_text("{}")
+    read, line = READ[command, argument]
+    link = home / "link.csv"
+    if spelling == "link":
+        link.symlink_to(home / read)
+        out, how = Path("link.csv"), "is"
+    elif (home / read).is_dir():
+        out, how = Path(read) / "deep" / "scores.csv", "lies in"
+    elif command == "predict":
+        pytest.skip("a file lies around nothing")
+    else:
+        out, how = Path("..") / home.name / Path(read).parent, "holds"
+    before = contents(home)
+    try:
+        status, said = answer(f"{line} --out {out} --overwrite", capsys)
+        assert (status, contents(home)) == (1, before)
+    finally:
+        link.unlink(missing_ok=True)
+        (home / "y.csv").unlink()
+        (home / "plan.json").unlink()
+    if how == "holds":  # more than that, and any of it may be named
+        assert f"--out {out} holds " in said
+    else:
+        assert f"--out {out} {how} {read}, which is read: nothing is written over" in said
 
 
 def test_each_folder_is_known_for_what_it_is(home: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from ctrlib._target import check_target
+from ctrlib._target import target
 from ctrlib.cli.flags import Command
 from ctrlib.cli.kinds import OptionalFloat, OptionalText, Switch, Texts, shown
 from ctrlib.cli.paths import check_model, check_prepared
@@ -92,7 +92,11 @@ class Compress(Command):
             check_model(folder)
         check_prepared(self.data)
         inputs: list[str | Path] = [self.model, self.data, *self.tuning.teachers]
-        check_target(self.output.out, "compressed", inputs=inputs, overwrite=self.output.overwrite)
+        with target(self.output.out, "compressed", inputs=inputs, overwrite=self.output.overwrite):
+            return self._compress(num_bytes)
+
+    def _compress(self, num_bytes: int | None) -> int:
+        budget, tuning = self.budget, self.tuning
 
         from ctrlib.search.compression import compress
         from ctrlib.training.allocator import keep_freed_memory

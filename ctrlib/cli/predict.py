@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
-from ctrlib._target import check_target
+from ctrlib._target import target
 from ctrlib.cli.flags import Command, ScoringFlags
 from ctrlib.cli.kinds import Names, Paths, Switch, shown
 from ctrlib.cli.paths import check_model, check_raw
@@ -56,8 +56,10 @@ class Predict(Command):
         for path in self.data:
             check_raw(path)
         self.scoring.check()
-        check_target(out, "file", inputs=[self.model, *self.data], overwrite=self.output.overwrite)
+        with target(out, "file", inputs=[self.model, *self.data], overwrite=self.output.overwrite):
+            return self._predict(out)
 
+    def _predict(self, out: Path) -> int:
         from ctrlib.serving.predictor import Predictor
 
         predictor = Predictor.load(self.model)

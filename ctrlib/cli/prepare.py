@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Optional, cast, get_args
 from tyro.conf import Positional
 
 from ctrlib._lazy import instead
-from ctrlib._target import check_target
+from ctrlib._target import target
 from ctrlib.cli.flags import Command
 from ctrlib.cli.kinds import (
     Names,
@@ -205,7 +205,13 @@ class Prepare(Command):
             for path in paths:
                 check_raw(path)
         read = [*(path for paths in given.values() for path in paths), self.kept.like]
-        check_target(out, "prepared", inputs=read, overwrite=self.output.overwrite)
+        with target(out, "prepared", inputs=read, overwrite=self.output.overwrite):
+            return self._prepare(given, features, log)
+
+    def _prepare(
+        self, given: dict[str, tuple[Path, ...]], features: list[Feature], log: Callable[[Any], None] | None
+    ) -> Schema:
+        files, column, out = self.file, self.column, self.output.out
 
         from ctrlib.data.prepare import prepare
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional
 
-from ctrlib._target import check_target
+from ctrlib._target import target
 from ctrlib.cli.flags import Command
 from ctrlib.cli.kinds import OptionalName, OptionalPath, Paths, Switch, shown
 from ctrlib.cli.paths import check_prepared, check_raw, holds_parquet
@@ -77,8 +77,13 @@ class Rank(Command):
         out = self.output.out
         for path in self.data:
             check_raw(path)
-        if out is not None:
-            check_target(out, "ranking", inputs=self.data, overwrite=self.output.overwrite)
+        if out is None:
+            return self._rank()
+        with target(out, "ranking", inputs=self.data, overwrite=self.output.overwrite):
+            return self._rank()
+
+    def _rank(self) -> int:
+        out = self.output.out
         with self._prepared() as folder:
             from ctrlib.ranking.run import rank
 

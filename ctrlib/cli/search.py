@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from ctrlib._target import check_target
+from ctrlib._target import target
 from ctrlib.cli.experiment import Experiment, name_of, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags, parse_option
 from ctrlib.cli.kinds import OptionalPath, Settings, Switch
@@ -81,8 +81,14 @@ class Search(Command):
         name = name_of(said) if said else self.model.model
         if out is None:
             out = Path("runs") / f"{self.data.name}-{name}-{self.method}"
-        if not self.experiment.print_config:
-            check_target(out, "search", inputs=[self.data], overwrite=self.output.overwrite)
+        if self.experiment.print_config:
+            return self._search(out, said, settings)
+        inputs = [self.data, self.experiment.config]
+        with target(out, "search", inputs=inputs, overwrite=self.output.overwrite):
+            return self._search(out, said, settings)
+
+    def _search(self, out: Path, said: dict[str, Any] | None, settings: dict[str, Any]) -> int:
+        how = self.training
 
         from ctrlib.search.experiment import HEEDED, experiment_of, parts_of
 

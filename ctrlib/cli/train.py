@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from ctrlib._target import check_target
+from ctrlib._target import target
 from ctrlib.cli.experiment import Experiment, name_of, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
 from ctrlib.cli.kinds import OptionalPath, Switch
@@ -97,9 +97,14 @@ class Train(Command):
         check_prepared(self.data)
         said = self._read()
         out = self.output.out or Path("runs") / f"{self.data.name}-{name_of(said) if said else self.model.model}"
-        if not self.experiment.print_config:
-            inputs = [self.data, how.warm_start, engine.plan]
-            check_target(out, ("model", "run"), inputs=inputs, overwrite=self.output.overwrite)
+        if self.experiment.print_config:
+            return self._train(said, out)
+        inputs = [self.data, how.warm_start, engine.plan, self.experiment.config]
+        with target(out, ("model", "run"), inputs=inputs, overwrite=self.output.overwrite, shared=True):
+            return self._train(said, out)
+
+    def _train(self, said: dict[str, Any] | None, out: Path) -> int:
+        how, engine = self.training, self.engine
         if how.warm_start is not None:
             check_model(how.warm_start)
         if engine.plan is not None and not engine.plan.is_file():
@@ -113,9 +118,7 @@ class Train(Command):
         if self.experiment.print_config:
             print(json.dumps(config, indent=1))
             return 0
-        return self._train(config, out)
 
-    def _train(self, config: dict[str, Any], out: Path) -> int:
         from ctrlib.distributed import rank
         from ctrlib.serving.model_folder import save_model
         from ctrlib.serving.warm_start import warm_start

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from ctrlib._lock import locked
 from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, raw_id, text, without_bad_rows
 from ctrlib.data.columns import Columns, Ragged, lists_of, offsets_of
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
@@ -180,11 +181,12 @@ class Encoder:
 
         Raises:
             FileExistsError: it is there already, and not empty.
+            LockedError: somebody else writes into it; the message says who.
         """
         out = Path(folder)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} exists and is not empty: give another folder")
-        with new_folder(out) as making:
+        with locked(out), new_folder(out) as making:
             self._write(making)
 
     def _write(self, folder: Path) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
+import polars as pl
 import rich
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ctrlib._target import check_target
+from ctrlib._target import check_target, target
 from ctrlib.data import remarks
 from ctrlib.data.cells import TOO_LARGE, check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
@@ -32,7 +33,7 @@ from ctrlib.data.unknown import refuse_two_spellings
 from ctrlib.data.vocabulary import fit, values_in, vocabulary_path
 from ctrlib.data.workers import ThisMachine, Workers
 from ctrlib.errors import check_callable, check_path, check_type
-from ctrlib.making import new_folder
+from ctrlib.making import new_folder, size_of
 from ctrlib.manifest import write_manifest
 from ctrlib.schema import Feature, Numeric, RawId, Schema, SchemaError, kind_of
 
@@ -115,6 +116,7 @@ def prepare(
         DataError: the data is damaged; the message names file, row and column.
         ValueError: an argument is out of range, or `extend` comes without `like`.
         TargetError: `out` is there already, is something else than a prepared folder, or is what is read.
+        LockedError: somebody else writes into `out`; the message says who.
         TypeError: an argument is of another type.
 
     >>> import tempfile
@@ -180,7 +182,18 @@ def prepare(
     raw_format = {**said, "missing_values": list(said["missing_values"])}
     reading: dict[str, Any] = {name: said[name] for name in ("separator", "columns", "missing_values")}
     parts = _parts(data)
-    with new_folder(out) as folder:
+
+    def needed(written: int) -> str:
+        about = 2 * max(written, sum(map(_bytes_of, files)))
+        return (
+            f"about {about:,} bytes are needed (an estimate: twice the size of what is read or, where that is more, of "
+            "what was written)"
+        )
+
+    with (
+        target(out, "prepared", inputs=read, overwrite=overwrite),
+        new_folder(out, needed=needed) as folder,
+    ):
         workers = _workers(parts, spark, folder)
         tables = {
             name: workers.read(part, folder / "raw" / name, name=name, on_bad_row=on_bad_row, **reading)
@@ -267,6 +280,13 @@ def prepare(
     if log is not None:
         report.show(out, log)
     return schema
+
+
+def _bytes_of(data: Any) -> int:
+    """As it lies on disk, or in memory; 0 where that is not known."""
+    if isinstance(data, str | os.PathLike):
+        return size_of(Path(data))
+    return data.estimated_size() if isinstance(data, pl.DataFrame) else 0
 
 
 def _check_stratify(stratify: str | None, labels: Sequence[str], split_by: str | None, is_split: bool) -> None:

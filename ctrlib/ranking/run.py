@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from ctrlib._lazy import instead
+from ctrlib._target import target
 from ctrlib.data.prepare import prepare
 from ctrlib.data.raw import RawData
 from ctrlib.data.scan import DataError
@@ -73,8 +74,14 @@ class Ranking:
         return pl.DataFrame(rows, infer_schema_length=None)
 
     def save(self, out: str | Path) -> None:
-        """Write ranking.json and ranking.parquet into a folder, which is made or replaced when they are whole."""
-        with new_folder(Path(out)) as folder:
+        """Write ranking.json and ranking.parquet into a folder, which is made or replaced when they are whole.
+
+        Raises:
+            TargetError: `out` is something else than a folder of an earlier ranking.
+            LockedError: somebody else writes into it; the message says who.
+            OSError: the disk is full.
+        """
+        with target(out, "ranking", overwrite=True), new_folder(out) as folder:
             self.frame().write_parquet(folder / "ranking.parquet")
             (folder / "ranking.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 

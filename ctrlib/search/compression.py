@@ -13,6 +13,7 @@ from rich.console import Console
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ctrlib import plots
+from ctrlib._lock import holding
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
 from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
@@ -48,6 +49,7 @@ class Candidate:
     valid_log_loss: float
 
 
+@holding()
 def compress(
     folder: str | Path,
     data: str | Path,
@@ -89,6 +91,7 @@ def compress(
         SchemaError: the data were prepared differently.
         DataError: train or valid has one class of a label only, or no row with weight.
         TargetError: `out` is a model or the data, or holds something else than a compressed model.
+        LockedError: somebody else writes into `out`; the message says who.
         TypeError: an argument is of another type.
     """
     if isinstance(teachers, str) or not isinstance(teachers, Sequence):

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from ctrlib import models, plots
+from ctrlib._lock import holding
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
 from ctrlib.errors import WrongTypeError, check_path, check_type, shown
@@ -33,6 +34,7 @@ from ctrlib.training.finished import clean_up, finish, finished
 from ctrlib.training.run import load_splits, score_once, sizes_of, train_model, write_result
 
 
+@holding()
 def search_and_retrain(
     method: str,
     data: str | Path,
@@ -76,6 +78,7 @@ def search_and_retrain(
     Raises:
         ValueError: an argument does not fit, or `out` holds another search.
         TargetError: `out` is the data, or a folder of another kind.
+        LockedError: somebody else writes into `out`; the message says who.
         DataError: train or valid has one class of a label only, or no row with weight.
         TypeError: an argument is of another type.
     """

@@ -22,14 +22,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ctrlib import models
-from ctrlib._target import check_target
+from ctrlib._target import target
 from ctrlib.data.quantiles import has_points
 from ctrlib.errors import ArgumentError, check_path, check_type
-from ctrlib.making import new_folder, remove
+from ctrlib.making import new_folder, remove, size_of
 from ctrlib.manifest import load_schema, manifest_of, write_manifest
 from ctrlib.schema import Schema, SchemaError
 from ctrlib.structure import attributes
 from ctrlib.training.config import differences
+
+BESIDE = 1 << 16  # bytes of a model folder beside weights and vocabularies, and some to spare
 
 
 def save_model(
@@ -49,16 +51,17 @@ def save_model(
         SchemaError: a file of `data` that is copied is damaged.
         ValueError: `config` describes another model than this one, or none.
         TargetError: `out` is `data`, or a prepared folder.
+        LockedError: somebody else writes into `out`; the message says who.
         TypeError: an argument is of another type.
         OSError: the disk is full.
     """
     check_type("a torch module", nn.Module, model=model)
     check_type('a dictionary {"model": name, **arguments}', dict, config=config)
     check_path("a prepared folder", data=data)
-    check_target(out, ("model", "run", "search", "compressed", "other"), inputs=[data], overwrite=True)
-    _check_config(model, config, load_schema(data), modules)
-    with model_in_the_making(model, config, data, out):
-        pass
+    with target(out, ("model", "run", "search", "compressed", "other"), inputs=[data], overwrite=True):
+        _check_config(model, config, load_schema(data), modules)
+        with model_in_the_making(model, config, data, out):
+            pass
 
 
 @contextlib.contextmanager
@@ -75,13 +78,15 @@ def model_in_the_making(
     if (manifest := manifest_of(data)) is not None:
         for name in (name for part in parts for name in manifest.under(part)):
             manifest.check(name)  # before a copy of it gets a checksum of its own
-    with new_folder(out, keep=True) as making:
+    tensors = model.state_dict()
+    needed = sum(tensor.nbytes for tensor in tensors.values()) + sum(size_of(data / part) for part in parts) + BESIDE
+    with new_folder(out, keep=True, needed=needed) as making:
         schema.save(making / "schema.json", manifest=True)
         for part in parts:
             shutil.copytree(data / part, making / part)
         (making / "model.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         # Cloned, since tables of a model that has scored are views of one tensor (`ctrlib.serving.direct`).
-        weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+        weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(weights, str(making / "model.safetensors"), metadata={"schema_hash": schema.hash})
         shutil.copymode(making / "model.json", making / "model.safetensors")  # safetensors lets nobody else read it
         yield making

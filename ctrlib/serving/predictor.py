@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ctrlib._lazy import instead
-from ctrlib._target import check_target
+from ctrlib._target import check_target, target
 from ctrlib.batch import Batch
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns
@@ -122,6 +122,7 @@ class Predictor:
         Raises:
             ValueError: `out` has another ending, or a column to keep has the name of a label.
             TargetError: `out` is there already, or it is the data, or lies in the model folder.
+            LockedError: somebody else writes `out`; the message says who.
             SchemaError, DataError: as `predict`.
             OSError: the disk is full.
         """
@@ -132,14 +133,25 @@ class Predictor:
         check_path("a .csv or .parquet file", out=out)
         check_whole(1, batch_size=batch_size)
         check_on_bad_row(on_bad_row)
-        check_target(out, "file", inputs=[*paths_of(data), self.folder], overwrite=overwrite)
+        inputs = [*paths_of(data), self.folder]
+        check_target(out, "file", inputs=inputs, overwrite=overwrite)
         out, report = Path(out), Report(self.encoder)
         if out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"the file to write must end in .csv or .parquet, got {out.name!r}")
         check_type("a sequence of names of columns", Sequence, keep=keep)
         if clash := sorted(set(keep) & set(self.schema.labels)):
             raise ValueError(f"columns {clash} cannot be kept, the probabilities have these names: leave them out")
-        with new_file(out) as partial, contextlib.ExitStack() as stack:
+        size = 0
+
+        def needed(written: int) -> str:
+            rows = report.counts.rows
+            return f"about {max(size, written):,} bytes are needed for the first {rows:,} rows" + (
+                f", {size / rows:.1f} for each row" if size else ""
+            )
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(target(out, "file", inputs=inputs, overwrite=overwrite))
+            partial = stack.enter_context(new_file(out, needed=needed))
             writer: Any = None
             for scores, kept in self.stream(
                 data, batch_size=batch_size, on_bad_row=on_bad_row, keep=keep, report=report
@@ -147,6 +159,7 @@ class Predictor:
                 frame = kept.hstack(scores) if keep else scores
                 if out.suffix == ".parquet":
                     table = frame.to_arrow()
+                    size += table.nbytes
                     writer = writer or stack.enter_context(pq.ParquetWriter(partial, table.schema))
                     for field in table.schema:
                         if field.type != (before := writer.schema.field(field.name).type):
@@ -156,9 +169,10 @@ class Predictor:
                             )
                     writer.write_table(table)
                 else:
-                    first = writer is None
+                    text = frame.write_csv(include_header=writer is None).encode()
+                    size += len(text)
                     writer = writer or stack.enter_context(partial.open("wb"))
-                    frame.write_csv(writer, include_header=first)
+                    writer.write(text)
                 if progress is not None:
                     progress(report.counts.rows)
             if writer is None:

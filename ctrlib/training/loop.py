@@ -21,9 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
 
+from ctrlib._lock import locked
 from ctrlib.batch import Batch
 from ctrlib.distributed import any_rank, rank, total, world_size
 from ctrlib.errors import CtrlibError, check_batches, check_has, check_type, check_whole
+from ctrlib.making import write_text
 from ctrlib.sharding.shards import State
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.config import refuse_another
@@ -136,6 +138,7 @@ def fit(
     Raises:
         NonFiniteLossError: a loss is NaN or infinite; the batch is saved under `out` and no weight has seen it.
         LostProcessError: another process died or hangs; start again to go on.
+        LockedError: somebody else trains into `out`, or with these checkpoints; the message says who.
         ValueError: max_epochs or patience is below 1; validation holds one class only, so that no epoch can be chosen;
             or the checkpoint is of another run.
     """
@@ -146,6 +149,8 @@ def fit(
     console = console or Console(stderr=True)
     keeper = Keeper(engine, train, checkpoints, identity or {}, console, seconds=checkpoint_seconds)
     with contextlib.ExitStack() as stack:
+        for folder in (out, None if checkpoints is None else checkpoints.folder):
+            stack.enter_context(locked(folder) if folder is not None and rank() == 0 else contextlib.nullcontext())
         stack.enter_context(keeper)
         stack.enter_context(_name_lost_processes())
         progress = keeper.progress()  # before the log is opened: that of another run stays as it is
@@ -455,11 +460,9 @@ class _Log:
     """log.jsonl, and TensorBoard events if asked for."""
 
     def __init__(self, out: Path | None, tensorboard: bool) -> None:
-        self._file = None
+        self._path = None if out is None else out / "log.jsonl"
+        self._lines: list[str] = []
         self._events: Any = None
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            self._file = (out / "log.jsonl").open("w", encoding="utf-8")
         if tensorboard:
             if out is None:
                 raise ValueError("tensorboard=True needs out=, the folder for the event files")
@@ -473,9 +476,9 @@ class _Log:
 
     def write(self, line: Epoch) -> None:
         values = dataclasses.asdict(line)
-        if self._file is not None:
-            self._file.write(to_json(values) + "\n")
-            self._file.flush()
+        if self._path is not None:  # another run's stays until there is something to say
+            self._lines.append(to_json(values) + "\n")
+            write_text(self._path, "".join(self._lines))
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, line.epoch)
@@ -484,7 +487,5 @@ class _Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
         if self._events is not None:
             self._events.close()

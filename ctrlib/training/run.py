@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from ctrlib import models, plots
+from ctrlib._lock import holding
 from ctrlib._target import FINISHED, check_target
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import init_process_group, rank, world_size
@@ -242,6 +243,7 @@ def write_result(folder: Path, result: dict[str, Any], names: tuple[str, str], d
         draw(making)
 
 
+@holding(when=lambda: rank() == 0)
 def run(
     data: str | Path,
     config: Mapping[str, Any],
@@ -283,6 +285,7 @@ def run(
     Raises:
         ValueError: an entry of the config does not fit, or `out` holds the checkpoints of another run.
         TargetError: `out` is the data, or a folder of another kind.
+        LockedError: somebody else writes into `out`; the message says who.
         DataError: train or valid has one class of a label only, or no row with weight.
         TypeError: an argument is of another type.
     """
