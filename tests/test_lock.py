@@ -247,6 +247,7 @@ WRITERS: dict[str, Callable[[Path, Path], Any]] = {
     "search_and_retrain": lambda home, out: search_and_retrain("optfs", home / "data", CONFIG, out),
     "compress": lambda home, out: compress(home / "model", home / "data", out, ratio=2),
     "predict_to": lambda home, out: load(home).predict_to(home / "x.csv", out),
+    "Ranking.save": lambda home, out: ctr.rank(home / "data").save(out),
     "Encoder.save": lambda home, out: load(home).encoder.save(out),
     "fit": lambda home, out: fit(home, out=out),
     "fit with checkpoints": lambda home, out: fit(home, checkpoints=ctr.Checkpoints(out)),

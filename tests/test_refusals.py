@@ -72,6 +72,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, markers in {
         "compressed": ["model.json", "schema.json", "compression.json"],
         "searched": ["model.json", "schema.json", "search.json", "plan.safetensors"],
+        "ranked": ["ranking.json", "ranking.parquet"],
         "run": ["metrics.json", "log.jsonl", "curve.png"],
         "other": ["thesis.txt"],
     }.items():
@@ -106,6 +107,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "evaluate", reached)
     monkeypatch.setattr("ctrlib.search.compression.evaluate", reached)
     monkeypatch.setattr("ctrlib.search.stages.search_epochs", reached)
+    monkeypatch.setattr("ctrlib.ranking.run.rank", reached)
     monkeypatch.setattr(ctr.Predictor, "_encoded", reached)
 
 
@@ -119,7 +121,7 @@ def no_work(no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 KINDS: dict[str, Kind] = {
     **{"data2": "prepared", "model2": "model", "compressed": "compressed", "searched": "search", "run": "run"},
-    **{"other": "other", "scores.csv": "file"},
+    **{"ranked": "ranking", "other": "other", "scores.csv": "file"},
 }
 COMMANDS = {
     "prepare x.csv": ("prepared",),
@@ -127,6 +129,7 @@ COMMANDS = {
     "search optfs data": ("search",),
     "compress model data --ratio 2": ("compressed",),
     "predict model x.csv": ("file",),
+    "rank data": ("ranking",),
 }
 
 
@@ -168,19 +171,17 @@ READ = {
     ("compress", "DATA"): ("data", "compress model data --ratio 2"),
     ("compress", "--teachers"): ("model2", "compress model data --ratio 2 --teachers model2"),
     ("search", "DATA"): ("data", "search optfs data"),
+    ("search", "--config"): ("search.json", "search optfs data --config search.json"),
+    ("rank", "DATA"): ("data", "rank data"),
+    ("rank", "--valid"): ("y.csv", "rank x.csv --valid y.csv --test x.csv"),
+    ("rank", "--test"): ("y.csv", "rank x.csv --valid x.csv --test y.csv"),
 }
 
 
 def test_every_command_that_writes_is_tested_here() -> None:
     writing = {command for command, named in FIELDS.items() if "--out" in named}
-    assert (
-        {command.split()[0] for command in COMMANDS}
-        == writing
-        == set(cli.COMMANDS)
-        - {
-            *("evaluate", "models", "doctor")  # which write nothing
-        }
-    )
+    assert {command.split()[0] for command in COMMANDS} == writing
+    assert set(cli.COMMANDS) - writing == {"evaluate", "models", "doctor"}  # which write nothing
     assert all("--overwrite" in FIELDS[command] for command in writing)
     assert set(READ) == set(PATHS)
 
@@ -194,6 +195,7 @@ def test_no_argument_is_written_over(
     monkeypatch.chdir(home)
     shutil.copy("x.csv", "y.csv")
     (home / "plan.json").write_text("{}")
+    (home / "search.json").write_text('{"model": "deepfm"}')
     read, line = READ[command, argument]
     link = home / "link.csv"
     if spelling == "link":
@@ -213,6 +215,7 @@ def test_no_argument_is_written_over(
         link.unlink(missing_ok=True)
         (home / "y.csv").unlink()
         (home / "plan.json").unlink()
+        (home / "search.json").unlink()
     if how == "holds":  # more than that, and any of it may be named
         assert f"--out {out} holds " in said
     else:

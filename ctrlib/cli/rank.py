@@ -79,7 +79,8 @@ class Rank(Command):
             check_raw(path)
         if out is None:
             return self._rank()
-        with target(out, "ranking", inputs=self.data, overwrite=self.output.overwrite):
+        inputs = [*self.data, *(self.file.valid or ()), *(self.file.test or ())]
+        with target(out, "ranking", inputs=inputs, overwrite=self.output.overwrite):
             return self._rank()
 
     def _rank(self) -> int:
