@@ -12,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
 from ctrlib.embeddings import table
+from ctrlib.errors import WrongTypeError
 from ctrlib.models import MODELS, build, for_engine
 from ctrlib.testing import example_batch, example_schema
 
@@ -33,6 +34,36 @@ def make(name: str, engine: str = "exact", **layout: Any) -> ctr.Model:
     if "hidden" in MODELS[name].arguments:
         config["hidden"] = (8, 6)
     return build(for_engine(config, engine), SCHEMA)
+
+
+FIRSTS = {
+    "schema": SCHEMA,
+    "data": "data/clicks",
+    "features": SCHEMA.features,
+    "config": {"embedding_dim": 8},
+    "width": 16,
+    "none": None,
+    "class": ctr.Inputs,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_wrong_first_argument_is_answered(name: str) -> None:
+    """By the class of errors that users cause, with how it is called."""
+    make, cure = getattr(ctr.models, name), rf"write ctrlib\.models\.{name}\(ctrlib\.Inputs\(schema"
+    for first in FIRSTS.values():
+        for call in (lambda first=first: make(first), lambda first=first: make(inputs=first)):  # type: ignore[misc]
+            with pytest.raises(WrongTypeError, match=rf"{name} takes ctrlib\.Inputs first, got .*{cure}"):
+                call()
+    with pytest.raises(WrongTypeError, match=rf"{name} takes ctrlib\.Inputs first, got nothing: {cure}"):
+        make()
+    with pytest.raises(WrongTypeError, match=rf"{name} takes ctrlib\.Inputs first, got int 8: {cure}"):
+        make(8, ctr.Inputs(SCHEMA))  # the other way round
+    inputs = ctr.Inputs(SCHEMA, embedding_dim=8)
+    with pytest.raises(WrongTypeError, match="by position and all else by name, got int 3"):
+        make(inputs, 3)
+    with pytest.raises(WrongTypeError, match=rf"{name} takes no \['no_such'\]; (the closest are|only inputs)"):
+        make(inputs, no_such=3)
 
 
 @pytest.mark.parametrize("name", MODELS)

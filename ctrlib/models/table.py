@@ -6,6 +6,7 @@ for `PublishedModel.defaults` and `costs`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ctrlib._lazy import instead
+from ctrlib.errors import WrongTypeError, shown
 from ctrlib.models import arguments, interaction, multitask, sequence
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ class PublishedModel:
             ValueError: its docstring does not begin as that of a published model.
         """
         if make.__doc__ is None and sys.flags.optimize == 2:  # python -OO drops them
-            return cls(make.__name__, make, kind, make.__name__, "", "", "", "")
+            return cls(make.__name__, _checked(make), kind, make.__name__, "", "", "", "")
         first, _, details = (inspect.getdoc(make) or "").partition("\n\n")
         found = _FIRST.fullmatch(" ".join(first.split()))
         if found is None:
@@ -57,7 +60,7 @@ class PublishedModel:
                 f"the docstring of {make.__module__}.{make.__name__} begins with {first!r}, expected "
                 "'TITLE (AUTHORS, VENUE YEAR, https://ADDRESS): WHAT IT COMPUTES.'"
             )
-        return cls(make.__name__, make, kind, details=details, **found.groupdict())
+        return cls(make.__name__, _checked(make), kind, details=details, **found.groupdict())
 
     def _parameters(self) -> list[inspect.Parameter]:
         return list(inspect.signature(self.make).parameters.values())[1:]  # the first is `inputs`
@@ -92,6 +95,29 @@ class PublishedModel:
             takes = inspect.signature(getattr(importlib.import_module(f"ctrlib.{package}"), part)).parameters
             found |= {name: takes[name].default for name in getattr(arguments, shared).__annotations__}
         return found
+
+
+def _checked(make: Callable[..., Model]) -> Callable[..., Model]:
+    """The same function, which refuses what is no `Inputs`, more than that by position, and names that it has not."""
+
+    @functools.wraps(make)
+    def checked(*positional: Any, **named: Any) -> Model:
+        from ctrlib.inputs import Inputs
+
+        name = make.__name__
+        given = [*positional, *([named.pop("inputs")] if "inputs" in named and not positional else [])]
+        call = f"ctrlib.models.{name}(ctrlib.Inputs(schema, embedding_dim=16), ...)"
+        if not given or not isinstance(given[0], Inputs):
+            got = shown(given[0]) if given else "nothing"
+            raise WrongTypeError(f"{name} takes ctrlib.Inputs first, got {got}: write {call}")
+        if len(given) > 1:
+            raise WrongTypeError(f"{name} takes ctrlib.Inputs by position and all else by name, got {shown(given[1])}")
+        takes = MODELS[name].arguments
+        if unknown := sorted(set(named) - set(takes)):
+            raise WrongTypeError(f"{name} takes no {unknown}; {instead(unknown, takes) if takes else 'only inputs'}")
+        return make(given[0], **named)
+
+    return checked
 
 
 MODELS: dict[str, PublishedModel] = {
