@@ -1,9 +1,10 @@
-"""Damage done to prepared folders and model folders: each must be refused, by the name of a file.
+"""Damage to prepared folders, model folders and folders of checkpoints: each must be refused, by the name of a file.
 
     python tests/damaged_folders.py --trials 1000
 
 Flipped bits, files cut, emptied, deleted, or swapped for that of another folder. A damage that is not noticed, or that
-is not named, makes the exit code 1. `tests/faults.py` does the same to checkpoints.
+is not named, makes the exit code 1. Of a folder of checkpoints, the newest good one is what was saved, and each that is
+damaged is refused when it is asked for. `tests/faults.py` goes on from such checkpoints to the end of a run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import torch
 import tyro
 
 import ctrlib as ctr
@@ -24,6 +26,7 @@ from ctrlib.data import codes
 from ctrlib.manifest import check_folder
 
 CONFIG = {"model": "mlp", "embedding_dim": 4, "hidden": [8], "numeric": "bucketised"}
+KINDS = ("data", "model", "checkpoints")
 DAMAGES = ("flip", "cut", "empty", "delete", "swap")
 
 
@@ -32,7 +35,7 @@ class Trials:
     """How much is tried."""
 
     trials: int = 1000
-    """Damaged folders, of which half are prepared folders and half model folders."""
+    """Damaged folders: a third each are prepared folders, model folders and folders of checkpoints."""
     seed: int = 0
     """Number that files and damages are drawn from."""
 
@@ -65,9 +68,45 @@ def make(folder: Path, seed: int) -> None:
     config = {**CONFIG, "edges": ctr.quantile_edges(folder / "data", 4)}
     ctr.save_model(ctr.models.build(config, schema), config, folder / "data", folder / "model")
 
+    with ctr.Checkpoints(folder / "checkpoints", keep_last=3) as checkpoints:
+        for step in STEPS:
+            needs = checkpoints.last if step == STEPS[-1] else None
+            checkpoints.save(step, tensors(seed, step), {"seed": seed, "step": step}, needs=needs)
+
+
+def tensors(seed: int, step: int) -> dict[str, torch.Tensor]:
+    """What is saved at a step."""
+    generator = torch.Generator().manual_seed(10 * seed + step)
+    return {"table": torch.randn(40, 4, generator=generator), "bias": torch.randn(3, generator=generator)}
+
+
+def read_checkpoints(folder: Path) -> None:
+    """Read the newest good checkpoint, then each by its name; what is read must be what was saved.
+
+    Raises:
+        CheckpointError: with all that was said meanwhile.
+    """
+    said: list[str] = []
+    with ctr.Checkpoints(folder, log=said.append) as checkpoints:
+        for name in (None, *(f"step-{step:09d}" for step in STEPS)):
+            found = {key: torch.zeros_like(tensor) for key, tensor in tensors(0, 1).items()}
+            try:
+                state = checkpoints.load(found, name=name)
+            except ctr.CheckpointError as error:
+                said.append(str(error))
+                continue
+            assert state is not None, f"{folder} is taken for one in which nothing was saved"
+            for key, tensor in tensors(0, state["step"]).items():
+                assert state["seed"] == 0 and torch.equal(found[key], tensor), f"{name}: other values of {key}"
+    if said:
+        raise ctr.CheckpointError("; ".join(said))
+
 
 def read(folder: Path) -> None:
     """Read all that training and prediction read."""
+    if folder.name == "checkpoints":
+        read_checkpoints(folder)
+        return
     if (folder / "model.json").exists() or not (folder / "train").exists():
         ctr.Predictor.load(folder).predict(rows(9, 20))
         return
@@ -109,6 +148,8 @@ def judged(folder: Path) -> str:
     except ctr.SchemaError as error:
         named = any(f"{folder / name}" in str(error) for name in NAMES)
         return "named" if named and "copy" in str(error) else f"names no file or no cure: {error}"
+    except ctr.CheckpointError as error:
+        return "named" if any(name in str(error) for name in OF_CHECKPOINTS) else f"names no file: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "read as if nothing was"
@@ -116,6 +157,11 @@ def judged(folder: Path) -> str:
 
 NAMES = ("MANIFEST", "schema.json", "model.json", "model.safetensors", "report.json", "groups.parquet",
          "vocab/", "numbers/", "train/", "valid/", "test/")  # fmt: skip
+
+
+STEPS = (1, 2, 3)  # the last needs the one before it
+OF_CHECKPOINTS = ("LATEST", *(f"step-{step:09d}/{name}" for step in STEPS for name in (
+    "MANIFEST", "tensors-0.bin", "tensors.json", "state.json")))  # fmt: skip
 
 
 def try_one(kind: str, sources: tuple[Path, Path], place: Path, rng: random.Random) -> tuple[str, str]:
@@ -137,13 +183,13 @@ def main() -> int:
         for seed, source in enumerate(sources):
             make(source, seed)
         for number in range(trials.trials):
-            done, verdict = try_one(("data", "model")[number % 2], sources, Path(temporary), rng)
+            done, verdict = try_one(KINDS[number % len(KINDS)], sources, Path(temporary), rng)
             seen[" ".join(done.split()[:2])] += 1
             if verdict != "named":
                 bad += 1
                 print(f"{done}: {verdict}")
     for what, number in sorted(seen.items()):
-        print(f"{what:15} {number:5}")
+        print(f"{what:20} {number:5}")
     print(f"{trials.trials} damaged folders, {bad} of them not refused by the name of a file")
     return int(bad > 0)
 

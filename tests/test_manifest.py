@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
-from damaged_folders import CONFIG, make, rows, try_one
+from damaged_folders import CONFIG, KINDS, judged, make, rows, try_one
 
 import ctrlib as ctr
 from ctrlib import making, manifest
@@ -61,11 +61,16 @@ def flip(path: Path, position: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- damages
 
 
-@pytest.mark.parametrize("kind", ["data", "model"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_never_silent_and_always_named(sources: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     rng = random.Random(len(kind))
     bad = [tried for _ in range(40) if (tried := try_one(kind, sources, tmp_path, rng))[1] != "named"]
     assert bad == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_whole_is_read(sources: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    assert judged(shutil.copytree(sources[0] / kind, tmp_path / kind)) == "read as if nothing was"
 
 
 def test_what_a_manifest_says(data: Path, model: Path) -> None:
