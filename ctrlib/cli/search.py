@@ -114,7 +114,7 @@ class Search(Command):
             print(to_json(result))
             return 0
         print(fill("\n".join(result["summary"].get("words", ()))))
-        print_scores(result, f"{self.method}, {config['model']} on {self.data}")
+        print_scores(result, f"{self.method}, {name_of(config)} on {self.data}")
         ratio = result["ratio"]
         change = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times as many"  # with crosses
         summary = (

@@ -24,7 +24,7 @@ from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
 from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling, totals_of_labels
 from ctrlib.data.infer import HOURS, NO_CELLS
-from ctrlib.data.like import Earlier
+from ctrlib.data.like import RAW_FORMAT, Earlier
 from ctrlib.data.raw import RawData
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.split import SPLITS, check_ratio, split_table
@@ -154,33 +154,27 @@ def prepare(
     for feature in given:
         check_type("features such as ctr.Categorical(name) or ctr.Numeric(name)", Feature, feature=feature)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    said: dict[str, Any] = {
-        "labels": (labels,) if isinstance(labels, str) else labels if labels is None else tuple(labels),
-        "weight": weight,
-        "group": group,
-        "separator": separator,
-        "columns": list(columns) if columns else None,
-        "missing_values": missing_values,
-        "missing_labels": missing_labels,
-        "label_positive": dict(label_positive) if label_positive else None,
-    }
     earlier = None if like is None else Earlier.load(like, extend=extend)
-    if earlier is None:
-        if extend:
-            raise ValueError("extend=True adds values to those of another folder: name it by like=FOLDER (--like)")
-        usual = {"labels": ("label",), "missing_values": ("",), "missing_labels": "raise"}
-        said |= {name: value for name, value in usual.items() if said[name] is None}
-    else:
-        said = earlier.settle(said)
-    targets, weight, group = (said.pop(name) for name in ("labels", "weight", "group"))
-    options: dict[str, Any] = {name: said[name] for name in ("missing_labels", "label_positive")}
-    label_positive = said["label_positive"]
-    check_arguments(given, targets, min_count, max_values, on_bad_row, **options)
-    _check_stratify(stratify, targets, split_by, isinstance(data, Mapping))
+    said = _settled(
+        {
+            "labels": (labels,) if isinstance(labels, str) else labels if labels is None else tuple(labels),
+            "weight": weight,
+            "group": group,
+            "separator": separator,
+            "columns": list(columns) if columns else None,
+            "missing_values": missing_values,
+            "missing_labels": missing_labels,
+            "label_positive": dict(label_positive) if label_positive else None,
+        },
+        earlier,
+        extend,
+    )
+    check_arguments(
+        given, said["labels"], min_count, max_values, on_bad_row, said["missing_labels"], said["label_positive"]
+    )
+    _check_stratify(stratify, said["labels"], split_by, isinstance(data, Mapping))
     if earlier is not None:
         earlier.check_features(given, min_count, max_values)
-    raw_format = {**said, "missing_values": list(said["missing_values"])}
-    reading: dict[str, Any] = {name: said[name] for name in ("separator", "columns", "missing_values")}
     parts = _parts(data)
 
     def needed(written: int) -> str:
@@ -194,92 +188,183 @@ def prepare(
         target(out, "prepared", inputs=read, overwrite=overwrite),
         new_folder(out, needed=needed) as folder,
     ):
-        workers = _workers(parts, spark, folder)
-        tables = {
-            name: workers.read(part, folder / "raw" / name, name=name, on_bad_row=on_bad_row, **reading)
+        making = _Preparation(folder, _workers(parts, spark, folder), said, earlier, on_bad_row)
+        making.read(parts)
+        if not isinstance(data, Mapping):
+            making.split(split, split_by=split_by, seed=seed, stratify=stratify)
+        rare = {"min_count": 1 if min_count is None else min_count, "max_values": max_values}
+        making.describe(given, split_by, ignore, rare)
+        making.leave_out_bad_rows()
+        making.fit()
+        making.leave_out_numbers_too_large()
+        making.begin_report()
+        making.refuse_other_spellings()
+        if _fit_only and earlier is None and log is None and isinstance(making.workers, ThisMachine):
+            making.check_train()
+            making.write_points()
+            return making.schema
+        making.write()
+        making.remark(split_by)
+        making.write_points()
+        making.complete(note)
+    if log is not None:
+        making.report.show(out, log)
+    return making.schema
+
+
+class _Preparation:
+    """What `prepare` does once all that was said is settled, step by step, each of which needs those before it."""
+
+    schema: Schema
+    reasons: dict[str, str]  # column -> why it is what it is
+    report: _Report
+
+    def __init__(
+        self, folder: Path, workers: Workers, said: Mapping[str, Any], earlier: Earlier | None, on_bad_row: OnBadRow
+    ) -> None:
+        self.folder, self.workers, self.said, self.earlier = folder, workers, said, earlier
+        self.on_bad_row: OnBadRow = on_bad_row
+        self.label_positive: Mapping[str, str] | None = said["label_positive"]
+        self.rows_of: dict[str, pl.Expr] = {}  # split -> its rows, where one table is to be split
+        self.doubts: dict[str, str] = {}  # feature -> what is doubtful about the guess
+
+    def read(self, parts: Mapping[str, Any]) -> None:
+        """A table for each split, or one with all rows, "data"."""
+        how: dict[str, Any] = {name: self.said[name] for name in ("separator", "columns", "missing_values")}
+        self.tables = {
+            name: self.workers.read(part, self.folder / "raw" / name, name=name, on_bad_row=self.on_bad_row, **how)
             for name, part in parts.items()
         }
-        if isinstance(data, Mapping):
-            rows_of, train = {}, tables["train"]
-        else:
-            # Before anything is looked at: types, too, are inferred from train alone.
-            positive = (label_positive or {}).get(stratify or "")
-            rows_of = split_table(
-                tables["data"], split, split_by=split_by, seed=seed, stratify=stratify, positive=positive
-            )
-            train = tables["data"].only(rows_of["train"])
-        doubts: dict[str, str] = {}
-        if earlier is None:
-            rare = {"min_count": 1 if min_count is None else min_count, "max_values": max_values}
-            schema, reasons, doubts = describe(train, given, targets, weight, group, split_by, ignore, rare)
-        else:
-            schema, reasons = earlier.describe(train, split_by, ignore)
-        _refuse_other_columns(tables, reasons)
-        for name, table in tables.items():
-            check_columns(table, schema, with_labels=True)
-            found = checks(schema, table.dtypes, with_labels=True, **options)
-            tables[name] = without_bad_rows(table, found, on_bad_row)
-        sources = tables  # which count what is left out of their splits, too
-        if rows_of:
-            tables = {name: tables["data"].only(rows) for name, rows in rows_of.items()}
 
-        with naming(tables["train"].name):
-            types = tables["train"].types
-            raw_format["types"] = {feature.name: types[feature.name] for feature in schema.sparse}
-            if earlier is None:
-                schema = fit(tables["train"], schema, folder / "vocab", workers.count)
-            else:
-                raw_format["types"] = (schema.raw_format or raw_format).get("types", raw_format["types"])
-                schema = earlier.fit(tables["train"], folder / "vocab", workers.count)
-            refuse_two_spellings(tables["train"], schema, folder / "vocab")
-            schema = dataclasses.replace(schema, raw_format=raw_format)
-            known = {name: vocabulary_path(folder / "vocab", name) for name in schema.vocabularies}
-            groups = fit_groups(list(tables.values()), group, workers.count)
-            if groups is not None:
-                known[GROUP_COLUMN] = folder / "groups.parquet"
-                groups.write_parquet(known[GROUP_COLUMN])
-        for name, table in tables.items():
-            if name != "train" and earlier is None:  # scales are those of train, or were known before
-                found = [one for one in checks(schema, table.dtypes, with_labels=False) if one.reason == TOO_LARGE]
-                tables[name] = without_bad_rows(table, found, on_bad_row)
-        skipped = {name: dict(table.skipped) for name, table in sources.items() if table.skipped}
-        report = _Report(schema, reasons, skipped, earlier)
-        report.remarks += [f"column {name!r} holds {reason}" for name, reason in reasons.items() if reason == HOURS]
-        report.remarks += [f"column {name!r} is {why}" for name, why in reasons.items() if why.startswith(NO_CELLS)]
-        for table in tables.values():
-            refuse_other_spelling(table, schema, (folder if earlier is None else earlier.folder) / "vocab")
-        if _fit_only and earlier is None and log is None and isinstance(workers, ThisMachine):
-            report.add("train", totals_of_labels(tables["train"], schema, label_positive), label_positive, train.name)
-            workers.points(tables["train"], folder, schema)
-            return schema
-        for name in tables:
-            (folder / name).mkdir()
-        written = workers.write(tables, folder, schema, known, label_positive)
-        for name, totals in written.items():
-            report.add(name, totals, label_positive, tables[name].name)
-            if name != "train":
-                report.remarks += judge_table(tables[name], totals.ids, schema, values_in(folder / "vocab", schema))
-            elif earlier is not None:
-                report.remarks += earlier.judge(tables[name], folder / name, totals.ids)
-        report.remarks += doubts.values()
-        guessed = [name for name, why in reasons.items() if why != "as told" and name not in doubts]
-        report.remarks += remarks.on_unseen(written, schema, guessed if earlier is None else ())
-        report.remarks += remarks.on_lists(tables["train"], schema)
-        report.remarks += remarks.on_lengths(tables["train"], schema, folder / "train")
-        report.remarks += remarks.on_labels(written, schema, bool(rows_of) and split_by is None)
-        if earlier is None:
-            workers.points(tables["train"], folder, schema)
+    def split(self, ratio: Sequence[float], *, split_by: str | None, seed: int, stratify: str | None) -> None:
+        """Before anything is looked at: types, too, are inferred from train alone."""
+        positive = (self.label_positive or {}).get(stratify or "")
+        self.rows_of = split_table(
+            self.tables["data"], ratio, split_by=split_by, seed=seed, stratify=stratify, positive=positive
+        )
+
+    def describe(
+        self, given: tuple[Feature, ...], split_by: str | None, ignore: tuple[str, ...], rare: Mapping[str, Any]
+    ) -> None:
+        """The schema to fit, or that of the earlier folder, to which all splits must keep."""
+        train = self.tables["data"].only(self.rows_of["train"]) if self.rows_of else self.tables["train"]
+        if self.earlier is None:
+            labels, weight, group = (self.said[name] for name in ("labels", "weight", "group"))
+            self.schema, self.reasons, self.doubts = describe(
+                train, given, labels, weight, group, split_by, ignore, rare
+            )
         else:
-            earlier.copy_points(folder)
-        schema.save(folder / "schema.json", manifest=True)
+            self.schema, self.reasons = self.earlier.describe(train, split_by, ignore)
+        _refuse_other_columns(self.tables, self.reasons)
+
+    def leave_out_bad_rows(self) -> None:
+        """Or refuse the first; from here on there is a table for each split."""
+        how: dict[str, Any] = {name: self.said[name] for name in ("missing_labels", "label_positive")}
+        for name, table in self.tables.items():
+            check_columns(table, self.schema, with_labels=True)
+            found = checks(self.schema, table.dtypes, with_labels=True, **how)
+            self.tables[name] = without_bad_rows(table, found, self.on_bad_row)
+        self.sources = self.tables  # which count what is left out of their splits, too
+        if self.rows_of:
+            self.tables = {name: self.tables["data"].only(rows) for name, rows in self.rows_of.items()}
+
+    def fit(self) -> None:
+        """Vocabularies and the parameters of numbers, by train, and the ids of groups, by all splits."""
+        train, vocab, earlier = self.tables["train"], self.folder / "vocab", self.earlier
+        raw_format = {name: self.said[name] for name in RAW_FORMAT}
+        raw_format["missing_values"] = list(raw_format["missing_values"])
+        with naming(train.name):
+            types = train.types
+            raw_format["types"] = {feature.name: types[feature.name] for feature in self.schema.sparse}
+            if earlier is None:
+                schema = fit(train, self.schema, vocab, self.workers.count)
+            else:
+                raw_format["types"] = (self.schema.raw_format or raw_format).get("types", raw_format["types"])
+                schema = earlier.fit(train, vocab, self.workers.count)
+            refuse_two_spellings(train, schema, vocab)
+            self.schema = dataclasses.replace(schema, raw_format=raw_format)
+            self.known = {name: vocabulary_path(vocab, name) for name in schema.vocabularies}
+            groups = fit_groups(list(self.tables.values()), self.said["group"], self.workers.count)
+            if groups is not None:
+                self.known[GROUP_COLUMN] = self.folder / "groups.parquet"
+                groups.write_parquet(self.known[GROUP_COLUMN])
+
+    def leave_out_numbers_too_large(self) -> None:
+        """For the scales, which are those of train, or were known before."""
+        for name, table in self.tables.items():
+            if name != "train" and self.earlier is None:
+                found = [one for one in checks(self.schema, table.dtypes, with_labels=False) if one.reason == TOO_LARGE]
+                self.tables[name] = without_bad_rows(table, found, self.on_bad_row)
+
+    def begin_report(self) -> None:
+        """With what is known before the rows are written."""
+        skipped = {name: dict(table.skipped) for name, table in self.sources.items() if table.skipped}
+        self.report = _Report(self.schema, self.reasons, skipped, self.earlier)
+        reasons = self.reasons.items()
+        self.report.remarks += [f"column {name!r} holds {reason}" for name, reason in reasons if reason == HOURS]
+        self.report.remarks += [f"column {name!r} is {why}" for name, why in reasons if why.startswith(NO_CELLS)]
+
+    def refuse_other_spellings(self) -> None:
+        """Values that are written otherwise than in the vocabularies, all over a split."""
+        vocab = (self.folder if self.earlier is None else self.earlier.folder) / "vocab"
+        for table in self.tables.values():
+            refuse_other_spelling(table, self.schema, vocab)
+
+    def check_train(self) -> None:
+        """As `write` would, where it is not written."""
+        train = self.tables["train"]
+        totals = totals_of_labels(train, self.schema, self.label_positive)
+        self.report.add("train", totals, self.label_positive, train.name)
+
+    def write(self) -> None:
+        """The rows of each split, and what comes to light by that."""
+        for name in self.tables:
+            (self.folder / name).mkdir()
+        self.written = self.workers.write(self.tables, self.folder, self.schema, self.known, self.label_positive)
+        for name, totals in self.written.items():
+            table = self.tables[name]
+            self.report.add(name, totals, self.label_positive, table.name)
+            if name != "train":
+                values = values_in(self.folder / "vocab", self.schema)
+                self.report.remarks += judge_table(table, totals.ids, self.schema, values)
+            elif self.earlier is not None:
+                self.report.remarks += self.earlier.judge(table, self.folder / name, totals.ids)
+
+    def remark(self, split_by: str | None) -> None:
+        """What somebody should look at."""
+        train, found = self.tables["train"], self.report.remarks
+        guessed = [name for name, why in self.reasons.items() if why != "as told" and name not in self.doubts]
+        found += self.doubts.values()
+        found += remarks.on_unseen(self.written, self.schema, guessed if self.earlier is None else ())
+        found += remarks.on_lists(train, self.schema)
+        found += remarks.on_lengths(train, self.schema, self.folder / "train")
+        found += remarks.on_labels(self.written, self.schema, bool(self.rows_of) and split_by is None)
+
+    def write_points(self) -> None:
+        """What the edges of numbers are made from."""
+        if self.earlier is None:
+            self.workers.points(self.tables["train"], self.folder, self.schema)
+        else:
+            self.earlier.copy_points(self.folder)
+
+    def complete(self, note: str) -> None:
+        """Schema, report and, with which the folder is whole, the manifest."""
+        self.schema.save(self.folder / "schema.json", manifest=True)
         for temporary in ("raw", "spark"):
-            shutil.rmtree(folder / temporary, ignore_errors=True)
-        report.content["note"] = note
-        (folder / "report.json").write_text(json.dumps(report.content, indent=1) + "\n", encoding="utf-8")
-        write_manifest(folder, "prepared")  # last: with it the folder is whole
-    if log is not None:
-        report.show(out, log)
-    return schema
+            shutil.rmtree(self.folder / temporary, ignore_errors=True)
+        content = {**self.report.content, "note": note}
+        (self.folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_manifest(self.folder, "prepared")
+
+
+def _settled(said: dict[str, Any], earlier: Earlier | None, extend: bool) -> dict[str, Any]:
+    """Argument of `prepare` -> its value: the earlier folder's, with which what was said must agree, or a default."""
+    if earlier is not None:
+        return earlier.settle(said)
+    if extend:
+        raise ValueError("extend=True adds values to those of another folder: name it by like=FOLDER (--like)")
+    usual = {"labels": ("label",), "missing_values": ("",), "missing_labels": "raise"}
+    return said | {name: value for name, value in usual.items() if said[name] is None}
 
 
 def _bytes_of(data: Any) -> int:
