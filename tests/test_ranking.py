@@ -15,7 +15,21 @@ from sklearn.metrics.cluster import expected_mutual_information
 
 import ctrlib as ctr
 from ctrlib.data.scan import DataError
-from ctrlib.ranking import JointCounts, NullTable, Source, benjamini_hochberg, count, score_column, scores, shift_null
+from ctrlib.ranking import (
+    JointCounts,
+    NullTable,
+    Source,
+    benjamini_hochberg,
+    chance_information,
+    chance_within,
+    conditional_null,
+    count,
+    find_pairs,
+    greedy,
+    score_column,
+    scores,
+    shift_null,
+)
 
 ROWS = 1 << 14
 CARDINALITIES = (10, 100, 1_000, 10_000, 50_000)
@@ -370,6 +384,159 @@ def test_rows_of_weight_0_do_not_count():
     assert information == pytest.approx(
         {one.feature: one.information for one in plain.scores if one.feature in information}
     )
+
+
+# ------------------------------------------------------------------------------------------ pairs
+
+
+def test_conditional_null_is_that_of_permutations_within_values():
+    rng = np.random.default_rng(0)
+    strata, codes = np.sort(rng.integers(0, 12, 3_000)), rng.integers(0, 40, 3_000)
+    positive = (rng.random(3_000) < 0.05 + 0.05 * strata).astype(np.int8)
+    keys, cells = np.unique(strata * 40 + codes, return_inverse=True)
+    rows = np.bincount(cells)
+
+    def information(labels):
+        of_cell, of_stratum = np.bincount(cells, labels), np.bincount(strata, labels)
+        within = keys // 40
+        found, null = conditional_null(within, rows, of_cell.astype(np.int64))
+        joint = mutual_info_score(strata * 40 + codes, labels) - mutual_info_score(strata, labels)
+        assert found == pytest.approx(joint, abs=1e-12)
+        assert of_stratum.sum() == positive.sum()
+        return found, null
+
+    null = information(positive)[1]
+    drawn, at = [], np.flatnonzero(np.diff(strata, prepend=-1))
+    for _ in range(200):
+        labels = np.concatenate([rng.permutation(part) for part in np.split(positive, at[1:])])
+        drawn.append(information(labels)[0])
+    assert np.mean(drawn) == pytest.approx(null.mean, abs=4 * null.sd / math.sqrt(200))
+    assert np.std(drawn) == pytest.approx(null.sd, rel=0.2)
+    p = [null.p_value(one) for one in drawn]
+    assert np.mean(np.array(p) < 0.2) == pytest.approx(0.2, abs=0.12)
+
+
+def test_one_stratum_is_the_null_without_strata():
+    rows, positives = np.array([3, 4, 5, 5]), np.array([1, 0, 3, 2])
+    information, null = conditional_null(np.zeros(4, int), rows, positives)
+    plain = NullTable(17, 6).of(*np.unique(rows, return_counts=True))
+    assert (null.mean, null.sd) == pytest.approx((plain.mean, plain.sd), rel=1e-12)
+    assert information == pytest.approx(
+        mutual_info_score(np.repeat(range(4), rows), [1, 0, 0, 0, 0, 0, 0, *[1] * 3, 0, 0, 1, 1, 0, 0, 0])
+    )
+
+
+@pytest.mark.parametrize("one", [2, 10, 300, 4_000])
+@pytest.mark.parametrize("other", [2, 30, 2_000])
+def test_chance_of_two_features_is_within_two_percent(one, other):
+    rng = np.random.default_rng(one + other)
+    first, second = rng.integers(0, one, 4_000), rng.zipf(1.3, 4_000) % other
+    table = np.zeros((one, other), np.int64)
+    np.add.at(table, (first, second), 1)
+    exact = expected_mutual_information(table[table.any(axis=1)][:, table.any(axis=0)], 4_000)
+    counts = [np.unique(np.unique(codes, return_counts=True)[1], return_counts=True) for codes in (first, second)]
+    assert chance_information(*counts, 4_000) == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize(("rows", "positives"), [(1_000, 100), (1_000, 500), (10_000, 120), (100_000, 40_000)])
+def test_chance_within_a_value_is_close(rows, positives):
+    counts = np.array([1, 2, 5, 17, 60, 400])
+    exact = NullTable(rows, positives).lookup(counts)[:, 0]
+    found = chance_within(counts, np.full(6, rows), np.full(6, positives / rows))
+    assert found == pytest.approx(exact, rel=0.02)
+
+
+def pairs_of(columns, positive, tmp_path, **options):
+    frame = pl.DataFrame({name: [f"v{code}" for code in codes] for name, codes in columns.items()} | {"y": positive})
+    ctr.prepare(
+        {"train": frame}, tmp_path / "data", labels="y", features=[ctr.Categorical(name) for name in columns], log=None
+    )
+    source = Source(tmp_path / "data")
+    return find_pairs(source, "train", count(source), "y", list(columns), **options)
+
+
+def xor_columns(rng, rows=ROWS):
+    a, b = rng.integers(0, 2, (2, rows))
+    noise = {f"n{values}": rng.integers(0, values, rows) for values in (2, 10, 100, 1_000, 10_000)}
+    strong = rng.integers(0, 20, rows)
+    positive = (rng.random(rows) < np.where(a ^ b, 0.3, 0.1) + 0.3 * (strong > 14)).astype(np.int8)
+    return {"a": a, "b": b, "strong": strong, "copy": strong % 10, **noise}, positive
+
+
+def test_xor_is_found_as_synergy_and_nothing_else(tmp_path):
+    columns, positive = xor_columns(np.random.default_rng(0))
+    found, screening = pairs_of(columns, positive, tmp_path)
+    assert screening.pairs == len(found) == 36
+    assert [(one.first, one.second) for one in found if one.found] == [("a", "b")]
+    (xor,) = (one for one in found if one.found)
+    assert xor.values == 4
+    share = mutual_info_score(2 * columns["a"] + columns["b"], positive)
+    assert xor.information == pytest.approx(share, rel=1e-12)
+    assert xor.synergy == pytest.approx(share, abs=4e-4)
+    overlaps = {(one.first, one.second): one.overlap for one in found}
+    assert overlaps["strong", "copy"] == pytest.approx(1.0, abs=1e-3)
+    assert max(abs(overlap) for pair, overlap in overlaps.items() if pair != ("strong", "copy")) < 0.05
+
+
+def test_a_pair_in_several_passes_and_from_a_file_is_the_same(tmp_path):
+    columns, positive = xor_columns(np.random.default_rng(1), 4_000)
+    whole, _ = pairs_of(columns, positive, tmp_path)
+    (tmp_path / "small").mkdir()
+    small, _ = pairs_of(columns, positive, tmp_path / "small", memory=20_000, threads=1)
+    for one, other in zip(whole, small):
+        assert one.synergy == pytest.approx(other.synergy, abs=1e-12)
+        assert dataclasses.replace(one, synergy=0, relevance=0) == dataclasses.replace(other, synergy=0, relevance=0)
+
+
+def test_a_sample_of_the_rows_finds_it_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctrlib.ranking.pairs.LEAST_ROWS", 4_000)
+    monkeypatch.setattr("ctrlib.ranking.pairs.KEPT", 5)
+    columns, positive = xor_columns(np.random.default_rng(0))
+    found, screening = pairs_of(columns, positive, tmp_path, work=1.0)
+    assert (screening.rows, screening.kept) == (ROWS, 5)
+    assert 4_000 <= screening.sampled <= 4_100
+    assert [(one.first, one.second) for one in found if one.found] == [("a", "b")]
+    whole = pairs_of(columns, positive, tmp_path / "whole")[0][0]
+    assert dataclasses.replace(found[0], q=0) == dataclasses.replace(whole, q=0)
+    assert 0 < screening.detectable < 0.02
+
+
+def test_noise_has_no_pairs(tmp_path):
+    found = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        columns = {f"n{values}": rng.integers(0, values, 4_000) for values in (2, 3, 10, 100, 1_000, 3_000)}
+        found += any(one.found for one in pairs_of(columns, clicks(rng, 4_000), tmp_path / str(seed))[0])
+    assert found <= 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_t9_orders(seed, tmp_path):
+    """g is strong, g_dup nearly its copy, h weaker, a and b an exclusive or, z noise."""
+    rng = np.random.default_rng(seed)
+    g, h, z = (rng.integers(0, values, ROWS) for values in (20, 20, 50))
+    a, b = rng.integers(0, 2, (2, ROWS))
+    logit = -1 + rng.normal(0, 1.2, 20)[g] + rng.normal(0, 0.5, 20)[h] + 0.6 * (2 * (a ^ b) - 1)
+    positive = (rng.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(np.int8)
+    g_dup = np.where(rng.random(ROWS) < 0.05, rng.integers(0, 20, ROWS), g)
+    columns = {"z": z, "a": a, "b": b, "h": h, "g_dup": g_dup, "g": g}
+    frame = pl.DataFrame({name: [f"v{code}" for code in codes] for name, codes in columns.items()} | {"y": positive})
+    ranking = ctr.rank(frame, labels="y", features=[ctr.Categorical(name) for name in columns])["y"]
+    assert {*ranking.orders["relevance"][:2]} == {"g", "g_dup"}
+    assert ranking.orders["mrmr"][:2] in (["g", "h"], ["g_dup", "h"])
+    order = ranking.orders["3mr"]
+    assert order[0] in ("g", "g_dup")
+    assert order[1] == "h"
+    assert {*order[:3]} == {"g", "g_dup", "h"}
+    assert order[5] == "z"
+
+
+def test_greedy_by_hand():
+    """R scaled: 1, .5, 0. D scaled: ab 1, ac 0, bc .5. Q scaled: ab 0, ac 1, bc .25."""
+    pairs = [("a", "b", 3.0, 1.0), ("a", "c", 1.0, 5.0), ("b", "c", 2.0, 2.0)]
+    assert greedy({"a": 4.0, "b": 2.0, "c": 0.0}, pairs) == ["a", "c", "b"]  # b: .5 - 1 + 0, c: 0 - 0 + 1
+    assert greedy({"a": 4.0, "b": 2.0, "c": 0.0}, pairs, relation_weight=0) == ["a", "c", "b"]  # b: .5 - 1, c: 0
+    assert greedy({"a": 4.0, "b": 2.0, "c": 0.0}, pairs, relation_weight=0, redundancy_weight=0) == ["a", "b", "c"]
 
 
 # ------------------------------------------------------------------------------------------ leaks, refusals

@@ -19,14 +19,18 @@ from ctrlib.cli.kinds import OptionalName, OptionalPath, Paths, Switch, shown
 from ctrlib.cli.paths import check_prepared, check_raw, holds_parquet
 from ctrlib.cli.prepare import Columns, Files, Prepare, Split, Vocabulary
 from ctrlib.cli.prepare import Output as Prepared
-from ctrlib.cli.tables import new_table, show
+from ctrlib.cli.tables import new_table, progress_line, show
 from ctrlib.cli.usage import fill, flags_of
 from ctrlib.errors import check_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ctrlib.ranking.pairs import Screening
     from ctrlib.ranking.run import LabelRanking, Ranking
+
+SHOWN = 10  # pairs of a kind
+OVERLAP = 0.95
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class How:
     """Which split of a prepared folder; otherwise train."""
     bins: int = 32
     """Quantile bins per number."""
+    pairs: bool = True
+    """Whether pairs of features are ranked, too: what they tell together, and about each other."""
+    memory: int = 1024
+    """Mebibytes that pairs may take; what does not fit lies in a temporary file, or is counted in several passes."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Rank(Command):
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
-        check_whole(1, bins=self.how.bins)
+        check_whole(1, bins=self.how.bins, memory=self.how.memory)
         out = self.output.out
         for path in self.data:
             check_raw(path)
@@ -89,7 +97,16 @@ class Rank(Command):
             from ctrlib.ranking.run import rank
 
             labels = None if self.column.label is None else list(self.column.label)
-            ranking = rank(folder, split=self.how.split or "train", num_bins=self.how.bins, labels=labels)
+            with progress_line("pairs", quiet=self.json) as progress:
+                ranking = rank(
+                    folder,
+                    split=self.how.split or "train",
+                    num_bins=self.how.bins,
+                    labels=labels,
+                    pairs=self.how.pairs,
+                    memory=self.how.memory << 20,
+                    progress=progress,
+                )
         ranking = dataclasses.replace(ranking, data=" ".join(map(str, self.data)))
         if out is not None:
             ranking.save(out)
@@ -147,6 +164,38 @@ def print_ranking(ranking: Ranking) -> None:
         )
         print(fill(said))
         show(_table(one))
+        if one.screening is not None:
+            _print_pairs(one, one.screening)
+
+
+def _print_pairs(one: LabelRanking, screening: Screening) -> None:
+    found = [pair for pair in one.pairs if pair.found]
+    said = f"{len(found)} of {screening.pairs:,} pairs tell more together than both alone (q < 0.05)"
+    if screening.sampled < screening.rows:
+        said += (
+            f"; they were looked for in {screening.sampled:,} rows, and {screening.kept} of them counted in all: a "
+            f"synergy of {1000 * (screening.detectable or 0.0):.3f} is missed once in 20 times"
+        )
+    print(fill(said))
+    if found:
+        table = new_table("pair", "values", "once", "synergy", "relevance", "overlap", "q", numbers=6)
+        for pair in found[:SHOWN]:
+            table.add_row(
+                f"{pair.first} x {pair.second}",
+                f"{pair.values:,}",
+                f"{pair.once / pair.values:.0%}",
+                f"{1000 * pair.synergy:.3f}",
+                f"{1000 * pair.relevance:.3f}",
+                f"{pair.overlap:.2f}",
+                f"{pair.q:.1g}",
+            )
+        show(table)
+    close = sorted((pair for pair in one.pairs if pair.overlap > OVERLAP), key=lambda pair: -pair.overlap)
+    if close:
+        print("one nearly follows from the other (overlap):")
+        print(fill("  " + ", ".join(f"{pair.first} and {pair.second} ({pair.overlap:.2f})" for pair in close[:SHOWN])))
+    if one.screening is not None:
+        print(fill(f"in the order of 3MR: {', '.join(one.orders['3mr'])}"))
 
 
 def _table(one: LabelRanking) -> Table:

@@ -6,7 +6,10 @@ __getattr__, __dir__ = _lazy.named(
     __name__,
     {
         "counts": ("Cells", "JointCounts"),
-        "null": ("Null", "NullTable"),
+        "null": ("Null", "NullTable", "conditional_null"),
+        "order": ("greedy",),
+        "overlap": ("chance_information", "chance_within"),
+        "pairs": ("PairScore", "Screening", "find_pairs"),
         "run": ("Ranking", "rank"),
         "relevance": ("Counts", "Score", "benjamini_hochberg", "count", "score_column", "scores", "shift_null"),
         "source": ("Source",),

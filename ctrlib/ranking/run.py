@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,12 @@ from ctrlib.data.raw import RawData
 from ctrlib.data.scan import DataError
 from ctrlib.errors import ArgumentError, check_whole
 from ctrlib.making import new_folder
-from ctrlib.ranking.relevance import Score, count, entropy_of, scores
+from ctrlib.ranking.order import Order, orders
+from ctrlib.ranking.pairs import PairScore, Screening, find_pairs
+from ctrlib.ranking.relevance import LEVEL, Score, count, entropy_of, scores
 from ctrlib.ranking.source import Source
+from ctrlib.schema import MultiValued
+from ctrlib.schema import Sequence as History
 
 VERSION = 1
 
@@ -31,7 +35,9 @@ VERSION = 1
 class LabelRanking:
     """What the features tell about one label.
 
-    `entropy`, in nats, is all that there is to tell; `scores` in order of relevance.
+    `entropy`, in nats, is all that there is to tell; `scores` in order of relevance, `pairs` in that of synergy, and
+    how they were `screening`ed. `orders`: features in the order in which they are worth adding, without copies of the
+    label.
     """
 
     label: str
@@ -39,11 +45,14 @@ class LabelRanking:
     positive: float
     entropy: float
     scores: list[Score]
+    pairs: list[PairScore]
+    screening: Screening | None
+    orders: dict[Order, list[str]]
 
     @property
     def features(self) -> list[str]:
         """Names, most relevant first; copies of the label are not among them."""
-        return [score.feature for score in self.scores if not score.leak]
+        return self.orders["relevance"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,11 @@ class Ranking:
         """Plain data, as ranking.json has it."""
         return {"version": VERSION, **dataclasses.asdict(self)}
 
+    def pair_frame(self) -> pl.DataFrame:
+        """A row for each label and pair, in the order of synergy, as pairs.parquet has it."""
+        rows = [{"label": one.label, **dataclasses.asdict(pair)} for one in self.labels for pair in one.pairs]
+        return pl.DataFrame(rows, infer_schema_length=None)
+
     def frame(self) -> pl.DataFrame:
         """A row for each label and feature, in the order of relevance, as ranking.parquet has it."""
         rows = [
@@ -74,7 +88,7 @@ class Ranking:
         return pl.DataFrame(rows, infer_schema_length=None)
 
     def save(self, out: str | Path) -> None:
-        """Write ranking.json and ranking.parquet into a folder, which is made or replaced when they are whole.
+        """Write ranking.json, ranking.parquet and pairs.parquet into a folder, which is made or replaced when they are whole.
 
         Raises:
             TargetError: `out` is something else than a folder of an earlier ranking.
@@ -83,6 +97,8 @@ class Ranking:
         """
         with target(out, "ranking", overwrite=True), new_folder(out) as folder:
             self.frame().write_parquet(folder / "ranking.parquet")
+            if any(one.pairs for one in self.labels):
+                self.pair_frame().write_parquet(folder / "pairs.parquet")
             (folder / "ranking.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
@@ -92,6 +108,10 @@ def rank(
     labels: Sequence[str] | str | None = None,
     split: str = "train",
     num_bins: int = 32,
+    pairs: bool = True,
+    memory: int = 1 << 30,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Ranking:
     """Rank the features of a data set by what they tell about its labels beyond chance.
@@ -101,6 +121,10 @@ def rank(
         labels: to be explained; all labels of a prepared folder, or `label` of raw data, by default.
         split: which split of a prepared folder.
         num_bins: quantile bins of each number.
+        pairs: whether pairs are ranked, too; those of features with one value per row.
+        memory: bytes that pairs may take; what does not fit lies in a temporary file, or is counted in several passes.
+        threads: that count pairs at the same time; as many as the process may use by default.
+        progress: is called with the number of pairs that are done.
         options: of `prepare`, for raw data, such as `features`, `ignore`, `missing_values`.
 
     Raises:
@@ -117,7 +141,8 @@ def rank(
     >>> [(score.feature, score.values, round(score.relevance, 3)) for score in ranking["click"].scores]
     [('item', 50, 0.099), ('row', 4000, 0.0), ('noise', 2, -0.0)]
     """
-    check_whole(1, num_bins=num_bins)
+    check_whole(1, num_bins=num_bins, memory=memory)
+    threads = threads or len(os.sched_getaffinity(0))
     with _prepared(data, labels, options) as (folder, name):
         source = Source(folder, num_bins=num_bins)
         if split not in source.splits():
@@ -127,10 +152,50 @@ def rank(
         found = []
         for label in wanted:
             ordered = scores(counts, source.schema.features, label)
+            crosses: list[PairScore] = []
+            screening = None
+            names = [f.name for f in source.schema.features if not isinstance(f, MultiValued | History)]
+            if pairs and len(names) > 1:
+                crosses, screening = find_pairs(
+                    source, split, counts, label, names, memory=memory, threads=threads, progress=progress
+                )
             negatives, positives = counts.rows[label]
             share = positives / (negatives + positives)
-            found.append(LabelRanking(label, negatives + positives, share, entropy_of(share), ordered))
+            found.append(
+                LabelRanking(
+                    label,
+                    negatives + positives,
+                    share,
+                    entropy_of(share),
+                    ordered,
+                    crosses,
+                    screening,
+                    _orders(ordered, crosses),
+                )
+            )
         return Ranking(name, split, found)
+
+
+def _orders(found: Sequence[Score], crosses: Sequence[PairScore]) -> dict[Order, list[str]]:
+    """What is within chance counts as nothing; among equals come first those with most synergy, then as ranked."""
+    synergy: dict[str, float] = {}
+    for pair in crosses:
+        for name in (pair.first, pair.second) if pair.found else ():
+            synergy[name] = max(synergy.get(name, 0.0), pair.synergy)
+    told = {one.feature: one.relevance if one.q < LEVEL else 0.0 for one in found if not one.leak}
+    relevance = {name: told[name] for name in sorted(told, key=lambda name: -synergy.get(name, 0.0))}
+    relations = [
+        (
+            pair.first,
+            pair.second,
+            pair.overlap,
+            relevance.get(pair.first, 0.0)
+            + relevance.get(pair.second, 0.0)
+            + (pair.synergy if pair.found or pair.synergy < 0 else 0.0),
+        )
+        for pair in crosses
+    ]
+    return {**orders(relevance, relations), "relevance": list(told)}
 
 
 @contextlib.contextmanager
