@@ -38,7 +38,7 @@ class Output:
     """What is written."""
 
     out: OptionalPath = None
-    """Folder for ranking.json and ranking.parquet; otherwise none is written."""
+    """Folder for ranking.html, ranking.json and tables in parquet; otherwise none is written."""
     overwrite: Switch = False
     """Replace what an earlier ranking left in --out."""
 
@@ -115,7 +115,7 @@ class Rank(Command):
         else:
             print_ranking(ranking)
             if out is not None:
-                print(f"{out}: see ranking.json")
+                print(f"{out}: see ranking.html")
         return 0
 
     @contextlib.contextmanager
@@ -166,6 +166,18 @@ def print_ranking(ranking: Ranking) -> None:
         show(_table(one))
         if one.screening is not None:
             _print_pairs(one, one.screening)
+    _print_findings(ranking)
+    if ranking.left_out:
+        print(fill("not ranked: " + "; ".join(f"{name}, {why}" for name, why in ranking.left_out.items())))
+
+
+def _print_findings(ranking: Ranking) -> None:
+    if not ranking.findings:
+        return
+    table = new_table("column", "finding", "prepare with")
+    for one in ranking.findings:
+        table.add_row(one.feature, f"{one.kind.replace('_', ' ')}: {one.said}", one.flag)
+    show(table)
 
 
 def _print_pairs(one: LabelRanking, screening: Screening) -> None:

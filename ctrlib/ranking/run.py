@@ -23,6 +23,7 @@ from ctrlib.errors import ArgumentError, check_whole
 from ctrlib.making import new_folder
 from ctrlib.ranking.order import Order, orders
 from ctrlib.ranking.pairs import PairScore, Screening, find_pairs
+from ctrlib.ranking.quality import Finding, drift, findings
 from ctrlib.ranking.relevance import LEVEL, Score, count, entropy_of, scores
 from ctrlib.ranking.source import Source
 from ctrlib.schema import MultiValued
@@ -57,11 +58,15 @@ class LabelRanking:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What `rank` found, for each label."""
+    """What `rank` found, for each label, and what it has to say about the data; `left_out`: columns that preparation
+    left out, and why, so that they are not ranked.
+    """
 
     data: str
     split: str
     labels: list[LabelRanking]
+    findings: list[Finding]
+    left_out: dict[str, str]
 
     def __getitem__(self, label: str) -> LabelRanking:
         for one in self.labels:
@@ -88,14 +93,17 @@ class Ranking:
         return pl.DataFrame(rows, infer_schema_length=None)
 
     def save(self, out: str | Path) -> None:
-        """Write ranking.json, ranking.parquet and pairs.parquet into a folder, which is made or replaced when they are whole.
+        """Write ranking.html, .json and .parquet, and pairs.parquet, into a folder, made or replaced as a whole.
 
         Raises:
             TargetError: `out` is something else than a folder of an earlier ranking.
             LockedError: somebody else writes into it; the message says who.
             OSError: the disk is full.
         """
+        from ctrlib.ranking.report import report
+
         with target(out, "ranking", overwrite=True), new_folder(out) as folder:
+            (folder / "ranking.html").write_text(report(self), encoding="utf-8")
             self.frame().write_parquet(folder / "ranking.parquet")
             if any(one.pairs for one in self.labels):
                 self.pair_frame().write_parquet(folder / "pairs.parquet")
@@ -173,7 +181,22 @@ def rank(
                     _orders(ordered, crosses),
                 )
             )
-        return Ranking(name, split, found)
+        by_label = {one.label: one.scores for one in found}
+        drifted = []
+        for later in source.splits()[source.splits().index(split) + 1 :]:
+            after = count(source, later)
+            drifted += drift(counts.by_label[wanted[0]], after.by_label[wanted[0]], source.schema.features, later)
+        said = findings(source.schema, by_label, found[0].pairs, counts.by_label, drifted)
+        return Ranking(name, split, found, said, _left_out(folder))
+
+
+def _left_out(folder: Path) -> dict[str, str]:
+    """What report.json says of it; a folder that somebody else wrote has none."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return {}
+    left_out: dict[str, str] = json.loads(path.read_text(encoding="utf-8")).get("left_out", {})
+    return left_out
 
 
 def _orders(found: Sequence[Score], crosses: Sequence[PairScore]) -> dict[Order, list[str]]:
