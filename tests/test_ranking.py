@@ -672,9 +672,8 @@ def test_the_splits_of_one_draw_do_not_drift(tmp_path):
             }
         )
         features = [*(ctr.Categorical(name) for name in ("few", "zipf", "many")), ctr.Numeric("number")]
-        ctr.prepare(
-            frame, tmp_path / str(seed), labels="click", features=features, split=(1, 0, 1), seed=seed, log=None
-        )
+        out = tmp_path / str(seed)
+        ctr.prepare(frame, out, labels="click", features=features, split=(1, 0, 1), seed=seed, log=None)
         drifted += any(one.kind == "drift" for one in ctr.rank(out, pairs=False).findings)
     assert drifted <= 3
 
@@ -737,3 +736,30 @@ def test_the_command_takes_raw_files(tmp_path, capsys):
 def test_the_command_refuses(folder, arguments, message, capsys):
     assert cli.main(["rank", str(folder), *arguments]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_best_are_prepared(tmp_path, capsys):
+    frame = frame_of(np.random.default_rng(5)).drop("buy", "tags").with_columns(copy=pl.col("click").cast(pl.String))
+    frame.write_csv(tmp_path / "clicks.csv")
+    data, out = str(tmp_path / "clicks.csv"), str(tmp_path / "ranking")
+    assert (
+        cli.main(["rank", data, "--label", "click", "--categorical", "copy", "--out", out, "--budget", "2", "--json"])
+        == 0
+    )
+    said = json.loads(capsys.readouterr().out)
+    assert {*said["chosen"]} == {"item", "price"}
+    best = said["chosen"][0]
+    options = ["--label", "click", "--from-ranking", out, "--out", str(tmp_path / "best")]
+    assert cli.main(["prepare", data, *options, "--top", "1"]) == 0
+    assert [feature.name for feature in ctr.Schema.load(tmp_path / "best").features] == [best]
+    capsys.readouterr()
+    for more, message in (
+        ([], "--from-ranking and --top go together"),
+        (["--top", "0"], "top (--top) must be 1 or more, got 0"),
+        (["--top", "9"], "has 3 features to choose from, got top (--top) 9"),
+    ):
+        assert cli.main(["prepare", data, *options, "--overwrite", *more]) == 1
+        assert message in " ".join(capsys.readouterr().err.split())
+    options[options.index(out)] = data
+    assert cli.main(["prepare", data, *options, "--overwrite", "--top", "1"]) == 1
+    assert "is no ranking: expected ranking.json" in capsys.readouterr().err

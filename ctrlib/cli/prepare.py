@@ -91,6 +91,10 @@ class Columns:
     """Columns with a history of ids; whose vocabulary they share may follow, and options: 'seen:item:separator=,'"""
     ignore: Names = ()
     """Columns to leave out."""
+    from_ranking: OptionalPath = None
+    """What `ctrlib rank --out` wrote: columns that are not among its best --top are left out."""
+    top: OptionalInt = None
+    """Number of features to take from the ranking."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,23 @@ class Prepare(Command):
             features.append(Sequence(name, **options, **rare(name)))
         return features
 
+    def _ignored(self) -> tuple[str, ...]:
+        """Columns to leave out: those that were named, and those that a ranking does not choose.
+
+        Raises:
+            ValueError: --from-ranking and --top do not go together, or it is no ranking.
+        """
+        column = self.column
+        if (column.from_ranking is None) != (column.top is None):
+            raise ValueError("--from-ranking and --top go together: name a ranking and how many features to take")
+        if column.from_ranking is None or column.top is None:
+            return tuple(column.ignore)
+        from ctrlib.ranking.chosen import not_chosen
+
+        given = {feature.name for feature in self.features()}
+        others = [name for name in not_chosen(column.from_ranking, column.top) if name not in given]
+        return tuple(dict.fromkeys([*column.ignore, *others]))
+
     def prepare(self, log: Callable[[Any], None] | None) -> Schema:
         """Write the folder, as the flags say.
 
@@ -204,7 +225,7 @@ class Prepare(Command):
         for paths in given.values():
             for path in paths:
                 check_raw(path)
-        read = [*(path for paths in given.values() for path in paths), self.kept.like]
+        read = [*(path for paths in given.values() for path in paths), self.kept.like, column.from_ranking]
         with target(out, "prepared", inputs=read, overwrite=self.output.overwrite):
             return self._prepare(given, features, log)
 
@@ -229,7 +250,7 @@ class Prepare(Command):
             split_by=self.split.split_by,
             stratify=self.split.stratify,
             seed=self.split.seed,
-            ignore=column.ignore,
+            ignore=self._ignored(),
             separator=files.separator,
             columns=files.columns or None,
             missing_values=files.missing,
@@ -244,15 +265,20 @@ class Prepare(Command):
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
-        from rich.console import Console
-
-        out, schema = self.output.out, self.prepare(Console(stderr=True).print)
+        out, schema = self.output.out, self.prepare(_say)
         if self.json:
             report = json.loads((out / "report.json").read_text(encoding="utf-8"))
             print(json.dumps({"out": str(out), "hash": schema.hash, **report}))
         else:
             print(f"prepared {out}; train with: ctrlib train {out}")
         return 0
+
+
+def _say(message: Any) -> None:
+    """Print to stderr; what that needs is imported when there is something to say."""
+    from rich.console import Console
+
+    Console(stderr=True).print(message)
 
 
 LISTED = ("separator", "max_length", "padding", "vocabulary")

@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from ctrlib._target import target
 from ctrlib.cli.flags import Command
-from ctrlib.cli.kinds import OptionalName, OptionalPath, Paths, Switch, shown
+from ctrlib.cli.kinds import OptionalInt, OptionalName, OptionalPath, Paths, Switch, shown
 from ctrlib.cli.paths import check_prepared, check_raw, holds_parquet
 from ctrlib.cli.prepare import Columns, Files, Prepare, Split, Vocabulary
 from ctrlib.cli.prepare import Output as Prepared
@@ -51,8 +51,10 @@ class How:
     """Which split of a prepared folder; otherwise train."""
     bins: int = 32
     """Quantile bins per number."""
-    pairs: bool = True
-    """Whether pairs of features are ranked, too: what they tell together, and about each other."""
+    budget: OptionalInt = None
+    """Number of features to choose, by 3MR: as relevant as possible, not redundant, and with synergy."""
+    singles: Switch = False
+    """Rank features only, and no pairs: what those tell together, and about each other."""
     memory: int = 1024
     """Mebibytes that pairs may take; what does not fit lies in a temporary file, or is counted in several passes."""
 
@@ -82,6 +84,8 @@ class Rank(Command):
     def __call__(self) -> int:
         """Run the command; the exit status."""
         check_whole(1, bins=self.how.bins, memory=self.how.memory)
+        if self.how.budget is not None:
+            check_whole(1, budget=self.how.budget)
         out = self.output.out
         for path in self.data:
             check_raw(path)
@@ -103,7 +107,7 @@ class Rank(Command):
                     split=self.how.split or "train",
                     num_bins=self.how.bins,
                     labels=labels,
-                    pairs=self.how.pairs,
+                    pairs=not self.how.singles,
                     memory=self.how.memory << 20,
                     progress=progress,
                 )
@@ -111,11 +115,14 @@ class Rank(Command):
         if out is not None:
             ranking.save(out)
         if self.json:
-            print(json.dumps(ranking.to_dict(), allow_nan=False))
+            chosen = {} if self.how.budget is None else {"chosen": ranking.choose(self.how.budget)}
+            print(json.dumps({**ranking.to_dict(), **chosen}, allow_nan=False))
         else:
             print_ranking(ranking)
+            if self.how.budget is not None:
+                print(fill(f"the best {self.how.budget}: {', '.join(ranking.choose(self.how.budget))}"))
             if out is not None:
-                print(f"{out}: see ranking.html")
+                print(fill(f"{out}: see ranking.html; `ctrlib prepare --from-ranking {out} --top K` takes the best K"))
         return 0
 
     @contextlib.contextmanager

@@ -371,7 +371,7 @@ def _bytes_of(data: Any) -> int:
     """As it lies on disk, or in memory; 0 where that is not known."""
     if isinstance(data, str | os.PathLike):
         return size_of(Path(data))
-    return data.estimated_size() if isinstance(data, pl.DataFrame) else 0
+    return int(data.estimated_size()) if isinstance(data, pl.DataFrame) else 0
 
 
 def _check_stratify(stratify: str | None, labels: Sequence[str], split_by: str | None, is_split: bool) -> None:

@@ -5,6 +5,7 @@ from ctrlib import _lazy
 __getattr__, __dir__ = _lazy.named(
     __name__,
     {
+        "chosen": ("RankingError", "not_chosen"),
         "counts": ("Cells", "JointCounts"),
         "null": ("Null", "NullTable", "conditional_null"),
         "order": ("greedy",),

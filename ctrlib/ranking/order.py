@@ -7,12 +7,10 @@ https://arxiv.org/abs/2309.01552). The first release computes it; in the last on
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
 
 import numpy as np
 
-Order = Literal["relevance", "mrmr", "3mr"]
-ORDERS: tuple[Order, ...] = get_args(Order)
+from ctrlib.ranking.chosen import Order
 
 
 def greedy(

@@ -21,15 +21,14 @@ from ctrlib.data.raw import RawData
 from ctrlib.data.scan import DataError
 from ctrlib.errors import ArgumentError, check_whole
 from ctrlib.making import new_folder
-from ctrlib.ranking.order import Order, orders
+from ctrlib.ranking.chosen import VERSION, Order, choose
+from ctrlib.ranking.order import orders
 from ctrlib.ranking.pairs import PairScore, Screening, find_pairs
 from ctrlib.ranking.quality import Finding, drift, findings
 from ctrlib.ranking.relevance import LEVEL, Score, count, entropy_of, scores
 from ctrlib.ranking.source import Source
 from ctrlib.schema import MultiValued
 from ctrlib.schema import Sequence as History
-
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,10 @@ class Ranking:
             if one.label == label:
                 return one
         raise KeyError(f"no label {label!r}; there are {[one.label for one in self.labels]}")
+
+    def choose(self, number: int, order: Order = "3mr") -> list[str]:
+        """The first features of an order; of several labels, those that come first for any of them."""
+        return choose([one.orders[order] for one in self.labels], number)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as ranking.json has it."""
