@@ -13,6 +13,7 @@ from typing import Any
 import input_tables as tables
 import polars as pl
 
+from ctrlib.data.table import BLANKS
 from ctrlib.schema import Categorical, MultiValued, Numeric, RawId, Schema, Sequence
 
 BAD = "bad"  # a cell that no feature of its kind can hold
@@ -107,7 +108,7 @@ class Meaning:
             texts = list(whole.split(feature.separator))
         if BAD in texts:
             return BAD
-        texts = [(one or "").strip() for one in texts]
+        texts = [(one or "").strip(BLANKS) for one in texts]
         texts = [one for one in texts if feature.padding is None or one != feature.padding]
         if isinstance(feature, MultiValued):
             return [one for one in texts if one][: feature.max_length]
@@ -212,12 +213,13 @@ class Meaning:
 
 
 def _of_json(values: list[Any]) -> list[Any]:
-    """JSON has one kind of number: whole ones are integers, unless others are among them."""
+    """JSON has one kind of number: whole ones are integers, unless others, or some of more than 128 bits, are among
+    them."""
     flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
     numbers = [one for one in flat if isinstance(one, int | float) and not isinstance(one, bool)]
     if not any(isinstance(one, float) for one in numbers):
         return values
-    whole = all(one != one or (math.isfinite(one) and one == int(one)) for one in numbers)
+    whole = all(one != one or (abs(one) < 2**127 and one == int(one)) for one in numbers)
 
     def made(one: Any) -> Any:
         if isinstance(one, list):
