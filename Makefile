@@ -81,6 +81,7 @@ numeric: dev  ## the numeric tests as a processor without AVX-512 computes
 
 faults: dev  ## hundreds of small runs, killed, stopped and damaged: each must end as if nothing was (ARGS='--help')
 	$(PY) tests/damaged_folders.py
+	$(PY) tests/commands.py
 	$(PY) tests/faults.py $(ARGS)
 
 inputs: dev  ## 10,000 generated tables, whole and damaged: each must be refused by name or be right (ARGS='--help')

@@ -157,9 +157,13 @@ def target(
     """
     inputs = tuple(inputs)
     check_path("what is to be written", out=out)
+    if shared and announced()[0]:  # the first holds it, perhaps by now
+        check_target(out, kinds, inputs=inputs, overwrite=overwrite)
+        yield
+        return
     refuse_held(out)  # which says more than that there is something already
     check_target(out, kinds, inputs=inputs, overwrite=overwrite)
-    with contextlib.nullcontext() if shared and announced()[0] else locked(out):
+    with locked(out):
         check_target(out, kinds, inputs=inputs, overwrite=overwrite)  # what somebody else has finished meanwhile
         yield
 

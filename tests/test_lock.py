@@ -196,6 +196,19 @@ def test_what_is_finished_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch:
         raise AssertionError
 
 
+def test_of_several_processes_the_first_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(NAMES, ("1", "2", "there", "1")):
+        monkeypatch.setenv(name, value)
+    with another(tmp_path / "a"):
+        with target(tmp_path / "a", "model", shared=True):
+            assert files(tmp_path) == [".a.lock"]
+        with pytest.raises(LockedError), target(tmp_path / "a", "model"):
+            raise AssertionError
+    monkeypatch.setenv("RANK", "0")
+    with another(tmp_path / "a"), pytest.raises(LockedError), target(tmp_path / "a", "model", shared=True):
+        raise AssertionError
+
+
 def test_a_function_holds_what_it_writes(tmp_path: Path) -> None:
     @holding()
     def write(data: str, out: Path | None = None) -> str:

@@ -1,0 +1,320 @@
+"""Every command that writes, where it is hard to write: two at once in one folder, on a full disk, where nobody may.
+
+    python tests/commands.py --help
+
+Commands run in forked processes of a parent without threads, which has imported everything already. A trial that ends
+otherwise than it must makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import tyro
+
+import ctrlib as ctr
+import ctrlib.data.prepare
+import ctrlib.ranking.run
+import ctrlib.search.compression
+import ctrlib.search.optfs
+import ctrlib.search.run
+import ctrlib.serving.predictor
+import ctrlib.serving.warm_start
+from ctrlib import cli, models
+from ctrlib.data.synthetic import Teacher, generate
+
+FORK = multiprocessing.get_context("fork")
+QUICK = "--model deepfm --dim 4 --hidden 4 --epochs 2 --batch-size 64"
+# What a command is called here -> the command without --out; `{}` is a folder with data, model, rows.csv and today.csv.
+COMMANDS = {
+    "prepare": "prepare {}/rows.csv",
+    "prepare --like": "prepare {}/rows.csv --like {}/data",
+    "train": f"train {{}}/data {QUICK}",
+    "train --warm-start": f"train {{}}/data {QUICK} --warm-start {{}}/model",
+    "train, fused": f"train {{}}/data {QUICK} --engine fused",
+    "search": f"search optfs {{}}/data {QUICK} --setting epochs=2",
+    "compress": "compress {}/model {}/data --ratio 2",
+    "rank": "rank {}/rows.csv",
+    "predict": "predict {}/model {}/today.csv --keep C1",
+    "predict, parquet": "predict {}/model {}/today.csv --keep C1",
+}
+CONFIG: dict[str, Any] = {"model": "deepfm", "embedding_dim": 4, "hidden": [4]}
+BUSY = r"ctrlib: {out} is being written already, by process {pid} on \S+ since [\d-]+ [\d:]+ UTC \({command}\): "
+LIMIT = 300  # seconds that a command may take
+FULL = r"[\d,]+ bytes (are needed|needed)|needs \d+ bytes"
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How much is tried."""
+
+    pairs: int = 20
+    """Pairs of commands that are started at once with one --out."""
+    full_disks: int = 8
+    """Sizes that a file may have, for each command, into a new place and over an old one."""
+    read_only: int = 1
+    """Whether each command is tried where nobody may write."""
+    seed: int = 0
+    only: str = ""
+    """Part of the names of the commands whose disks are tried; otherwise all."""
+
+
+def out_of(command: str, folder: Path, name: str) -> Path:
+    """Where a command writes."""
+    return folder / (name + {"predict": ".csv", "predict, parquet": ".parquet"}.get(command, ""))
+
+
+def arguments_of(command: str, home: Path, out: Path, *more: str) -> list[str]:
+    return [*COMMANDS[command].replace("{}", str(home)).split(), "--out", str(out), *more]
+
+
+def make_home(home: Path) -> None:
+    torch.set_num_threads(1)
+    frame, _ = generate(Teacher(num_rows=1200, cardinalities=(40, 20), num_numeric=1, seed=1))
+    home.mkdir()
+    frame.write_csv(home / "rows.csv")
+    frame.drop("label").write_csv(home / "today.csv")
+    ctr.prepare(home / "rows.csv", home / "data", labels="label", log=None)
+    torch.manual_seed(0)
+    ctr.save_model(models.build(CONFIG, ctr.Schema.load(home / "data")), CONFIG, home / "data", home / "model")
+
+
+# ---- processes
+
+
+def _child(arguments: list[str], answer: int, ready: Any, before: Callable[[], None]) -> None:
+    signal.alarm(LIMIT)
+    torch.set_num_threads(1)
+    for stream in (1, 2):
+        os.dup2(answer, stream)
+    sys.argv = ["ctrlib", *arguments]
+    before()
+    if ready is not None:
+        ready.wait()
+    status = cli.main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def together(commands: list[list[str]], before: Callable[[], None] = lambda: None) -> list[tuple[int, int, str]]:
+    """Process id, exit code and answer of commands that start at the same moment."""
+    ready = FORK.Barrier(len(commands)) if len(commands) > 1 else None
+    started = []
+    for arguments in commands:
+        reader, writer = os.pipe()  # a file could not grow on a full disk
+        process = FORK.Process(target=_child, args=(arguments, writer, ready, before))
+        process.start()
+        os.close(writer)
+        started.append((process, reader))
+    ends = []
+    for process, reader in started:
+        with os.fdopen(reader, encoding="utf-8", errors="replace") as pipe:
+            said = pipe.read()
+        process.join()
+        ends.append((process.pid or 0, process.exitcode or 0, said))
+    return ends
+
+
+def alone(command: list[str], before: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    ((_, status, said),) = together([command], before)
+    return status, said
+
+
+def contents(path: Path) -> dict[str, str]:
+    """Name of each file -> hash of its bytes, hidden ones too."""
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
+
+
+def result_of(out: Path) -> str:
+    """What a command made, without the times that it notes: the checksums of a folder, or the bytes of a file."""
+    names = [name for name in ("MANIFEST", "ranking.json") if (out / name).exists()] if out.is_dir() else [""]
+    return " ".join(hashlib.sha256((out / name).read_bytes()).hexdigest()[:12] for name in names) or "nothing"
+
+
+def hidden(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob(".*")]
+
+
+class WrongError(Exception):
+    """What happened instead."""
+
+
+def expect(condition: object, what: str) -> None:
+    if not condition:
+        raise WrongError(what)
+
+
+# ---- the trials
+
+
+class Suite:
+    """All trials; `failures` has what went wrong."""
+
+    def __init__(self, trials: Trials, folder: Path) -> None:
+        self.trials, self.folder, self.home = trials, folder, folder / "home"
+        self.failures: list[str] = []
+        self.counts: dict[str, list[int]] = {}
+        self.references: dict[str, str] = {}
+        making = FORK.Process(target=make_home, args=(self.home,))
+        making.start()
+        making.join()
+        folder.chmod(0o755)
+        self.before = contents(self.home)
+
+    def trial(self, kind: str, name: str, act: Callable[[Path], None]) -> None:
+        count = self.counts.setdefault(kind, [0, 0])
+        folder = self.folder / re.sub(r"\W+", "-", f"{kind} {name}")
+        folder.mkdir()
+        count[0] += 1
+        try:
+            act(folder)
+            expect(contents(self.home) == self.before, "an input is another one now")
+            count[1] += 1
+            shutil.rmtree(folder, ignore_errors=True)
+        except WrongError as what:
+            self.failures.append(f"{kind}, {name}: {what}")
+        print(f"{kind}, {name}: {count[1]} of {count[0]}", file=sys.stderr)
+
+    def reference(self, command: str) -> str:
+        """What it makes when nothing is in its way."""
+        if command not in self.references:
+            folder = self.folder / f"reference {command}"
+            folder.mkdir(exist_ok=True)
+            out = out_of(command, folder, "out")
+            status, said = alone(arguments_of(command, self.home, out))
+            expect(status == 0, f"{command}: {said}")
+            expect(not hidden(folder), f"{command} leaves {hidden(folder)}")
+            self.references[command] = result_of(out)
+        return self.references[command]
+
+    def all(self) -> None:
+        trials, chance = self.trials, random.Random(self.trials.seed)
+        folders = [name for name in COMMANDS if "predict" not in name]
+        pairs = [(name, name) for name in COMMANDS] + [(one, two) for one in folders for two in folders if one < two]
+        commands = [name for name in COMMANDS if trials.only in name]
+        fixed = [("train", "train"), ("prepare", "train")]
+        for number in range(trials.pairs):
+            one, two = fixed[number] if number < len(fixed) else pairs[(number - 2) % len(pairs)]
+            if number > len(COMMANDS):
+                one, two = chance.choice(pairs)
+            self.trial("two at once", f"{number} {one}, {two}", lambda folder, a=one, b=two: self.rivals(folder, a, b))
+        for name in commands if trials.full_disks else ():
+            for over in (False, True):
+                what = f"{name}{' --overwrite' if over else ''}"
+                self.trial("full disk", what, lambda folder, n=name, o=over: self.full_disk(folder, n, o))
+        for name in commands if trials.read_only else ():
+            self.trial("read-only", name, lambda folder, n=name: self.read_only(folder, n))
+
+    def rivals(self, folder: Path, one: str, two: str) -> None:
+        """One finishes, and has made what it makes alone; the other says who holds the place."""
+        out = out_of(one, folder, "out")
+        ends = together([arguments_of(name, self.home, out) for name in (one, two)])
+        codes = [status for _, status, _ in ends]
+        expect(sorted(map(str, codes)) == ["0", "1"], f"exit codes {codes}: {[said for *_, said in ends]}")
+        first = codes.index(0)
+        winner = (one, two)[first]
+        command = re.escape(" ".join(["ctrlib", *arguments_of(winner, self.home, out)])[:300])
+        said = ends[1 - first][2]
+        expect(re.search(BUSY.format(out=out, pid=ends[first][0], command=command), said), f"the other says {said}")
+        expect(said.count("\n") == 1, f"the other says more than one line: {said}")
+        expect(result_of(out) == self.reference(winner), f"{winner} has made something else than alone")
+        expect(not hidden(folder), f"left over: {hidden(folder)}")
+
+    def full_disk(self, folder: Path, command: str, over: bool) -> None:
+        """No file may grow beyond a size: the old state stays, bytes are named, and with more room it is made."""
+        out = out_of(command, folder, "out")
+        reference = self.reference(command)
+        if over:
+            status, said = alone(arguments_of(command, self.home, out))
+            expect(status == 0, said)
+        sizes = [0, 200, 40, 1500, 5000, 700, 3000, 12000, 8000, 20000, 40000][: self.trials.full_disks]
+        for size in sizes:
+            before = contents(out) if out.exists() else None
+
+            def limit(size: int = size) -> None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+            status, said = alone(arguments_of(command, self.home, out, *["--overwrite"] * over), limit)
+            if status == 0:
+                continue
+            *_, last = said.splitlines() or [""]
+            expect(status == 1 and last.startswith("ctrlib: "), f"{size}: exit code {status}: {said}")
+            expect("Traceback" not in said, f"{size}: {said}")
+            expect(re.search(FULL, last), f"{size}: no bytes are named: {last}")
+            expect(str(out) in last, f"{size}: {out} is not named: {last}")
+            after = contents(out) if out.exists() else None
+            unlike = [name for name in before or {} if (after or {}).get(name) != (before or {})[name]]
+            unlike = [name for name in unlike if name != "log.jsonl"]  # which tells of the newest run
+            expect(not unlike, f"{size}: the old {unlike} are not as they were")
+            if before is None and not command.startswith(("train", "search")):  # whose checkpoints stay
+                expect(after is None, f"{size}: {out} is there")
+        status, said = alone(arguments_of(command, self.home, out, *["--overwrite"] * over))
+        expect(status == 0, f"with room again: {said}")
+        expect(result_of(out) == reference, "with room again it makes something else")
+        expect(not hidden(folder), f"left over: {hidden(folder)}")
+
+    def read_only(self, folder: Path, command: str) -> None:
+        """A folder without the right to write, and one where a file is: root is somebody else for this."""
+        place = folder / "place"
+        place.mkdir()
+        old = out_of(command, place, "old")
+        status, said = alone(arguments_of(command, self.home, old))
+        expect(status == 0, said)
+        new, below = out_of(command, place, "new"), out_of(command, self.home / "rows.csv", "deep/er")
+        before = contents(place)
+        for path in (place, *(path for path in place.rglob("*") if path.is_dir())):
+            path.chmod(0o555)
+        try:
+            for out, more in ((old, ["--overwrite"]), (new, []), (below, [])):
+                status, said = alone(arguments_of(command, self.home, out, *more), become_nobody)
+                expect(status == 1 and said.startswith("ctrlib: "), f"exit code {status}: {said}")
+                expect(said.count("\n") == 1, f"more than one line: {said}")
+                expect(f"--out {out}: " in said and ("may not be written" in said or "is a file" in said), said)
+                expect("give another --out" in said, f"no cure: {said}")
+                expect(contents(place) == before, "the old state is not as it was")
+        finally:
+            for path in (place, *(path for path in place.rglob("*") if path.is_dir())):
+                path.chmod(0o755)
+
+
+def become_nobody() -> None:
+    """Root may write whatever the mode says."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def main(trials: Trials) -> int:
+    folder = Path(tempfile.mkdtemp(prefix="ctrlib-commands-"))
+    suite = Suite(trials, folder)
+    suite.all()
+    for kind, (tried, good) in suite.counts.items():
+        print(f"{kind}: {good} of {tried} as they must be")
+    for failure in suite.failures:
+        print(failure)
+    if not suite.failures:
+        shutil.rmtree(folder)
+    return bool(suite.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Trials, description=__doc__)))
