@@ -62,21 +62,16 @@ def locked(out: str | Path) -> Iterator[None]:
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
     held: list[tuple[Path, int]] = []
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, made)
         for path in _files(place):
             with contextlib.suppress(OSError):
                 held.append((path, _take(path, out)))
+                stack.callback(_give_back, *held[-1])
         with _GUARD:
             _HELD[place] = (threading.get_ident(), held)
+        stack.callback(_HELD.pop, place, None)
         yield
-    finally:
-        with _GUARD:
-            _HELD.pop(place, None)
-        for path, descriptor in held:
-            _give_back(path, descriptor)
-        with contextlib.suppress(OSError):  # until one is not empty
-            for parent in made:
-                parent.rmdir()
 
 
 def refuse_held(out: str | Path) -> None:
@@ -165,11 +160,19 @@ def _take(path: Path, out: str | Path) -> int:
 
 
 def _give_back(path: Path, descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        if _is_at(path, descriptor):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        os.close(descriptor)
+    try:
+        with contextlib.suppress(OSError):
+            if _is_at(path, descriptor):
+                path.unlink()
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # the first that is not empty
+        for folder in folders:
+            folder.rmdir()
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

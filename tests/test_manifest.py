@@ -414,7 +414,7 @@ def test_prepare_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
     def start() -> None:
         shutil.rmtree(out, ignore_errors=True)
         for left in tmp_path.glob(".*"):
-            shutil.rmtree(left)
+            making._delete(left)
         shutil.copytree(tmp_path / "old", out)
 
     def act() -> None:
