@@ -90,7 +90,7 @@ class Checkpoints:
     Attributes:
         last: name of the checkpoint last saved, or found by `load` as the newest good one; None before.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> folder = tempfile.mkdtemp()
     >>> with Checkpoints(folder) as checkpoints:
     ...     checkpoints.save(7, {"table": torch.arange(6.0).reshape(3, 2)}, {"epoch": 1})
