@@ -79,10 +79,11 @@ numeric: dev  ## the numeric tests as a processor without AVX-512 computes
 	ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 \
 	    $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(NUMERIC) $(ARGS)
 
-faults: dev  ## hundreds of small runs, killed, stopped and damaged: each must end as if nothing was (ARGS='--help')
+faults: dev  ## small runs, killed at each file operation, stopped and damaged: all must end as if nothing was
 	$(PY) tests/damaged_folders.py
 	$(PY) tests/commands.py
 	$(PY) tests/faults.py $(ARGS)
+	$(PY) tests/killed_calls.py $(CALLS)
 
 inputs: dev  ## 10,000 generated tables, whole and damaged: each must be refused by name or be right (ARGS='--help')
 	$(PY) tests/generated_inputs.py $(ARGS)
