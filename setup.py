@@ -39,6 +39,7 @@ setup(
         "pyarrow>=17",
         "pandas>=2.2",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "safetensors>=0.5",
         "tyro>=1.0",
         "rich>=13.9",

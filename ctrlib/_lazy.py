@@ -118,4 +118,15 @@ def no_such(package: str, name: str, public: Sequence[str]) -> str:
     return f"{said}. There is {' and '.join(f'{other}.{name}' for other in others)}" if others else said
 
 
-PACKAGES = ("models", "towers", "heads", "embeddings", "search", "sharding", "training", "ranking", "analysis")
+PACKAGES = (
+    "models",
+    "towers",
+    "heads",
+    "embeddings",
+    "search",
+    "retrieval",
+    "sharding",
+    "training",
+    "ranking",
+    "analysis",
+)

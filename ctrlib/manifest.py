@@ -38,6 +38,7 @@ MENDS = {
     "model": "ctrlib train ... --out {} --overwrite",
     "search": "ctrlib search ... --out {} --overwrite",
     "compress": "ctrlib compress ... --out {}",
+    "retrieval": "ctrlib retrieve train ... --out {} --overwrite",
 }
 
 Parts = tuple[tuple[int, str], ...]  # first byte and sha256

@@ -1,0 +1,279 @@
+"""What a method of retrieval is to be measured against: popularity, ItemCF, EASE and iALS.
+
+* `Popularity`: an item's score is how many training users it has.
+* `ItemCF`: the sum of an item's similarity to the items of the user, over the K nearest neighbours of each of those
+  (Sarwar et al., WWW 2001, https://doi.org/10.1145/371920.372071).
+* `EASE`: a linear autoencoder with a zero diagonal, in closed form (Steck, WWW 2019, https://arxiv.org/abs/1905.03375).
+* `IALS`: weighted matrix factorisation by alternating least squares (Hu, Koren, Volinsky, ICDM 2008) with the weights
+  and the scaled regularisation of Rendle et al., "Revisiting the performance of iALS on item recommendation
+  benchmarks", RecSys 2022, https://arxiv.org/abs/2110.14037.
+
+They are written here, and not taken from a library, because all of them are a few products of matrices, and the
+libraries that have them fill up short lists with items that do not exist, or bring numpy 1 along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import linalg, sparse
+from torch import Tensor
+
+from ctrlib.errors import check_number, check_whole
+from ctrlib.retrieval.evaluate import entries
+from ctrlib.retrieval.graph import ROWS, largest
+from ctrlib.retrieval.interactions import Interactions
+from ctrlib.retrieval.methods import Ints, Vectors, Watch, check_history, csr_of, csr_state, dense
+
+
+class Popularity:
+    """s_ui = d_i: the same list for everybody.
+
+    >>> log = Interactions.of_matrix([[1, 1, 0], [0, 1, 0]])
+    >>> Popularity().fit(log).scores(np.array([0])).tolist()
+    [[1.0, 2.0, 0.0]]
+    """
+
+    counts: Tensor
+
+    def fit(self, log: Interactions, *, seed: int = 0, watch: Watch | None = None) -> Popularity:
+        """Count the users of each item; nothing is drawn and there are no epochs."""
+        self.counts = torch.from_numpy(np.bincount(log.matrix.indices, minlength=log.num_items)).float()
+        return self
+
+    def scores(self, users: Ints) -> Tensor:
+        """Scores of all items for some of the users, (B,) -> (B, I)."""
+        return self.counts.repeat(len(users), 1)
+
+    def fold_in(self, histories: sparse.csr_matrix) -> Tensor:
+        """The same scores, (B, I) ones -> (B, I)."""
+        check_history(histories, len(self.counts))
+        return self.counts.repeat(histories.shape[0], 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """The counts."""
+        return {"counts": self.counts}
+
+    def load(self, state: Mapping[str, Tensor]) -> Popularity:
+        """Put back what `state` gave."""
+        self.counts = state["counts"]
+        return self
+
+
+class _FromHistory:
+    """s_u = A_u B: scores are products of a user's row of ones and a square matrix of weights between items."""
+
+    histories: sparse.csr_matrix
+    weights: Any  # (I, I), sparse, or an array
+
+    def scores(self, users: Ints) -> Tensor:
+        """Scores of all items for some of the users, (B,) -> (B, I)."""
+        return self.fold_in(self.histories[users])
+
+    def fold_in(self, histories: sparse.csr_matrix) -> Tensor:
+        """Scores of all items for users of whom only items are known, (B, I) ones -> (B, I)."""
+        check_history(histories, self.weights.shape[0])
+        scores = histories @ self.weights
+        return dense(scores) if sparse.issparse(scores) else torch.from_numpy(np.asarray(scores, dtype=np.float32))
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights between items, and the users' rows."""
+        if sparse.issparse(self.weights):
+            return {**csr_state("histories", self.histories), **csr_state("weights", self.weights)}
+        return {**csr_state("histories", self.histories), "weights": torch.from_numpy(self.weights)}
+
+    def load(self: Any, state: Mapping[str, Tensor]) -> Any:
+        """Put back what `state` gave."""
+        self.histories = csr_of("histories", state)
+        self.weights = state["weights"].numpy() if "weights" in state else csr_of("weights", state)
+        return self
+
+
+class ItemCF(_FromHistory):
+    """s_ui = sum over items j of the user that have i among their K nearest of G_ij / (d_i^a d_j^(1-a) + shrinkage).
+
+    G counts the users of both. With a = 1/2 and no shrinkage the similarity is the cosine. An item is no neighbour of
+    its own.
+
+    Args:
+        num_neighbours: K.
+        exponent: a, how much popular items lose.
+        shrinkage: added below the line, so that few common users count less.
+
+    >>> log = Interactions.of_matrix([[1, 1, 0], [1, 1, 0], [0, 1, 1]])
+    >>> ItemCF().fit(log).scores(np.array([2])).round(decimals=3).tolist()
+    [[0.816, 0.577, 0.577]]
+    """
+
+    def __init__(self, *, num_neighbours: int = 100, exponent: float = 0.5, shrinkage: float = 0.0) -> None:
+        check_whole(1, num_neighbours=num_neighbours)
+        check_number(0, exponent=exponent, shrinkage=shrinkage)
+        self.num_neighbours, self.exponent, self.shrinkage = num_neighbours, exponent, shrinkage
+
+    def fit(self, log: Interactions, *, seed: int = 0, watch: Watch | None = None) -> ItemCF:
+        """Find the neighbours of each item; nothing is drawn and there are no epochs."""
+        users = sparse.csr_matrix(log.matrix, dtype=np.float64)
+        items = sparse.csr_matrix(users.T)
+        degrees = np.maximum(np.diff(items.indptr), 1).astype(np.float64)
+        own, other = degrees ** (1 - self.exponent), degrees**self.exponent
+        data, indices, lengths = [], [], []
+        for start in range(0, log.num_items, ROWS):
+            counts = sparse.csr_matrix(items[start : start + ROWS] @ users)
+            counts.sort_indices()
+            for row, item in enumerate(range(start, start + counts.shape[0])):
+                part = slice(counts.indptr[row], counts.indptr[row + 1])
+                columns, common = counts.indices[part], counts.data[part]
+                similar = common / (own[item] * other[columns] + self.shrinkage)
+                columns, similar = columns[columns != item], similar[columns != item]
+                best = np.sort(largest(similar, self.num_neighbours))
+                data.append(similar[best].astype(np.float32))
+                indices.append(columns[best])
+                lengths.append(len(best))
+        parts = (np.concatenate(data), np.concatenate(indices), np.concatenate([[0], np.cumsum(lengths)]))
+        self.weights = sparse.csr_matrix(parts, shape=(log.num_items, log.num_items))
+        self.histories = log.matrix
+        return self
+
+
+class EASE(_FromHistory):
+    """s_u = A_u B with B = argmin |A - A B|^2 + l2 |B|^2 and diag B = 0: with P = (A^T A + l2)^-1, B_ij = -P_ij / P_jj.
+
+    The inverse takes I^3 multiplications and one I x I matrix: 41,000 items are 6.7 GB in float32.
+
+    Args:
+        l2: the penalty.
+        double: compute in float64; by default below 10,000 items.
+
+    >>> log = Interactions.of_matrix([[1, 1], [0, 1]])
+    >>> EASE(l2=1.0).fit(log).scores(np.array([1])).round(decimals=4).tolist()  # P is [[3, -1], [-1, 2]] / 5
+    [[0.3333, 0.0]]
+    """
+
+    def __init__(self, *, l2: float = 500.0, double: bool | None = None) -> None:
+        check_number(0, above=True, l2=l2)
+        self.l2, self.double = l2, double
+
+    def fit(self, log: Interactions, *, seed: int = 0, watch: Watch | None = None) -> EASE:
+        """Invert the matrix; nothing is drawn and there are no epochs."""
+        double = log.num_items < 10_000 if self.double is None else self.double
+        kind: Any = np.float64 if double else np.float32
+        users = sparse.csr_matrix(log.matrix, dtype=kind)
+        items = sparse.csr_matrix(users.T)
+        gram = np.empty((log.num_items, log.num_items), kind, order="F")
+        for start in range(0, log.num_items, ROWS):  # columns, which are rows as well
+            gram[:, start : start + ROWS] = (items[start : start + ROWS] @ users).toarray().T
+        gram[np.diag_indices(log.num_items)] += self.l2
+        factorise, invert = linalg.get_lapack_funcs(("potrf", "potri"), (gram,))
+        factor, failed = factorise(gram, lower=True, overwrite_a=True, clean=False)
+        if failed:
+            raise ValueError(f"A^T A + {self.l2} has no Cholesky factor in {kind.__name__}: give a larger l2")
+        inverse, _ = invert(factor, lower=True, overwrite_c=True)
+        for start in range(0, log.num_items, ROWS):  # only the lower triangle was filled
+            stop = min(start + ROWS, log.num_items)
+            corner = inverse[start:stop, start:stop]
+            corner[:] = np.tril(corner) + np.tril(corner, -1).T
+            inverse[start:stop, stop:] = inverse[stop:, start:stop].T
+        diagonal = inverse.diagonal().copy()
+        inverse /= -diagonal
+        inverse[np.diag_indices(log.num_items)] = 0
+        self.weights, self.histories = inverse.astype(np.float32, order="C", copy=False), log.matrix
+        return self
+
+
+class IALS(Vectors):
+    """s_ui = e_u . v_i, the minimum of
+
+        sum over pairs (s_ui - 1)^2 + alpha sum over all u, i s_ui^2
+        + l2 (sum_u (d_u + alpha I)^nu |e_u|^2 + sum_i (d_i + alpha U)^nu |v_i|^2)
+
+    found by solving for all users and all items in turn.
+
+    Args:
+        embedding_dim: D.
+        alpha: weight of what was not observed.
+        l2: the penalty.
+        nu: how much the penalty grows with the number of terms that a vector is in.
+        epochs: how often both sides are solved for.
+        init_std: standard deviation of the first item vectors, times sqrt(D).
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int = 64,
+        alpha: float = 0.3,
+        l2: float = 0.003,
+        nu: float = 1.0,
+        epochs: int = 16,
+        init_std: float = 0.1,
+    ) -> None:
+        check_whole(1, embedding_dim=embedding_dim, epochs=epochs)
+        check_number(0, above=True, alpha=alpha, l2=l2, init_std=init_std)
+        check_number(0, nu=nu)
+        self.embedding_dim, self.alpha, self.l2, self.nu = embedding_dim, alpha, l2, nu
+        self.epochs, self.init_std = epochs, init_std
+
+    def fit(self, log: Interactions, *, seed: int = 0, watch: Watch | None = None) -> IALS:
+        """Solve for users and items in turn, `epochs` times or until `watch` says so."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (log.num_items, self.embedding_dim)
+        self.item_vectors = torch.randn(shape, generator=generator) * (self.init_std / self.embedding_dim**0.5)
+        items = sparse.csr_matrix(log.matrix.T)
+        items.sort_indices()
+        for epoch in range(1, self.epochs + 1):
+            self.user_vectors = self._solved(log.matrix, self.item_vectors)
+            self.item_vectors = self._solved(items, self.user_vectors)
+            if watch is not None and watch(epoch):
+                break
+        return self
+
+    def loss(self, log: Interactions) -> float:
+        """What is minimised, in float64; holds the matrix of all scores."""
+        users, items = self.user_vectors.double(), self.item_vectors.double()
+        scores, pairs = users @ items.T, dense(log.matrix).double()
+        degrees = [pairs.sum(dim) + self.alpha * pairs.shape[dim] for dim in (1, 0)]
+        penalty = sum((n**self.nu * v.square().sum(1)).sum() for n, v in zip(degrees, (users, items)))
+        fits = (pairs * (scores - 1).square()).sum() + self.alpha * scores.square().sum()
+        return float(fits + self.l2 * penalty)
+
+    def vectors_of(self, histories: sparse.csr_matrix) -> Tensor:
+        """Vectors of users of whom only items are known, solved for as in training, (B, I) ones -> (B, D)."""
+        check_history(histories, len(self.item_vectors))
+        return self._solved(histories, self.item_vectors)
+
+    def _solved(self, matrix: sparse.csr_matrix, others: Tensor) -> Tensor:
+        """The best vectors of the rows of a matrix, given those of its columns."""
+        num_rows, num_columns = matrix.shape
+        degrees = np.diff(matrix.indptr)
+        common = self.alpha * (others.T @ others)
+        scale = torch.from_numpy((degrees + self.alpha * num_columns) ** self.nu * self.l2).to(others.dtype)
+        padded = torch.cat([others, others.new_zeros(1, others.shape[1])])
+        found = torch.empty(num_rows, others.shape[1], dtype=others.dtype)
+        for rows in _blocks(degrees, others.shape[1]):
+            places, columns = entries(matrix, rows)
+            longest = max(int(degrees[rows].max()), 1)
+            table = np.full((len(rows), longest), num_columns)
+            first = np.concatenate([[0], np.cumsum(degrees[rows])[:-1]])
+            table[places, np.arange(len(places)) - first[places]] = columns
+            seen = padded[torch.from_numpy(table)]
+            chosen = torch.from_numpy(rows)
+            system = torch.baddbmm(common.expand(len(rows), -1, -1), seen.mT, seen)
+            system.diagonal(dim1=1, dim2=2).add_(scale[chosen][:, None])
+            solution = torch.cholesky_solve(seen.sum(1)[:, :, None], torch.linalg.cholesky(system))
+            found[chosen] = solution[:, :, 0]
+        return found
+
+
+def _blocks(degrees: Ints, width: int, budget: int = 1 << 22) -> Iterator[Ints]:
+    """Rows of about equal length together, so many that their padded vectors and systems are `budget` numbers."""
+    order = np.argsort(degrees, kind="stable")
+    start = 0
+    while start < len(order):
+        stop = min(start + max(1, budget // (width * width)), len(order))
+        while stop - start > 1 and (stop - start) * int(degrees[order[stop - 1]]) * width > budget:
+            stop = start + max(1, (stop - start) // 2)
+        yield order[start:stop]
+        start = stop
