@@ -37,6 +37,7 @@ class Popularity:
     [[1.0, 2.0, 0.0]]
     """
 
+    needs_history = False  # of a user
     counts: Tensor
 
     def fit(self, log: Interactions, *, seed: int = 0, watch: Watch | None = None) -> Popularity:
@@ -66,6 +67,7 @@ class Popularity:
 class _FromHistory:
     """s_u = A_u B: scores are products of a user's row of ones and a square matrix of weights between items."""
 
+    needs_history = True
     histories: sparse.csr_matrix
     weights: Any  # (I, I), sparse, or an array
 
@@ -77,7 +79,10 @@ class _FromHistory:
         """Scores of all items for users of whom only items are known, (B, I) ones -> (B, I)."""
         check_history(histories, self.weights.shape[0])
         scores = histories @ self.weights
-        return dense(scores) if sparse.issparse(scores) else torch.from_numpy(np.asarray(scores, dtype=np.float32))
+        if not sparse.issparse(scores):
+            return torch.from_numpy(np.asarray(scores, dtype=np.float32))
+        found = dense(scores)
+        return found.masked_fill_(found == 0, -torch.inf)  # neighbour of nothing that the user has
 
     def state(self) -> dict[str, Tensor]:
         """The weights between items, and the users' rows."""
@@ -96,7 +101,7 @@ class ItemCF(_FromHistory):
     """s_ui = sum over items j of the user that have i among their K nearest of G_ij / (d_i^a d_j^(1-a) + shrinkage).
 
     G counts the users of both. With a = 1/2 and no shrinkage the similarity is the cosine. An item is no neighbour of
-    its own.
+    its own, and one that is a neighbour of nothing that the user has is no candidate: its score is -inf.
 
     Args:
         num_neighbours: K.

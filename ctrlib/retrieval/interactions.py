@@ -7,8 +7,7 @@ and UltraGCN have them. What a log may hold, and what becomes of it:
 * Ids are whole numbers or texts, with gaps as they come; users and items are numbered in the order of their ids.
 * A pair that comes again counts once, two lines of one user are put together, and empty lines are passed over; all are
   counted.
-* A user without items (a line of one id) is a user: there is nothing to learn of them, so what they are recommended is
-  what a method says of nobody.
+* A user without items (a line of one id) is a user, who is counted, and gets a list from `Popularity` only.
 * Of a log to evaluate on (`Interactions.aligned`), users whom training does not know are left out, items that it does
   not know stay relevant, though no method can find them, and pairs that training had are left out. All are counted.
 """

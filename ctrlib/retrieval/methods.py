@@ -28,7 +28,11 @@ Self = TypeVar("Self", bound="Retriever")
 
 
 class Retriever(Protocol):
-    """A method; see the top of the module."""
+    """A method; see the top of the module. `needs_history`: it knows nothing of a user without items."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a user without items gets no list, since any order of items would be made up."""
 
     def fit(self: Self, log: Interactions, *, seed: int = 0, watch: Watch | None = None) -> Self:
         """Learn from training pairs.
@@ -62,6 +66,7 @@ class Vectors:
     `user_vectors` (U, D) and `item_vectors` (I, D) are float32 and on the CPU.
     """
 
+    needs_history = True
     user_vectors: Tensor
     item_vectors: Tensor
 

@@ -1,6 +1,7 @@
 """The k best items of every user, exactly, in blocks of users and tiles of items: no matrix of all scores is held.
 
-What a user has seen is left out. Where fewer than k items are left, the row is shorter: nothing is filled up.
+What a user has seen is left out. Where fewer than k items are left, the row is shorter: nothing is filled up. A user
+without any item gets no list but from `Popularity`, since whatever another method said of them would be made up.
 """
 
 from __future__ import annotations
@@ -60,7 +61,17 @@ def recommend(
             if exclude_seen:
                 mask_items(every, log.matrix, some)
             items, scores = top_k(every, k)
-        yield some, items, scores
+        yield _known(method, log.matrix[some], some, items, scores)
+
+
+def _known(
+    method: Retriever, histories: sparse.csr_matrix, users: Ints, items: Tensor, scores: Tensor
+) -> tuple[Ints, Tensor, Tensor]:
+    """The same lists, but none for users without items."""
+    if method.needs_history:
+        unknown = torch.from_numpy(np.diff(histories.indptr) == 0)
+        items[unknown], scores[unknown] = NOTHING, -torch.inf
+    return users, items, scores
 
 
 def recommend_new(
@@ -73,7 +84,7 @@ def recommend_new(
         scores = method.fold_in(sparse.csr_matrix(histories[some]))
         if exclude_seen:
             mask_items(scores, histories, some)
-        yield (some, *top_k(scores, k))
+        yield _known(method, sparse.csr_matrix(histories[some]), some, *top_k(scores, k))
 
 
 def search(

@@ -156,7 +156,7 @@ class UltraGCN(Vectors):
         check_history(histories, len(self.item_vectors))
         objective = self._objective
         rows, factor = Rows.of(objective, histories), objective.item_factor.float()
-        vectors = torch.zeros(histories.shape[0], self.item_vectors.shape[1])
+        vectors = self.user_vectors.mean(0).repeat(histories.shape[0], 1)
         adam, l2 = Adam(vectors), objective.weights.l2 * objective.num_batches
         for number in range(1, FOLD_STEPS + 1):
             rate = FOLD_RATE * math.cos(math.pi / 2 * (number - 1) / FOLD_STEPS)
