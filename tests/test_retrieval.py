@@ -58,7 +58,9 @@ def blocks_log(users: int, items: int, blocks: int, per_user: int = 8, seed: int
         columns += taken.tolist()
     rows_, columns_ = np.array(rows), np.array(columns)
     half = np.arange(len(rows)) % 2 == 0
-    log = Interactions.of_matrix(sparse.coo_matrix((np.ones(half.sum()), (rows_[half], columns_[half])), (users, items)))
+    log = Interactions.of_matrix(
+        sparse.coo_matrix((np.ones(half.sum()), (rows_[half], columns_[half])), (users, items))
+    )
     return log, log.aligned(Log.of(rows_[~half], columns_[~half]))
 
 
@@ -110,7 +112,13 @@ def test_free_logits_reach_the_closed_form(w: tuple[float, float, float, float])
     objective = Objective(matrix, Weights(*w, negative_weight=30.0, neighbour_weight=0.0, l2=0.0))
     logits = torch.zeros(40, 30, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [logits], lr=1, max_iter=2000, history_size=50, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+        [logits],
+        lr=1,
+        max_iter=2000,
+        history_size=50,
+        tolerance_grad=1e-13,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> torch.Tensor:
@@ -121,9 +129,7 @@ def test_free_logits_reach_the_closed_form(w: tuple[float, float, float, float])
 
     optimiser.step(closure)
     users, items = map(torch.from_numpy, entries(matrix, np.arange(40)))
-    torch.testing.assert_close(
-        logits.detach()[users, items], objective.optimum(users, items), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(logits.detach()[users, items], objective.optimum(users, items), atol=1e-6, rtol=0)
 
 
 def test_beta_cancels_at_the_optimum_where_both_sides_have_it() -> None:
@@ -135,7 +141,9 @@ def test_beta_cancels_at_the_optimum_where_both_sides_have_it() -> None:
 
 # ------------------------------------------------------------------------------------------------ negatives and sweeps
 
-WEIGHTS = Weights(0.1, 1.0, 0.2, 0.8, negative_weight=7.0, neighbour_weight=0.3, l2=1e-2, batch_size=64, num_neighbours=3)
+WEIGHTS = Weights(
+    0.1, 1.0, 0.2, 0.8, negative_weight=7.0, neighbour_weight=0.3, l2=1e-2, batch_size=64, num_neighbours=3
+)
 
 
 def vectors(*sizes: int, dim: int = 8, seed: int = 1, kind: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -177,9 +185,7 @@ def test_sifted_negatives_are_no_pairs_of_training() -> None:
     with pytest.raises(ArgumentError, match="user number 0 has nearly every item"):
         Draws(3, sift=True).draw(full, torch.tensor([0]), torch.Generator())
     with pytest.raises(ArgumentError, match="cannot be sifted"):
-        Sampler(
-            objective, make_tables(30, 20, 4, init_std=1, seed=0), Draws(3, True, True), learning_rate=1e-3, seed=0
-        )
+        Sampler(objective, make_tables(30, 20, 4, init_std=1, seed=0), Draws(3, True, True), learning_rate=1e-3, seed=0)
 
 
 @pytest.mark.parametrize("w3", [0.0, 0.2])
@@ -317,7 +323,7 @@ def test_ials_minimises_what_it_says() -> None:
     losses: list[float] = []
     method = IALS(embedding_dim=4, alpha=0.2, l2=0.05, nu=0.5, epochs=60)
     method.fit(log, watch=lambda epoch: losses.append(method.loss(log)) is not None)
-    assert all(after <= before + 1e-4 for before, after in zip(losses, losses[1:]))
+    assert (np.diff(losses) < 1e-4).all()
     users, items = method.user_vectors.double(), method.item_vectors.double().requires_grad_()
     a = torch.from_numpy(log.matrix.toarray()).double()
     scores = users @ items.T
@@ -417,7 +423,9 @@ def slow_metrics(ranked: list[int], relevant: set[int], k: int) -> dict[str, flo
 def test_metrics_are_those_of_plain_loops(block: int) -> None:
     log, test = blocks_log(50, 40, 4)
     scores = (torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 3).round()  # with ties
-    found = evaluate(lambda users: scores[torch.from_numpy(users)].clone(), log.matrix, test, ks=(1, 5, 30), block=block)
+    found = evaluate(
+        lambda users: scores[torch.from_numpy(users)].clone(), log.matrix, test, ks=(1, 5, 30), block=block
+    )
     for k in (1, 5, 30):
         each = []
         for user in range(50):
@@ -449,9 +457,9 @@ def test_settings_of_metrics_are_checked() -> None:
     test = Aligned(sparse.csr_matrix([[1.0]]), np.zeros(1, np.int64), {})
     with pytest.raises(ArgumentError, match="over is 'everybody', expected one of with_test, all"):
         evaluate_lists([[0]], test, over="everybody")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="ks .* is empty"):
+    with pytest.raises(ArgumentError, match=r"ks .* is empty"):
         evaluate_lists([[0]], test, ks=())
-    with pytest.raises(ArgumentError, match="k .* must be 1 or more"):
+    with pytest.raises(ArgumentError, match=r"k .* must be 1 or more"):
         evaluate_lists([[0]], test, ks=(0,))
     empty = Aligned(sparse.csr_matrix((1, 1)), np.zeros(1, np.int64), {})
     with pytest.raises(ArgumentError, match="no user has a relevant item"):
@@ -541,7 +549,7 @@ def test_a_word_in_lists_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text(f"1 {2**63}\n")
     with pytest.raises(DataError, match="line 1 has '9223372036854775808'"):
         read_log(tmp_path / "log.txt")
-    with pytest.raises(ArgumentError, match="has no columns|so no columns"):
+    with pytest.raises(ArgumentError, match="so no columns"):
         read_log(tmp_path / "log.txt", user="user")
     with pytest.raises(DataError, match="does not exist"):
         read_log(tmp_path / "nowhere.txt")

@@ -1,8 +1,8 @@
 """Interaction logs: which user had to do with which item, from files as the field has them to a sparse matrix of ones.
 
-Two forms are read (`read_log`): *pairs*, a table with a column of users and one of items (CSV, TSV, JSON lines, parquet,
-packed or not), and *adjacency lists*, lines `user item item ...` of whole numbers, as the repositories of NGCF, LightGCN
-and UltraGCN have them. What a log may hold, and what becomes of it:
+Two forms are read (`read_log`): *pairs*, a table with a column of users and one of items (CSV, TSV, JSON lines,
+parquet, packed or not), and *adjacency lists*, lines `user item item ...` of whole numbers, as the repositories of
+NGCF, LightGCN and UltraGCN have them. What a log may hold, and what becomes of it:
 
 * Ids are whole numbers or texts, with gaps as they come; users and items are numbered in the order of their ids.
 * A pair that comes again counts once, two lines of one user are put together, and empty lines are passed over; all are

@@ -171,7 +171,8 @@ class Objective:
         share = self.weights.l2 * self.num_batches / 2
         of_users = user_vectors.square().sum(1) / self.degrees[users].to(user_vectors.dtype)
         of_items = item_vectors.square().sum(1) / self.item_degrees[items].to(item_vectors.dtype)
-        return share * (of_users + of_items).sum()
+        total: Tensor = share * (of_users + of_items).sum()
+        return total
 
 
 def dense_scores_loss(objective: Objective, scores: Tensor) -> Tensor:

@@ -142,10 +142,10 @@ class Sampler:
         loss = self.loss(users, items, negatives)
         if self._adam is None:
             # TorchRec divides gradients by the number of processes, for means over them; this is a sum.
-            (loss * world_size()).backward()
+            torch.autograd.backward(loss * world_size())
         else:
             self._adam.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             self._adam.step()
         return total(float(loss.detach()))
 
@@ -157,7 +157,8 @@ class Sampler:
         ids, places = torch.unique(torch.cat(wanted), return_inverse=True)  # a row is looked up once
         user_ids, user_places = torch.unique(users, return_inverse=True)
         of_users, of_items = self._look_up(user_ids, ids)
-        parts = places.split([len(part) for part in wanted])
+        ends = np.cumsum([len(part) for part in wanted]).tolist()
+        parts = [places[end - len(part) : end] for part, end in zip(wanted, ends)]
         user_vectors, item_vectors = of_users[user_places], of_items[parts[0]]
         loss = objective.sampled_loss(
             users,

@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy import sparse
 from torch import Tensor
@@ -169,7 +170,7 @@ class Sweeper:
     def loss(self) -> float:
         """L of all users, L2 included."""
         l2 = self.objective.weights.l2 * self.objective.num_batches / 2
-        total = l2 * float(self.user_vectors.square().sum() + self.item_vectors.square().sum())
+        total: float = l2 * float(self.user_vectors.square().sum() + self.item_vectors.square().sum())
         for start in range(0, self.objective.num_users, self.users_per_step):
             users = np.arange(start, min(start + self.users_per_step, self.objective.num_users))
             vectors = self.user_vectors[torch.from_numpy(users)]
@@ -177,10 +178,10 @@ class Sweeper:
         return total
 
 
-def _values(matrix: sparse.csr_matrix, rows: Ints) -> np.ndarray:  # type: ignore[type-arg]
+def _values(matrix: sparse.csr_matrix, rows: Ints) -> npt.NDArray[np.float32]:
     """The values of the entries of some rows, in the order of `entries`."""
     starts = matrix.indptr[rows].astype(np.int64)
     lengths = matrix.indptr[rows + 1] - starts
     shift = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
-    values: np.ndarray = matrix.data[np.arange(lengths.sum()) + shift]  # type: ignore[type-arg]
+    values: npt.NDArray[np.float32] = matrix.data[np.arange(lengths.sum()) + shift]
     return values

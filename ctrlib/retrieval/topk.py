@@ -30,13 +30,13 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     >>> items.tolist(), values.tolist()
     ([[1, 0, 2, -1]], [[2.0, 0.5, 0.5, -inf]])
     """
-    num_rows, num_items = scores.shape
+    num_items = scores.shape[1]
     taken = min(k, num_items)
     whole = num_items // GROUP * GROUP
     if whole // GROUP <= 2 * taken + 2:  # there is little to leave out
         items, values = _sorted(scores, taken)
     else:
-        grouped = scores[:, :whole].unflatten(1, (-1, GROUP))
+        grouped = scores[:, :whole].reshape(len(scores), -1, GROUP)
         maxima, groups = grouped.amax(dim=2).topk(taken + 1, dim=1)
         best = groups[:, :taken].sort(dim=1).values  # in the order of their items, so that ties fall to the earlier
         found = grouped.gather(1, best[:, :, None].expand(-1, -1, GROUP)).flatten(1)

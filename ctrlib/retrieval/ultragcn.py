@@ -107,7 +107,7 @@ class UltraGCN(Vectors):
                 if watch is not None and watch(epoch):
                     break
             return self
-        tables = make_tables(*log.matrix.shape, self.embedding_dim, init_std=self.init_std, seed=seed)
+        tables = make_tables(log.num_users, log.num_items, self.embedding_dim, init_std=self.init_std, seed=seed)
         for table, first in zip(tables.embeddings.values(), (users, items)):
             table.weight.data.copy_(first)
         sampler = Sampler(
@@ -200,7 +200,7 @@ def as_logits(solution: IALS, objective: Objective, seed: int, num_users: int = 
 
 
 def official(dataset: Literal["gowalla", "movielens_1m"]) -> UltraGCN:
-    """The settings that the published numbers were made with, negatives drawn of each pair; epochs are those to the best.
+    """The settings that the published numbers were made with, with the epochs to the best of them.
 
     >>> official("gowalla").weights.negative_weight
     300.0
