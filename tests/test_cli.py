@@ -229,7 +229,7 @@ TRAIN_FLAGS = ", ".join(flag.name for flag in usage.flags_of(CLASSES["train"]) i
         ),
         (
             "trian d",
-            "ctrlib: there is no command trian; the closest are train, doctor, prepare; expected some of "
+            "ctrlib: there is no command trian; the closest are train, rank, retrieve; expected some of "
             f"{', '.join(cli.COMMANDS)}\n`ctrlib --help` says more.",
         ),
         ("--verison", "ctrlib: there is no command --verison; the closest are --version, --help; "),
