@@ -31,6 +31,20 @@ class WrongTypeError(CtrlibError, TypeError):
     """An argument is of another type than expected."""
 
 
+class UnsupportedError(CtrlibError, NotImplementedError):
+    """What was asked for is not there: on this device, in several processes, or with these versions."""
+
+
+class UnknownNameError(CtrlibError, KeyError):
+    """Nothing is called so."""
+
+    __str__ = Exception.__str__  # that of a KeyError is the repr of its message
+
+
+class TooLargeError(CtrlibError, MemoryError):
+    """What was asked for does not fit into the memory; the message says how much there is."""
+
+
 # Arguments whose flag on the command line is not their name.
 FLAGS = {"max_epochs": "--epochs", "embedding_l2": "--l2", "num_bytes": "--bytes"}
 

@@ -23,7 +23,7 @@ from ctrlib.embeddings.sim import SIM, TargetAttention
 from ctrlib.embeddings.table import TableEmbedding, Wide
 from ctrlib.embeddings.tim import InterestEmbedding
 from ctrlib.embeddings.unified import UnifiedTables
-from ctrlib.errors import check_type
+from ctrlib.errors import ArgumentError, check_type
 from ctrlib.heads.linear import LinearHead
 from ctrlib.model import Model
 from ctrlib.schema import Categorical, NumericFields, Schema, SequenceFields, vocabulary_of
@@ -80,24 +80,26 @@ class Inputs:
         check_type("a whole number", Integral, embedding_dim=self.embedding_dim)
         if self.tables is not None and self.tables.get("kind") not in LOOK_UPS:
             kind = str(self.tables.get("kind"))
-            raise ValueError(f'tables={dict(self.tables)}: unknown "kind" {kind!r}; {instead([kind], LOOK_UPS)}')
+            raise ArgumentError(f'tables={dict(self.tables)}: unknown "kind" {kind!r}; {instead([kind], LOOK_UPS)}')
         if self.tables is not None and self.sequence != "pooled":
-            raise ValueError(f"tables of kind {self.tables['kind']!r} are for sequence='pooled', got {self.sequence!r}")
+            raise ArgumentError(
+                f"tables of kind {self.tables['kind']!r} are for sequence='pooled', got {self.sequence!r}"
+            )
         if self.numeric not in get_args(NumericFields):
-            raise ValueError(f"unknown numeric {self.numeric!r}; {instead([self.numeric], get_args(NumericFields))}")
+            raise ArgumentError(f"unknown numeric {self.numeric!r}; {instead([self.numeric], get_args(NumericFields))}")
         if self.sequence not in get_args(SequenceFields):
-            raise ValueError(
+            raise ArgumentError(
                 f"unknown sequence {self.sequence!r}; {instead([self.sequence], get_args(SequenceFields))}"
             )
         if not self.schema.dense and self.numeric != "vector":
-            raise ValueError(f"numeric={self.numeric!r} needs a numeric feature, and the schema has none")
+            raise ArgumentError(f"numeric={self.numeric!r} needs a numeric feature, and the schema has none")
         if self.sigma != 0.01 and self.numeric != "periodic":
-            raise ValueError(f"sigma={self.sigma} is for numeric='periodic', got numeric={self.numeric!r}")
+            raise ArgumentError(f"sigma={self.sigma} is for numeric='periodic', got numeric={self.numeric!r}")
         if self.edges is not None and self.numeric not in ("bucketised", "piecewise_linear"):
-            raise ValueError(f"edges are for bucketised and piecewise_linear numbers, got numeric={self.numeric!r}")
+            raise ArgumentError(f"edges are for bucketised and piecewise_linear numbers, got numeric={self.numeric!r}")
         wanted = len(self.schema.dense) if self.numeric in ("bucketised", "piecewise_linear") else 0
         if wanted and len(self.edges or ()) != wanted:
-            raise ValueError(
+            raise ArgumentError(
                 f"numeric={self.numeric!r} needs edges for {wanted} numeric features, got {len(self.edges or ())}: "
                 "take ctrlib.quantile_edges(prepared_folder)"
             )
@@ -109,7 +111,7 @@ class Inputs:
             ValueError: another way is asked for.
         """
         if self.sequence not in ("pooled", sequence):
-            raise ValueError(
+            raise ArgumentError(
                 f"this model reads histories in its own way, {sequence!r}, got sequence={self.sequence!r}: leave it "
                 "out, or take a model that reads them in any way, such as mlp"
             )
@@ -142,7 +144,7 @@ class Inputs:
 
     def _interests(self, of_each_label: bool) -> InterestEmbedding:
         if self.sequence == "tim" and not of_each_label:
-            raise ValueError(
+            raise ArgumentError(
                 "sequence='tim' makes fields of each label's own, which dtrn takes, and mmoe and ple with refine=True: "
                 "choose one of them, or sequence='tim_shared'"
             )
@@ -165,7 +167,7 @@ class Inputs:
         unknown = sorted(set(arguments) - set(inspect.signature(kind).parameters))
         if unknown:
             takes = [name for name in inspect.signature(kind).parameters if name not in ("features", "embedding_dim")]
-            raise ValueError(f"{kind.__name__} takes no {unknown}; {instead(unknown, takes)}")
+            raise ArgumentError(f"{kind.__name__} takes no {unknown}; {instead(unknown, takes)}")
         return kind(chosen, embedding_dim=self.embedding_dim, suffix=suffix, **arguments)
 
     def _numeric_fields(self, names: Sequence[str] | None) -> nn.Module | None:
@@ -196,7 +198,7 @@ class Inputs:
     def _histories(self) -> list[HistoryFeature]:
         histories = [feature for feature in self.schema.sparse if isinstance(feature, HistoryFeature)]
         if not histories:
-            raise ValueError(f"sequence={self.sequence!r} needs a Sequence feature, and the schema has none")
+            raise ArgumentError(f"sequence={self.sequence!r} needs a Sequence feature, and the schema has none")
         return histories
 
     def _target(self, history: HistoryFeature) -> str:
@@ -204,7 +206,7 @@ class Inputs:
         for feature in self.schema.sparse:
             if isinstance(feature, Categorical) and vocabulary_of(feature) == vocabulary_of(history):
                 return feature.name
-        raise ValueError(
+        raise ArgumentError(
             f"history {history.name!r} shares its vocabulary with no categorical feature, so there is nothing "
             "to compare it with: prepare it with Sequence(..., vocabulary=...), or use sequence='pooled'"
         )

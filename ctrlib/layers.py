@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctrlib.errors import ArgumentError
+
 
 def full_precision() -> contextlib.AbstractContextManager[Any]:
     """Where bfloat16 autocast is on, off inside the block: for fields (a number's fifth digit can matter) and logits.
@@ -64,7 +66,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"dropout probability must be in [0, 1), got {p}")
+            raise ArgumentError(f"dropout probability must be in [0, 1), got {p}")
         self.p = p
         self._dropped = round(p * 65536)  # of 65,536 equally likely 16-bit draws
 
@@ -97,7 +99,7 @@ class Hidden(nn.Sequential):
         self, num_inputs: int, widths: Sequence[int], *, batch_norm: bool = False, dropout: float = 0.0
     ) -> None:
         if not widths or any(width < 1 for width in widths):
-            raise ValueError(f"hidden widths must be one or more positive integers, got {tuple(widths)}")
+            raise ArgumentError(f"hidden widths must be one or more positive integers, got {tuple(widths)}")
         layers: list[nn.Module] = []
         for width in widths:
             layers.append(nn.Linear(num_inputs, width))
@@ -148,7 +150,7 @@ class LowRankLinear(nn.Sequential):
 
     def __init__(self, num_inputs: int, num_outputs: int, *, rank: int, activation: nn.Module | None = None) -> None:
         if not 1 <= rank <= min(num_inputs, num_outputs):
-            raise ValueError(
+            raise ArgumentError(
                 f"rank={rank}: expected 1 to {min(num_inputs, num_outputs)}, the smaller width of a layer "
                 f"{num_inputs} -> {num_outputs}"
             )

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctrlib.errors import ArgumentError
+
 
 def binary_cross_entropy(
     logits: Tensor, labels: Tensor, weights: Tensor, *, task_weights: Sequence[float] | None = None
@@ -33,7 +35,7 @@ def binary_cross_entropy(
     if task_weights is None:
         return losses.sum()
     if len(task_weights) != losses.shape[0]:
-        raise ValueError(f"expected a weight for each of {losses.shape[0]} tasks, got task_weights={task_weights}")
+        raise ArgumentError(f"expected a weight for each of {losses.shape[0]} tasks, got task_weights={task_weights}")
     return losses @ losses.new_tensor(task_weights)
 
 

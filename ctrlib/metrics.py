@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ctrlib.errors import ArgumentError
+
 __all__ = [
     "DeLong",
     "GroupAUC",
@@ -64,7 +66,7 @@ NUM_BINS = 1 << BIN_BITS
 def _vector(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
     array = np.asarray(values)
     if array.ndim != 1:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} must be one-dimensional (B,), got shape {array.shape}: "
             f"pass one task at a time, such as {name}[:, 0]"
         )
@@ -74,7 +76,7 @@ def _vector(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
 def _floats(array: npt.NDArray[Any], name: str) -> Floats:
     """float32 and float64 as they are, everything else as the one that holds it."""
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} must be numbers, got dtype {array.dtype}: convert them to float")
+        raise ArgumentError(f"{name} must be numbers, got dtype {array.dtype}: convert them to float")
     if array.dtype in (np.float32, np.float64):
         return array
     return array.astype(np.float32 if array.dtype == np.float16 else np.float64)
@@ -83,7 +85,7 @@ def _floats(array: npt.NDArray[Any], name: str) -> Floats:
 def _refuse(bad: Bools, array: npt.NDArray[Any], expected: str, mend: str) -> None:
     if bad.any():
         first = int(np.argmax(bad))
-        raise ValueError(
+        raise ArgumentError(
             f"{expected}, got {int(np.count_nonzero(bad))} other values of {len(array)}, "
             f"the first {array[first].item()!r} at index {first}: {mend}"
         )
@@ -103,12 +105,12 @@ def _checked(
     weight = None if weights is None else _floats(_vector(weights, "weights"), "weights")
     for other, other_name in ((score, name), (group, "groups"), (weight, "weights")):
         if other is not None and len(other) != len(label):
-            raise ValueError(
+            raise ArgumentError(
                 f"{other_name} must have one value per label, got {len(other)} for {len(label)} labels: "
                 "pass the same rows to both"
             )
     if label.dtype.kind not in "biuf":
-        raise ValueError(f"labels must be 0 or 1, got dtype {label.dtype}: convert them to numbers")
+        raise ArgumentError(f"labels must be 0 or 1, got dtype {label.dtype}: convert them to numbers")
     if weight is not None:
         bad = ~(np.isfinite(weight) & (weight >= 0))
         _refuse(bad, weight, "weights must be finite and >= 0", "clip them, or give 0 to rows that must not count")
@@ -285,11 +287,13 @@ def _from_state(
     state: dict[str, npt.NDArray[Any]], shapes: dict[str, tuple[int, ...] | None]
 ) -> dict[str, npt.NDArray[np.float64]]:
     if set(state) != set(shapes):
-        raise ValueError(f"state must have keys {sorted(shapes)}, got {sorted(state)}: load what state_dict() returned")
+        raise ArgumentError(
+            f"state must have keys {sorted(shapes)}, got {sorted(state)}: load what state_dict() returned"
+        )
     arrays = {key: np.array(value, dtype=np.float64) for key, value in state.items()}
     for key, shape in shapes.items():
         if shape is not None and arrays[key].shape != shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"state {key!r} must have shape {shape}, got {arrays[key].shape}: it is of another version of ctrlib"
             )
     return arrays
@@ -349,7 +353,7 @@ def auc_delong(labels: npt.ArrayLike, scores: npt.ArrayLike, confidence: float =
     (0.75, 0.3536)
     """
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}: 0.95 is usual")
+        raise ArgumentError(f"confidence must be between 0 and 1, got {confidence}: 0.95 is usual")
     positive, score, _, _ = _checked(labels, scores)
     m = int(np.count_nonzero(positive))
     n = len(score) - m
@@ -422,7 +426,9 @@ def gauc(
     try:
         codes = np.unique(group, return_inverse=True)[1]
     except TypeError as error:  # None among strings
-        raise ValueError(f"groups must be of one type, all integers or all strings, and not None: {error}") from error
+        raise ArgumentError(
+            f"groups must be of one type, all integers or all strings, and not None: {error}"
+        ) from error
     rows = np.bincount(codes)
     if score.dtype == np.float32:  # group and score in one integer: four times as fast as lexsort
         order = np.argsort((codes.astype(np.uint64) << np.uint64(32)) | _ordered_bits(score))
@@ -528,7 +534,7 @@ def expected_calibration_error(
     0.1
     """
     if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1, got {num_bins}: 20 is usual")
+        raise ArgumentError(f"num_bins must be at least 1, got {num_bins}: 20 is usual")
     positive, p, weight = _checked_probabilities(labels, probabilities, weights)
     if len(p) == 0:
         return math.nan

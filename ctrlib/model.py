@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import full_precision
 
 
@@ -38,12 +39,12 @@ class Model(nn.Module):
         super().__init__()
         for before, after in ((embedding, tower), (tower, head)):
             if before.out_shape != after.in_shape:
-                raise ValueError(
+                raise ArgumentError(
                     f"{type(after).__name__} expects {after.in_shape}, but {type(before).__name__} gives "
                     f"{before.out_shape}: build {type(after).__name__} with in_shape={before.out_shape}"
                 )
         if wide is not None and wide.out_shape != head.out_shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{type(wide).__name__} gives {wide.out_shape} logits, {type(head).__name__} {head.out_shape}: "
                 "build both for the same number of tasks"
             )
@@ -104,7 +105,7 @@ class Ensemble(nn.Module):
         super().__init__()
         self.models = nn.ModuleList(models)
         if not self.models:
-            raise ValueError("an ensemble needs one or more models, got none")
+            raise ArgumentError("an ensemble needs one or more models, got none")
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch -> (B, T) logits."""

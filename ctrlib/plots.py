@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ctrlib.errors import ArgumentError
+
 
 def learning_curve(history: Any, path: str | Path) -> None:
     """Of a `History` that `ctrlib.fit` returns: validation AUC, both losses, and where the learning rate was cut."""
@@ -50,7 +52,7 @@ def search_result(result: dict[str, Any], path: str | Path) -> None:
     summary = result["summary"]
     panels = [name for name in ("kept", "dims", "pairs") if name in summary]
     if not panels:
-        raise ValueError(f"the plan's summary has none of kept, dims and pairs to draw, only {sorted(summary)}")
+        raise ArgumentError(f"the plan's summary has none of kept, dims and pairs to draw, only {sorted(summary)}")
     most = max(len(summary[name]["fields"] if name == "pairs" else summary[name]) for name in panels)
     figure = Figure(figsize=(1 + 4.5 * len(panels), 1.6 + 0.28 * max(most, 8)), layout="constrained")
     for name, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from ctrlib.errors import CtrlibError, WrongTypeError, check_path, check_type
+from ctrlib.errors import CtrlibError, UnknownNameError, WrongTypeError, check_path, check_type
 from ctrlib.making import settle
 
 # Three reserved ids in every vocabulary, distinct from each other and from every value of the data.
@@ -269,7 +269,7 @@ class Schema:
         for feature in self.features:
             if feature.name == name:
                 return feature
-        raise KeyError(f"no feature {name!r}; the schema has {[feature.name for feature in self.features]}")
+        raise UnknownNameError(f"no feature {name!r}; the schema has {[feature.name for feature in self.features]}")
 
     def position(self, name: str) -> int:
         """Index of a feature among the F fields, for towers that need certain fields.

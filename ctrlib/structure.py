@@ -18,6 +18,7 @@ from ctrlib.embeddings.blocks import BlockTables
 from ctrlib.embeddings.crosses import CrossTables
 from ctrlib.embeddings.narrow import NarrowTables
 from ctrlib.embeddings.packed import PackedTables
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import LowRankLinear
 from ctrlib.model import Model
 
@@ -51,7 +52,7 @@ def restructure(model: Model, replaced: Mapping[str, Mapping[str, Any]]) -> Mode
         arguments = dict(description)
         kind = arguments.pop("kind", None)
         if kind not in KINDS:
-            raise ValueError(f"{path} is replaced by unknown kind {kind!r}, expected one of {sorted(KINDS)}")
+            raise ArgumentError(f"{path} is replaced by unknown kind {kind!r}, expected one of {sorted(KINDS)}")
         put(model, path, KINDS[kind](**arguments))
     return model
 
@@ -67,7 +68,7 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
         parent = model.get_submodule(parent_path)
         getattr(parent, name)
     except AttributeError as error:
-        raise ValueError(f"the model has no part {path!r} to replace") from error
+        raise ArgumentError(f"the model has no part {path!r} to replace") from error
     setattr(parent, name, module)
     if getattr(parent, "first_rows", None) is not None:
         parent.first_rows = None  # type: ignore[assignment]

@@ -40,11 +40,11 @@ STRICT = {
     # Nobody waits for torch to be told that a folder is taken.
     "_target": ({"errors", "making", "_launcher", "_lock"}, set()),
     "_lazy": ({"doctor"}, set()),
-    "metrics": (set(), {"numpy"}),  # an offline AUC needs no torch
-    "layers": (set(), {"torch"}),
-    "losses": ({"layers"}, {"torch"}),
-    "towers": ({"layers", "_lazy"}, {"torch"}),
-    "heads": ({"layers", "losses", "_lazy"}, {"torch"}),
+    "metrics": ({"errors"}, {"numpy"}),  # an offline AUC needs no torch
+    "layers": ({"errors"}, {"torch"}),
+    "losses": ({"errors", "layers"}, {"torch"}),
+    "towers": ({"errors", "layers", "_lazy"}, {"torch"}),
+    "heads": ({"errors", "layers", "losses", "_lazy"}, {"torch"}),
 }
 
 MODULES = {

@@ -103,7 +103,7 @@ def test_rows_depend_on_the_teacher_only(tiny):
     other = generate(dataclasses.replace(teacher, num_rows=500, seed=1))[0]
     assert not other["label"].equals(frame["label"].head(500))
     assert [len(part) for part, _ in chunks(teacher)] == [CHUNK_ROWS, 7_000]
-    with pytest.raises(IndexError, match=r"chunk must be in 0..1, got 2"):
+    with pytest.raises(ValueError, match=r"chunk must be in 0..1, got 2"):
         chunk(teacher, 2)
 
 

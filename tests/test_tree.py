@@ -231,7 +231,11 @@ TOWER = "model.arguments.tower"
         (f"{TOWER}.arguments.in_shape", [6, "8"], f"{TOWER}: ctrlib.MLP does not take these arguments (TypeError"),
         (f"{TOWER}.arguments", {"hidden": [5]}, f"{TOWER}: ctrlib.MLP cannot be made without ['in_shape']"),
         (f"{TOWER}.arguments", [5], f"{TOWER}.arguments is list [5], expected a dictionary"),
-        (f"{TOWER}.arguments.in_shape", [6, 4], "model: ctrlib.Model does not take these arguments (ValueError: MLP"),
+        (
+            f"{TOWER}.arguments.in_shape",
+            [6, 4],
+            "model: ctrlib.Model does not take these arguments (ArgumentError: MLP",
+        ),
         (
             f"{TOWER}.class",
             "ctrlib.towers.AutoIn",

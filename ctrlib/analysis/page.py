@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from ctrlib.errors import ArgumentError
+
 CELL = 18  # pixels of a square of a heat map
 LEFT = 190  # pixels for names
 WIDTH = 560  # pixels of a chart
@@ -80,7 +82,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | int | float | No
     4
     """
     if any(len(row) != len(columns) for row in rows):
-        raise ValueError(f"expected {len(columns)} cells in each row of the table, for {list(columns)}")
+        raise ArgumentError(f"expected {len(columns)} cells in each row of the table, for {list(columns)}")
     texts = [any(isinstance(row[at], str) for row in rows) for at in range(len(columns))]
     kinds = [' class="text"' if is_text else "" for is_text in texts]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns))
@@ -129,7 +131,7 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], unit: str)
         ValueError: `values` is not square, a row for each name.
     """
     if len(values) != len(names) or any(len(row) != len(names) for row in values):
-        raise ValueError(f"expected {len(names)} rows of as many values, one for each name")
+        raise ArgumentError(f"expected {len(names)} rows of as many values, one for each name")
     squares = []
     top = LEFT - 60
     for row, (name, line) in enumerate(zip(names, values)):

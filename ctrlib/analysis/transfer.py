@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.errors import ArgumentError
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
 from ctrlib.training.evaluate import Scores
@@ -67,7 +68,7 @@ def compare_tasks(
     ('gains', 1.0)
     """
     if len(singles) != len(tasks) or multi.labels.shape[1] != len(tasks):
-        raise ValueError(
+        raise ArgumentError(
             f"expected a model of its own for each of {len(tasks)} tasks {tuple(tasks)}, got {len(singles)}, and a "
             f"model of {multi.labels.shape[1]} tasks beside"
         )
@@ -75,14 +76,14 @@ def compare_tasks(
     for task, (name, single) in enumerate(zip(tasks, singles)):
         labels = multi.labels[:, task]
         if single.logits.shape[1] != 1 or not np.array_equal(single.labels[:, 0], labels, equal_nan=True):
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}: expected a model of this label alone, scored on the same rows; got one of "
                 f"{single.logits.shape[1]} labels, or other rows"
             )
         keep = ~np.isnan(labels) & (multi.weights > 0)
         positive = labels[keep] == 1
         if positive.all() or not positive.any():
-            raise ValueError(f"{name}: the rows hold one class only, so its AUC is undefined: use more rows")
+            raise ArgumentError(f"{name}: the rows hold one class only, so its AUC is undefined: use more rows")
         groups = np.arange(keep.sum()) if multi.groups is None else multi.groups[keep]
         cluster = np.unique(groups, return_inverse=True)[1]
         weights = multi.weights[keep].astype(np.float64)
@@ -171,7 +172,7 @@ def gradient_cosines(model: Model, batches: Iterable[Batch]) -> Report:
             cosines[part].append(_cosines([[gradient[n] for n in members] for gradient in gradients]))
     model.train(was_training)
     if not cosines["network"]:
-        raise ValueError("there is nothing to differentiate: the loader gave no batch")
+        raise ArgumentError("there is nothing to differentiate: the loader gave no batch")
     return {
         part: {
             "cosine": np.mean(values, axis=0).tolist(),

@@ -12,6 +12,7 @@ from ctrlib.cli.flags import Command, ScoringFlags
 from ctrlib.cli.kinds import OptionalName, Paths, shown
 from ctrlib.cli.paths import check_model, check_prepared, check_raw, holds_parquet, named
 from ctrlib.cli.tables import print_counts, print_scores
+from ctrlib.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Evaluate(Command):
             check_prepared(data)
         elif self.split is not None:
             what = "are files" if not one else "has no schema.json" if data.is_dir() else "is a file"
-            raise ValueError(f"--split {self.split}: {named(self.data)} {what}, only prepared folders have splits")
+            raise ArgumentError(f"--split {self.split}: {named(self.data)} {what}, only prepared folders have splits")
 
         from ctrlib.serving.predictor import Predictor
         from ctrlib.training.loop import to_json

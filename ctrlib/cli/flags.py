@@ -20,7 +20,7 @@ from ctrlib.cli.kinds import (
     Settings,
     Switch,
 )
-from ctrlib.errors import check_number, check_whole
+from ctrlib.errors import ArgumentError, check_number, check_whole
 from ctrlib.models.build import for_engine
 from ctrlib.models.table import MODELS
 from ctrlib.schema import NumericFields, SequenceFields
@@ -82,12 +82,12 @@ class ModelFlags:
         # What is not asked for is the model's to say: its defaults are the paper's.
         changed = {name: getattr(self, name) for name in ARGUMENT_OF if getattr(self, name) is not None}
         if idle := [self._idle(name, ARGUMENT_OF[name], takes) for name in changed if ARGUMENT_OF[name] not in takes]:
-            raise ValueError("\n".join(idle))
+            raise ArgumentError("\n".join(idle))
         config: dict[str, Any] = {"model": self.model, **{ARGUMENT_OF[name]: value for name, value in changed.items()}}
         config |= {"numeric": self.numeric, "sequence": self.sequence}
         if self.bins is not None:
             if self.numeric not in BINNED:
-                raise ValueError(f"--bins {self.bins}: there are no bins in --numeric {self.numeric}")
+                raise ArgumentError(f"--bins {self.bins}: there are no bins in --numeric {self.numeric}")
             check_whole(1, bins=self.bins)
         for name, value in (("dim", self.dim), ("cross_layers", self.cross_layers)):
             if value is not None:
@@ -100,7 +100,7 @@ class ModelFlags:
         said = {**config, "edges": "quantiles of the training rows"} if self.numeric in BINNED else config
         for name, value in map(parse_option, self.option):
             if name in said:
-                raise ValueError(
+                raise ArgumentError(
                     f"--option {name}: that is said already, by a flag or for the engine, as {said[name]!r}"
                 )
             config[name] = value
@@ -136,7 +136,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     try:
         return name.strip().replace("-", "_"), json.loads(value)
     except ValueError:
-        raise ValueError(
+        raise ArgumentError(
             f"--option {text}: expected NAME=VALUE with a JSON value, such as num_heads=5, zero_context=true or "
             "hidden_1=[400,400]"
         ) from None

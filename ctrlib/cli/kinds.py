@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ctrlib.errors import ArgumentError
 from ctrlib.models.table import MODELS
 
 
@@ -51,7 +52,7 @@ else:
 
     def _paths(texts: list[str]) -> tuple[Path, ...]:
         if not texts:
-            raise ValueError("expected one path or more")
+            raise ArgumentError("expected one path or more")
         return tuple(map(Path, texts))
 
     MANY_PATHS = PrimitiveConstructorSpec(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ctrlib.errors import ArgumentError
 from ctrlib.making import settle
 from ctrlib.manifest import load_schema
 from ctrlib.schema import Schema
@@ -17,7 +18,7 @@ def check_prepared(folder: Path) -> Schema:
         ValueError: it is none.
     """
     if folder.is_file():
-        raise ValueError(
+        raise ArgumentError(
             f"{folder} is a file, not a prepared folder; make one with `ctrlib prepare {folder} --out FOLDER`"
         )
     return load_schema(folder)
@@ -32,7 +33,7 @@ def check_model(folder: Path) -> None:
     settle(folder)
     if not (folder / "model.json").is_file():
         what = "has no model.json" if folder.is_dir() else "does not exist"
-        raise ValueError(f"{folder} is not a model folder, it {what}: `ctrlib train --out` writes one")
+        raise ArgumentError(f"{folder} is not a model folder, it {what}: `ctrlib train --out` writes one")
 
 
 def check_raw(path: Path) -> None:
@@ -44,7 +45,7 @@ def check_raw(path: Path) -> None:
     if not path.is_file():
         settle(path)
     if not path.exists():
-        raise ValueError(
+        raise ArgumentError(
             f"{path} does not exist: expected a CSV, TSV or parquet file, or another that docs/data.md names"
         )
 

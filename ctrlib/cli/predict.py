@@ -14,6 +14,7 @@ from ctrlib.cli.flags import Command, ScoringFlags
 from ctrlib.cli.kinds import Names, Paths, Switch, shown
 from ctrlib.cli.paths import check_model, check_raw
 from ctrlib.cli.tables import print_counts, progress_line
+from ctrlib.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Predict(Command):
         """Run the command; the exit status."""
         out = self.output.out
         if out.suffix not in (".csv", ".parquet"):
-            raise ValueError(f"--out must end in .csv or .parquet, got {out.name!r}")
+            raise ArgumentError(f"--out must end in .csv or .parquet, got {out.name!r}")
         check_model(self.model)
         for path in self.data:
             check_raw(path)

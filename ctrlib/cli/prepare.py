@@ -30,6 +30,7 @@ from ctrlib.cli.kinds import (
     shown,
 )
 from ctrlib.cli.paths import check_raw
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import Categorical, Feature, MultiValued, Numeric, NumericTransform, Schema, Sequence
 
 LIMITS = ("min_count", "max_values")
@@ -177,7 +178,7 @@ class Prepare(Command):
             name, _, transform = text.partition(":")
             known = get_args(NumericTransform)
             if transform and transform not in known:
-                raise ValueError(f"--numeric {text}: unknown transform {transform!r}; {instead([transform], known)}")
+                raise ArgumentError(f"--numeric {text}: unknown transform {transform!r}; {instead([transform], known)}")
             features.append(Numeric(name, transform=cast(NumericTransform, transform or "standard")))
         for text in self.column.multi:
             name, options = _listed("--multi", text, "separator")
@@ -195,7 +196,7 @@ class Prepare(Command):
         """
         column = self.column
         if (column.from_ranking is None) != (column.top is None):
-            raise ValueError("--from-ranking and --top go together: name a ranking and how many features to take")
+            raise ArgumentError("--from-ranking and --top go together: name a ranking and how many features to take")
         if column.from_ranking is None or column.top is None:
             return tuple(column.ignore)
         from ctrlib.ranking.chosen import not_chosen
@@ -212,16 +213,16 @@ class Prepare(Command):
         """
         files, column, out = self.file, self.column, self.output.out
         if self.kept.extend and self.kept.like is None:
-            raise ValueError("--extend adds values to those of another folder: name it by --like FOLDER")
+            raise ArgumentError("--extend adds values to those of another folder: name it by --like FOLDER")
         features = self.features()
         unclear = [text for text in column.positive if "=" not in text]
         if unclear:
-            raise ValueError(f"--positive {unclear[0]}: expected LABEL=TEXT, such as income=>50K")
+            raise ArgumentError(f"--positive {unclear[0]}: expected LABEL=TEXT, such as income=>50K")
         given = {"train": self.data}
         if files.valid is not None and files.test is not None:
             given |= {"valid": files.valid, "test": files.test}
         elif files.valid is not None or files.test is not None:
-            raise ValueError("--valid and --test go together: give both, or neither to split DATA")
+            raise ArgumentError("--valid and --test go together: give both, or neither to split DATA")
         for paths in given.values():
             for path in paths:
                 check_raw(path)
@@ -297,16 +298,16 @@ def _listed(flag: str, text: str, short: str) -> tuple[str, dict[str, Any]]:
     """
     for option in re.findall(r":([A-Za-z_]+)=", text):
         if option not in LISTED:
-            raise ValueError(f"{flag} {text}: unknown option {option!r}; {instead([option], LISTED)}")
+            raise ArgumentError(f"{flag} {text}: unknown option {option!r}; {instead([option], LISTED)}")
     head, *rest = re.split(rf":(?=(?:{'|'.join(LISTED)})=)", text)
     name, _, value = head.partition(":")
     options: dict[str, Any] = {short: value} if value else {}
     for option, _, value in (one.partition("=") for one in rest):
         if option in options:
-            raise ValueError(f"{flag} {text}: {option} is given twice")
+            raise ArgumentError(f"{flag} {text}: {option} is given twice")
         options[option] = value
     if "max_length" in options:
         if not re.fullmatch(r"[1-9][0-9]*", options["max_length"]):
-            raise ValueError(f"{flag} {text}: max_length is {options['max_length']!r}, expected 1 or more")
+            raise ArgumentError(f"{flag} {text}: max_length is {options['max_length']!r}, expected 1 or more")
         options["max_length"] = int(options["max_length"])
     return name, options

@@ -108,7 +108,7 @@ class Train(Command):
         if how.warm_start is not None:
             check_model(how.warm_start)
         if engine.plan is not None and not engine.plan.is_file():
-            raise ValueError(f"--plan {engine.plan}: there is no such file")
+            raise ArgumentError(f"--plan {engine.plan}: there is no such file")
 
         from ctrlib.training.config import complete
 

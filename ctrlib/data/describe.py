@@ -12,6 +12,7 @@ from ctrlib.data.cells import shortened
 from ctrlib.data.infer import Guess, infer_features
 from ctrlib.data.scan import check_on_bad_row
 from ctrlib.data.table import RawTable
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import (
     Categorical,
     Feature,
@@ -40,7 +41,7 @@ def check_arguments(
     """
     check_on_bad_row(on_bad_row)
     if missing_labels not in ("raise", "mask"):
-        raise ValueError(f"missing_labels is {missing_labels!r}, expected one of ('raise', 'mask')")
+        raise ArgumentError(f"missing_labels is {missing_labels!r}, expected one of ('raise', 'mask')")
     unknown = [name for name in label_positive or {} if name not in labels]
     if unknown:
         raise SchemaError(f"label_positive names {unknown}, expected labels, which are {list(labels)}")
@@ -57,7 +58,7 @@ def check_arguments(
             )
     for name, limit in limits:
         if limit is not None and limit < 1:
-            raise ValueError(f"{name} is {limit}, expected at least 1")
+            raise ArgumentError(f"{name} is {limit}, expected at least 1")
 
 
 def describe(

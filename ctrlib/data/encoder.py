@@ -22,6 +22,7 @@ import numpy.typing as npt
 import polars as pl
 
 from ctrlib._lock import locked
+from ctrlib._target import TargetError
 from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, raw_id, text, without_bad_rows
 from ctrlib.data.columns import Columns, Ragged, lists_of, offsets_of
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
@@ -185,7 +186,7 @@ class Encoder:
         """
         out = Path(folder)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"{out} exists and is not empty: give another folder")
+            raise TargetError(f"{out} exists and is not empty: give another folder")
         with locked(out), new_folder(out) as making:
             self._write(making)
 

@@ -27,7 +27,7 @@ import numpy as np
 from ctrlib.batch import Batch
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Array, Columns, RowGroup, check_classes, decode, find_row_groups, offsets_of
-from ctrlib.errors import check_path, check_type
+from ctrlib.errors import ArgumentError, check_path, check_type
 from ctrlib.manifest import data_hash, load_schema
 
 _Span = tuple[int, int, int]  # window, first row in it, last row + 1
@@ -105,12 +105,12 @@ class Loader:
         ):
             check_type("a whole number", Integral, **{name: value})
             if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise ArgumentError(f"{name} must be at least {least}, got {value}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size) = [0, {world_size}), got {rank}")
+            raise ArgumentError(f"rank must be in [0, world_size) = [0, {world_size}), got {rank}")
         self.folder, self.schema = Path(folder), load_schema(folder)
         if with_group and not self.schema.group:
-            raise ValueError(f"with_group=True, but the schema of {folder} names no group: set Schema(group=...)")
+            raise ArgumentError(f"with_group=True, but the schema of {folder} names no group: set Schema(group=...)")
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.window_rows, self.with_group = window_rows, with_group
@@ -123,7 +123,7 @@ class Loader:
         self._num_batches = full if drop_last or fold else full + (tail > 0)
         self._end = full * self._global_size if drop_last else self.num_rows
         if self._num_batches == 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"drop_last leaves nothing: {self.num_rows} rows do not fill a batch of {self._global_size}"
             )
         self._position = 0  # batches handed out, counted from epoch 0
@@ -142,7 +142,7 @@ class Loader:
     def set_epoch(self, epoch: int) -> None:
         """Make the next iterator run `epoch`. Naming the current epoch changes nothing, so a resumed one goes on."""
         if epoch < 0:
-            raise ValueError(f"epoch must be at least 0, got {epoch}")
+            raise ArgumentError(f"epoch must be at least 0, got {epoch}")
         if epoch != self.epoch:
             self._position, self._resumed = epoch * self._num_batches, False
 
@@ -173,7 +173,7 @@ class Loader:
             ValueError: `in_flight` is negative or more than was handed out.
         """
         if not 0 <= in_flight <= self._position:
-            raise ValueError(f"in_flight must be in [0, {self._position}], the batches handed out, got {in_flight}")
+            raise ArgumentError(f"in_flight must be in [0, {self._position}], the batches handed out, got {in_flight}")
         epoch, batch = divmod(self._position - in_flight, self._num_batches)
         return {"epoch": epoch, "batch": batch, **self._identity()}
 
@@ -202,7 +202,7 @@ class Loader:
         mine = self._identity()
         missing = sorted({"epoch", "batch", *mine} - set(state))
         if missing:
-            raise ValueError(f"loader state lacks {missing}: it is not what `Loader.state_dict` returns")
+            raise ArgumentError(f"loader state lacks {missing}: it is not what `Loader.state_dict` returns")
         wrong = [
             f"{key} is {state[key]!r}, this loader's is {value!r}"
             for key, value in mine.items()
@@ -218,7 +218,9 @@ class Loader:
                 f"epoch {state['epoch']}, batch {state['batch']} is outside epochs of {self._num_batches} batches"
             )
         if wrong:
-            raise ValueError(f"cannot resume: {'; '.join(wrong)}. Use the saved run's data and settings, or start anew")
+            raise ArgumentError(
+                f"cannot resume: {'; '.join(wrong)}. Use the saved run's data and settings, or start anew"
+            )
         self._position, self._resumed = state["epoch"] * self._num_batches + state["batch"], True
 
     def __iter__(self) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ctrlib.data.columns import find_row_groups
 from ctrlib.data.vocabulary import vocabulary_path
-from ctrlib.errors import check_path, check_type
+from ctrlib.errors import ArgumentError, check_path, check_type
 from ctrlib.manifest import check_file, load_schema, manifest_of
 from ctrlib.schema import Schema, SchemaError
 
@@ -65,11 +65,11 @@ def quantile_edges(data: str | Path, num_bins: int = 32) -> list[list[float]]:
     check_path("a prepared folder", data=data)
     check_type("a whole number", Integral, num_bins=num_bins)
     if not 1 <= num_bins <= MAX_BINS:
-        raise ValueError(f"num_bins must be at least 1 and at most {MAX_BINS:,}, got {num_bins}")
+        raise ArgumentError(f"num_bins must be at least 1 and at most {MAX_BINS:,}, got {num_bins}")
     folder = Path(data)
     schema = load_schema(folder)
     if not schema.dense:
-        raise ValueError(
+        raise ArgumentError(
             f"{folder} has no numeric feature to find bins for: leave the encoder of numbers out, or name columns as "
             "Numeric(...) in the features to prepare"
         )

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ctrlib.errors import CtrlibError
+from ctrlib.errors import ArgumentError, CtrlibError
 
 BLOCK_BYTES = 16 << 20
 MAX_ROW_BYTES = 16 << 20  # a quote that stays open for longer is a stray one
@@ -269,7 +269,7 @@ def check_on_bad_row(value: str) -> None:
         ValueError: as said.
     """
     if value not in get_args(OnBadRow):
-        raise ValueError(f"on_bad_row is {value!r}, expected one of {get_args(OnBadRow)}")
+        raise ArgumentError(f"on_bad_row is {value!r}, expected one of {get_args(OnBadRow)}")
 
 
 def _invalid_utf8(data: bytes) -> list[int]:

@@ -46,6 +46,7 @@ from ctrlib.data.raw import check_paths, read_parquet, read_raw
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.table import RawTable, as_frame, check_names, naming, run_here
 from ctrlib.data.vocabulary import Vocabularies, counted, values_of
+from ctrlib.errors import UnsupportedError
 from ctrlib.schema import Categorical, Schema, SchemaError
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class SparkWorkers:
 
         def each(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             if pl.__version__ != version:  # plans are not understood by other versions
-                raise RuntimeError(f"polars is {pl.__version__} here and {version} on the driver: install the same")
+                raise UnsupportedError(f"polars is {pl.__version__} here and {version} on the driver: install the same")
             for batch in batches:
                 for number in batch.column(0).to_pylist():
                     for frame in work(number, pickle.loads(packed[number])):

@@ -28,6 +28,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from ctrlib._target import TargetError
+from ctrlib.errors import ArgumentError
 from ctrlib.metrics import StreamingMetrics
 from ctrlib.schema import Categorical, Feature, Numeric, Schema, Sequence
 
@@ -86,11 +88,11 @@ class Teacher:
             ("missing_rate", self.missing_rate, 0, 1),
         ):
             if not low <= value <= high:
-                raise ValueError(
+                raise ArgumentError(
                     f"{name} must be between {low} and {high}, got {value}: change the Teacher's arguments"
                 )
         if self.max_history and self.cardinalities[0] < 2 * NUM_CLUSTERS:
-            raise ValueError(
+            raise ArgumentError(
                 f"histories are of C1, which needs at least {2 * NUM_CLUSTERS} ids, got {self.cardinalities[0]}: "
                 "enlarge cardinalities[0] or set max_history=0"
             )
@@ -244,7 +246,7 @@ def _draw(teacher: Teacher, world: _World, rng: np.random.Generator) -> tuple[li
 def chunk(teacher: Teacher, index: int) -> tuple[pl.DataFrame, Floats]:
     """Rows [index * CHUNK_ROWS, ...) and their true logits; the same whichever chunks were made before."""
     if not 0 <= index * CHUNK_ROWS < teacher.num_rows:
-        raise IndexError(f"chunk must be in 0..{(teacher.num_rows - 1) // CHUNK_ROWS}, got {index}")
+        raise ArgumentError(f"chunk must be in 0..{(teacher.num_rows - 1) // CHUNK_ROWS}, got {index}")
     world = _world(teacher)
     rng = _rng(teacher, 3, index)
     ids, numbers, history, lengths, logits = _draw(teacher, world, rng)
@@ -318,7 +320,7 @@ def conflict(
     (1000, 2)
     """
     if min(num_rows, num_tasks) < 1 or cardinality < 2:
-        raise ValueError(
+        raise ArgumentError(
             f"expected one or more rows and tasks and two or more ids, got num_rows={num_rows}, "
             f"num_tasks={num_tasks}, cardinality={cardinality}"
         )
@@ -349,7 +351,7 @@ def write(
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: give a new folder, or remove it first")
+        raise TargetError(f"{folder} is not empty: give a new folder, or remove it first")
     folder.mkdir(parents=True, exist_ok=True)
     ends = [round(teacher.num_rows * share) for share in np.cumsum(list(SPLITS.values()))]
     metrics = {split: StreamingMetrics() for split in SPLITS}

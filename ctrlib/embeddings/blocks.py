@@ -22,6 +22,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.embeddings.table import init_rows, regroup
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import NUM_RESERVED_IDS, Pooling
 
 
@@ -49,12 +50,12 @@ class BlockedVocabulary:
         object.__setattr__(self, "feature_names", tuple(self.feature_names))
         object.__setattr__(self, "ends", tuple(self.ends))
         if not self.feature_names or self.pooling not in get_args(Pooling):
-            raise ValueError(
+            raise ArgumentError(
                 f"vocabulary {self.name!r} has features {self.feature_names} and pooling={self.pooling!r}: expected "
                 f"one feature or more, and one of {get_args(Pooling)}"
             )
         if not self.ends or self.ends[0] < NUM_RESERVED_IDS or min(self.sizes) < 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"vocabulary {self.name!r}: ends={self.ends}, expected them to ascend from {NUM_RESERVED_IDS} (the "
                 "reserved ids) or more to the number of ids"
             )
@@ -104,21 +105,21 @@ class BlockTables(nn.Module):
         self.vocabularies = {vocabulary.name: vocabulary for vocabulary in made}
         held = [name for vocabulary in made for name in vocabulary.feature_names]
         if not made or len(self.vocabularies) < len(made) or len(set(held)) < len(held):
-            raise ValueError(
+            raise ArgumentError(
                 "expected one or more vocabularies, of different names and features, got "
                 f"{[(vocabulary.name, vocabulary.feature_names) for vocabulary in made]}"
             )
         self.names = held if names is None else list(names)
         if sorted(self.names) != sorted(held):
-            raise ValueError(f"names={self.names}, but the vocabularies are those of {sorted(held)}")
+            raise ArgumentError(f"names={self.names}, but the vocabularies are those of {sorted(held)}")
         self.columns = [list(block) for block in columns]
         if any(len(vocabulary.ends) != len(self.columns) for vocabulary in made):
-            raise ValueError(
+            raise ArgumentError(
                 f"columns are of {len(self.columns)} blocks, but the vocabularies have "
                 f"{ {vocabulary.name: len(vocabulary.ends) for vocabulary in made} }: give each an end for every block"
             )
         if not any(self.columns) or any(block != sorted({*block} & {*range(embedding_dim)}) for block in self.columns):
-            raise ValueError(
+            raise ArgumentError(
                 f"columns={self.columns}, expected ascending ones of 0 to {embedding_dim - 1} for each block, and some"
             )
         self.embedding_dim = embedding_dim
@@ -131,7 +132,9 @@ class BlockTables(nn.Module):
         padding = [sum(vocabulary.sizes[0] for vocabulary in made[:place]) for place in range(len(made))]
         self.blocks = [block for block, kept in enumerate(self.columns) if kept and num_rows[block]]
         if not self.blocks:
-            raise ValueError(f"columns={self.columns} are of blocks without ids, expected some of a block that has one")
+            raise ArgumentError(
+                f"columns={self.columns} are of blocks without ids, expected some of a block that has one"
+            )
         for block in self.blocks:
             self.register_buffer(f"columns_{block}", torch.tensor(self.columns[block]), persistent=False)
         self.tables: Any = EmbeddingBagCollection(
@@ -175,10 +178,10 @@ class BlockTables(nn.Module):
             ValueError: there is no such vocabulary, or its table has another shape.
         """
         if name not in self.vocabularies:
-            raise ValueError(f"no vocabulary {name!r}, expected one of {list(self.vocabularies)}")
+            raise ArgumentError(f"no vocabulary {name!r}, expected one of {list(self.vocabularies)}")
         ends = self.vocabularies[name].ends
         if full.shape != (ends[-1], self.embedding_dim):
-            raise ValueError(f"full has shape {tuple(full.shape)}, expected {(ends[-1], self.embedding_dim)}")
+            raise ArgumentError(f"full has shape {tuple(full.shape)}, expected {(ends[-1], self.embedding_dim)}")
         shifts = self.shifts[list(self.vocabularies).index(name)].tolist()
         for block in self.blocks:
             start, end = (0, *ends)[block], ends[block]

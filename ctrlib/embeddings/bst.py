@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ctrlib.embeddings.sequence import sum_events, to_events
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import Dropout, LayerNorm, init_linear
 
 
@@ -49,7 +50,7 @@ class BST(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads or max_length < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"BST needs a width that is a multiple of num_heads and max_length of 1 or more, got width {dim}, "
                 f"num_heads={num_heads}, max_length={max_length}"
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.errors import ArgumentError
 
 
 class ConcatFields(nn.Module):
@@ -32,7 +33,7 @@ class ConcatFields(nn.Module):
         super().__init__()
         shapes = [embedding.out_shape for embedding in embeddings]
         if not shapes or len({width for _, width in shapes}) > 1:
-            raise ValueError(f"ConcatFields needs embeddings of one width, got output shapes {shapes}")
+            raise ArgumentError(f"ConcatFields needs embeddings of one width, got output shapes {shapes}")
         self.embeddings = nn.ModuleList(embeddings)
         self.out_shape = (sum(num_fields for num_fields, _ in shapes), shapes[0][1])
 

@@ -32,6 +32,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from ctrlib.embeddings.hashing import repeat_bags, rows_of, seed_of
 from ctrlib.embeddings.sequence import sum_events
 from ctrlib.embeddings.table import by_vocabulary, num_rows
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import Categorical, Feature, Numeric, RawId, vocabulary_of
 
 
@@ -53,18 +54,18 @@ class FeatureIds:
     def __init__(self, features: Sequence[Feature], *, hash_sizes: Mapping[str, int] | None = None) -> None:
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         if not sparse:
-            raise ValueError(f"expected one or more features with ids, got {[feature.name for feature in features]}")
+            raise ArgumentError(f"expected one or more features with ids, got {[feature.name for feature in features]}")
         sizes = dict(hash_sizes or {})
         self.names = [feature.name for feature in sparse]
         self.vocabularies = [vocabulary_of(feature) for feature in sparse]
         if not sizes.keys() <= set(self.vocabularies) or not all(1 <= size < 2**31 for size in sizes.values()):
-            raise ValueError(
+            raise ArgumentError(
                 f"hash_sizes={sizes}: expected numbers in 1 ... 2^31 - 1, for some of the vocabularies "
                 f"{list(dict.fromkeys(self.vocabularies))}"
             )
         raw = [feature.name for feature in sparse if isinstance(feature, RawId) and feature.name not in sizes]
         if raw:
-            raise ValueError(
+            raise ArgumentError(
                 f"features {raw} have raw ids, and no vocabulary that says how many: add to hash_sizes to how many "
                 f"numbers they are to be hashed, such as hash_sizes={dict.fromkeys(raw, 1_000_000)}"
             )
@@ -101,7 +102,7 @@ class FeatureIds:
             if torch.compiler.is_compiling():
                 torch._check(values.shape[0] == expected)  # type: ignore[no-untyped-call]
             elif values.shape[0] != expected:
-                raise ValueError(
+                raise ArgumentError(
                     f"features {self.names} have {values.shape[0]} ids in {bags.stride()} rows, expected one in each: "
                     "make those that have bags MultiValued or Sequence"
                 )
@@ -239,7 +240,7 @@ def check_num_embeddings(num_embeddings: int | Mapping[str, int], vocabularies: 
     else:
         fits = set(num_embeddings) == set(vocabularies) and min(num_embeddings.values()) >= 1
     if not fits:
-        raise ValueError(
+        raise ArgumentError(
             f"num_embeddings={num_embeddings}: expected 1 row or more for all vocabularies together, or a mapping that "
             f"gives 1 or more to each of {list(vocabularies)} and to nothing else"
         )
@@ -313,7 +314,7 @@ def keep_layout(module: Any, layout: Mapping[str, Any]) -> str:
     >>> _ = keep_layout(other, {"combine": "product", "rows": [9, 4]})
     >>> module.load_state_dict(other.state_dict())
     Traceback (most recent call last):
-    ValueError: the state is of tables that are laid out in another way: rows is [9, 4], expected [9, 3]. Build ...
+    ctrlib.errors.ArgumentError: the state is of tables that are laid out in another way: rows is [9, 4], ...
     """
     text = json.dumps(layout, sort_keys=True).encode()
     module.layout_bytes = text
@@ -329,7 +330,7 @@ def _refuse_another_layout(module: Any, state: Mapping[str, Tensor], prefix: str
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if names:
         differences = "; ".join(f"{name} is {theirs.get(name)}, expected {ours.get(name)}" for name in names)
-        raise ValueError(
+        raise ArgumentError(
             f"the state is of tables that are laid out in another way: {differences}. Build the model with the "
             "features and arguments that it was trained with"
         )

@@ -20,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
 from ctrlib.embeddings.table import init_rows, regroup, table_name
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import init_linear
 
 Pair = tuple[str, str]
@@ -47,7 +48,7 @@ def single_ids(kjt: KeyedJaggedTensor, names: Sequence[str]) -> dict[str, Tensor
     for name in names:
         ids[name] = jagged[name].values()
         if len(ids[name]) != kjt.stride():
-            raise ValueError(
+            raise ArgumentError(
                 f"feature {name!r} has {len(ids[name])} ids in {kjt.stride()} rows: only categorical features, with "
                 "one id in every row, can be crossed"
             )
@@ -88,9 +89,9 @@ class PairVectors(nn.Module):
         self.factorised: list[Pair] = [(first, second) for first, second in factorised]
         for pair in (*self.memorised, *self.factorised):
             if not {*pair} <= set(rows) or pair[0] == pair[1]:
-                raise ValueError(f"pair {pair}: expected two features of {sorted(rows)}")
+                raise ArgumentError(f"pair {pair}: expected two features of {sorted(rows)}")
         if cross_dim < 1 or num_crosses < 0 or not (self.memorised or self.factorised):
-            raise ValueError(
+            raise ArgumentError(
                 f"expected one pair or more, cross_dim of 1 or more and num_crosses of 0 or more, got {memorised}, "
                 f"{factorised}, {cross_dim} and {num_crosses}"
             )
@@ -98,7 +99,7 @@ class PairVectors(nn.Module):
         self.names = list(dict.fromkeys(itertools.chain(*self.memorised)))
         sizes = [rows[first] * rows[second] for first, second in self.memorised]
         if sum(sizes) >= 2**63:
-            raise ValueError(f"the memorised pairs have {sum(sizes)} pairs of values, beyond 64 bits: cross fewer")
+            raise ArgumentError(f"the memorised pairs have {sum(sizes)} pairs of values, beyond 64 bits: cross fewer")
         self.crosses: Any = None
         if self.memorised:
             count = len(self.memorised)
@@ -142,13 +143,13 @@ class PairVectors(nn.Module):
             ValueError: they are not as many as the table has rows for, or not ascending codes of their pairs.
         """
         if len(crosses) != len(self.memorised) or sum(map(len, crosses)) != self.num_crosses:
-            raise ValueError(
+            raise ArgumentError(
                 f"expected {self.num_crosses} crosses of {len(self.memorised)} pairs, got {[len(c) for c in crosses]}"
             )
         for pair, codes in zip(self.memorised, crosses):
             beyond = self.rows[pair[0]] * self.rows[pair[1]]
             if len(codes) and (codes[0] < 0 or codes[-1] >= beyond or bool((codes.diff() <= 0).any())):
-                raise ValueError(
+                raise ArgumentError(
                     f"crosses of {pair} must be ascending codes below {beyond}, got {codes[:3].tolist()}..."
                 )
         if self.memorised:

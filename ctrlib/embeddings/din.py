@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib.embeddings.sequence import softmax_events, sum_events, to_events
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import Dice, Dropout, init_linear
 from ctrlib.manifest import check_file
 from ctrlib.schema import NUM_RESERVED_IDS
@@ -40,7 +41,7 @@ class DIN(nn.Module):
     ) -> None:
         super().__init__()
         if not hidden or any(width < 1 for width in hidden):
-            raise ValueError(f"hidden widths must be one or more positive integers, got {tuple(hidden)}")
+            raise ArgumentError(f"hidden widths must be one or more positive integers, got {tuple(hidden)}")
         self.in_shape = self.out_shape = (dim,)
         self.softmax = softmax
         self.first = nn.Linear(4 * dim, hidden[0])
@@ -91,7 +92,7 @@ class MiniBatchAwareL2(nn.Module):
     def __init__(self, counts: Tensor, *, strength: float = 0.01, per_occurrence: bool = False) -> None:
         super().__init__()
         if counts.dim() != 1 or not (counts > 0).all():
-            raise ValueError(f"counts must be (num_embeddings,) and positive, got {tuple(counts.shape)}")
+            raise ArgumentError(f"counts must be (num_embeddings,) and positive, got {tuple(counts.shape)}")
         self.per_occurrence = per_occurrence
         self.register_buffer("scale", 0.5 * strength / counts.float(), persistent=False)
 

@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.embeddings.compositional import FeatureIds, NumbersPerId, first_rows, keep_layout, make_config
 from ctrlib.embeddings.hashing import MAX_ROWS, rows_of, seed_of
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import Feature
 
 SPACE = "ctrlib/hash_embedding/v1"  # another way to hash is another version
@@ -67,7 +68,7 @@ class HashEmbeddingTables(nn.Module):
         super().__init__()
         sizes = (num_embeddings, 1 if num_weights is None else num_weights)
         if not all(1 <= size <= MAX_ROWS for size in sizes) or num_hashes < 1 or embedding_dim < 1 or init <= 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"expected num_embeddings and num_weights of 1 to {MAX_ROWS} (or None), num_hashes and embedding_dim "
                 f"of 1 or more and init above 0; got num_embeddings={num_embeddings}, num_weights={num_weights}, "
                 f"num_hashes={num_hashes}, embedding_dim={embedding_dim} and init={init}"

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from ctrlib.errors import ArgumentError
+
 # As signed integers: torch multiplies modulo 2^64.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
@@ -44,7 +46,7 @@ class Lookup:
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_embeddings <= MAX_ROWS or self.step < 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"look-up {self.key!r}: expected 1 to {MAX_ROWS} rows and a step of 0 or more, got "
                 f"num_embeddings={self.num_embeddings} and step={self.step}"
             )
@@ -129,7 +131,7 @@ def repeat_bags(sparse: KeyedJaggedTensor, features: Sequence[str], keys: Sequen
     place = {key: position for position, key in enumerate(sparse.keys())}
     missing = sorted(set(features) - place.keys())
     if missing:
-        raise ValueError(f"the batch has features {sparse.keys()}, without {missing} that this module looks up")
+        raise ArgumentError(f"the batch has features {sparse.keys()}, without {missing} that this module looks up")
     sources = [place[feature] for feature in features]
     counts = sparse.length_per_key()
     values = sparse.values().long().split(counts)

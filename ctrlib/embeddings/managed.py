@@ -52,6 +52,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.embeddings.table import TableEmbedding, by_vocabulary, init_rows, pooling_of, regroup, table_name
+from ctrlib.errors import ArgumentError, UnsupportedError
 from ctrlib.schema import Feature, Numeric, RawId, vocabulary_of
 
 NO_ID = torch.iinfo(torch.int64).max  # TorchRec's mark of a row that belongs to nobody
@@ -121,20 +122,20 @@ class ManagedEmbedding(nn.Module):
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         vocabularies = [vocabulary_of(feature) for feature in sparse]
         if not num_embeddings or not num_embeddings.keys() <= set(vocabularies):
-            raise ValueError(
+            raise ArgumentError(
                 f"num_embeddings is for {sorted(num_embeddings)}, expected one or more of the vocabularies "
                 f"{sorted(set(vocabularies))}"
             )
         raw = [feature.name for feature in sparse if isinstance(feature, RawId)]
         without = [name for name in raw if name not in num_embeddings]
         if without:
-            raise ValueError(
+            raise ArgumentError(
                 f"num_embeddings is for {sorted(num_embeddings)}, but {without} have raw ids too: say how many rows "
                 "their tables are to have"
             )
         small = {name: rows for name, rows in num_embeddings.items() if rows < 2}
         if small or eviction_interval < 1 or embedding_dim < 1:
-            raise ValueError(
+            raise ArgumentError(
                 "expected 2 or more rows in a table (one is shared by ids without a row), an eviction_interval and an "
                 f"embedding_dim of 1 or more; got {small or 'enough rows'}, {eviction_interval} and {embedding_dim}"
             )
@@ -166,7 +167,7 @@ class ManagedEmbedding(nn.Module):
         """Batch -> (B, F, D)."""
         device = batch.dense.device
         if device.type != "cpu":
-            raise NotImplementedError(f"managed ids work on the CPU only in this version, got a batch on {device}")
+            raise UnsupportedError(f"managed ids work on the CPU only in this version, got a batch on {device}")
         keys = batch.sparse.keys()
         pooled, _ = self.tables(batch.sparse.permute([keys.index(name) for name in self.names]))
         fields = regroup(pooled, self.names).view(batch.size, len(self.names), self.out_shape[1])
@@ -240,7 +241,7 @@ class ManagedIds(MCHManagedCollisionModule):  # type: ignore[misc]  # TorchRec i
         first, past = self._output_global_offset, self._output_global_offset + self._zch_size
         segments = [segment for segment in self._output_segments_tensor.tolist() if segment >= 0]
         if not {first, past} <= set(segments):
-            raise ValueError(
+            raise ArgumentError(
                 f"the map was saved by {len(segments) - 1} process(es), with rows split at {segments}: rows {first} to "
                 f"{past} hold ids that other processes look for. Load it in as many processes, or in a divisor of that"
             )
@@ -289,7 +290,7 @@ class ManagedTables(ManagedCollisionEmbeddingBagCollection):  # type: ignore[mis
     def forward(self, features: KeyedJaggedTensor, mutate_miss_lengths: bool = True) -> tuple[Any, None]:
         """Map, renew the rows that changed hands (which TorchRec leaves as they are), look up."""
         if self.training and dist.is_initialized() and dist.get_world_size() > 1:
-            raise RuntimeError(
+            raise UnsupportedError(
                 f"each of {dist.get_world_size()} processes would keep a map of its own: shard the model row-wise with "
                 "TorchRec's DistributedModelParallel and ManagedSharder, or train in one process"
             )
@@ -348,17 +349,17 @@ class ManagedSharder(ManagedCollisionEmbeddingBagCollectionSharder):  # type: ig
     ) -> ShardedManagedTables:
         """Called by `DistributedModelParallel`."""
         if device is not None and device.type != "cpu":
-            raise NotImplementedError(f"managed ids work on the CPU only in this version, got device {device}")
+            raise UnsupportedError(f"managed ids work on the CPU only in this version, got device {device}")
         for config in module.embeddings.embedding_bag_configs():
             plan = params[config.name]
             if (plan.sharding_type, plan.compute_kernel) != ("row_wise", "fused"):
-                raise ValueError(
+                raise ArgumentError(
                     f"managed table {config.name!r} is planned as {plan.sharding_type} with {plan.compute_kernel} "
                     'kernels, expected row_wise(compute_kernel="fused"): maps are dealt out as rows are'
                 )
             if config.num_embeddings % env.world_size or config.num_embeddings < 2 * env.world_size:
                 rows = max(-(-config.num_embeddings // env.world_size), 2) * env.world_size
-                raise ValueError(
+                raise ArgumentError(
                     f"managed table {config.name!r} has {config.num_embeddings} rows for {env.world_size} processes, "
                     f"expected 2 or more for each and the same number: use num_embeddings={rows}"
                 )

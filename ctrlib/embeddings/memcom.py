@@ -22,6 +22,7 @@ from ctrlib.embeddings.compositional import (
     keep_layout,
     make_config,
 )
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import Feature
 
 
@@ -70,7 +71,7 @@ class MemComTables(nn.Module):
     ) -> None:
         super().__init__()
         if embedding_dim < 1 or init <= 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"expected an embedding_dim of 1 or more and init above 0, got {embedding_dim} and init={init}"
             )
         self.ids = FeatureIds(features, hash_sizes=hash_sizes)

@@ -17,6 +17,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.embeddings.compositional import FeatureIds, first_rows, keep_layout, make_config
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import Feature, Numeric, vocabulary_of
 
 __all__ = ["MixedDimensionTables", "mixed_dimensions"]
@@ -64,7 +65,7 @@ class MixedDimensionTables(nn.Module):
         vocabularies = {vocabulary_of(feature) for feature in sparse}
         fits = set(dimensions) == vocabularies and all(1 <= width <= embedding_dim for width in dimensions.values())
         if not fits or init <= 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"dimensions={dict(dimensions)}: expected 1 to embedding_dim={embedding_dim} for each of the "
                 f"vocabularies {sorted(vocabularies)}, and init={init} above 0"
             )
@@ -148,7 +149,7 @@ def mixed_dimensions(
     """
     sizes = num_embeddings.values()
     if not sizes or min(sizes) < 1 or alpha < 0 or multiple_of < 1 or embedding_dim % multiple_of or embedding_dim < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"expected vocabularies of 1 or more ids, alpha of 0 or more and an embedding_dim that is a multiple of "
             f"multiple_of, got {dict(num_embeddings)}, alpha={alpha}, embedding_dim={embedding_dim} and "
             f"multiple_of={multiple_of}"

@@ -21,6 +21,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.embeddings.table import init_rows, table_name
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID, PADDING_ID, Pooling
 
 Kept = Literal["all", "first", "some"]
@@ -65,22 +66,24 @@ class NarrowTable:
             ("dropped_to", self.dropped_to, (OOV_ID, PADDING_ID)),
         ):
             if value not in choices:
-                raise ValueError(f"table {self.name!r}: {name}={value!r}, expected one of {choices}")
+                raise ArgumentError(f"table {self.name!r}: {name}={value!r}, expected one of {choices}")
         if not self.feature_names or self.rows < NUM_RESERVED_IDS or self.rank < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"table {self.name!r} has features {self.feature_names}, {self.rows} rows and rank {self.rank}: "
                 f"expected one feature or more, {NUM_RESERVED_IDS} rows (for the reserved ids) or more, and rank 1 or "
                 "more"
             )
         if self.padded and self.centred:
-            raise ValueError(f"table {self.name!r}: padded rows have no mean, expected centred=False with padded=True")
+            raise ArgumentError(
+                f"table {self.name!r}: padded rows have no mean, expected centred=False with padded=True"
+            )
         if (self.kept == "all") != (self.num_kept is None):
-            raise ValueError(
+            raise ArgumentError(
                 f"table {self.name!r}: num_kept={self.num_kept} with kept={self.kept!r}, expected it with 'first' and "
                 "'some' only"
             )
         if self.num_kept is not None and not NUM_RESERVED_IDS <= self.num_kept <= self.rows:
-            raise ValueError(
+            raise ArgumentError(
                 f"table {self.name!r}: num_kept={self.num_kept}, expected {NUM_RESERVED_IDS} (the reserved ids) to "
                 f"{self.rows}"
             )
@@ -163,15 +166,15 @@ class NarrowTables(nn.Module):
         self.stored = {table.name: table for table in made}
         held = [name for table in made for name in table.feature_names]
         if not made or len(self.stored) < len(made) or len(set(held)) < len(held):
-            raise ValueError(
+            raise ArgumentError(
                 "expected one or more tables, of different names and features, got "
                 f"{[(table.name, table.feature_names) for table in made]}"
             )
         if beyond := {table.name: table.rank for table in made if table.rank > embedding_dim}:
-            raise ValueError(f"tables {beyond} have a rank beyond embedding_dim={embedding_dim}")
+            raise ArgumentError(f"tables {beyond} have a rank beyond embedding_dim={embedding_dim}")
         self.names = held if names is None else list(names)
         if sorted(self.names) != sorted(held):
-            raise ValueError(f"names={self.names}, but the tables are those of {sorted(held)}")
+            raise ArgumentError(f"names={self.names}, but the tables are those of {sorted(held)}")
         self.embedding_dim, self.is_weighted = embedding_dim, is_weighted
         self._owner = {name: table for table in made for name in table.feature_names}
         # Ids that read zero get weight 0, and so neither train a row nor bring the mean along.
@@ -256,7 +259,7 @@ class NarrowTables(nn.Module):
     def _place(self, name: str) -> tuple[_Group, int]:
         """The group of a table, and where it is in there."""
         if name not in self.stored:
-            raise ValueError(f"no table {name!r}, expected one of {list(self.stored)}")
+            raise ArgumentError(f"no table {name!r}, expected one of {list(self.stored)}")
         table = self.stored[name]
         group = next(group for group in self._groups if table in group.tables)
         return group, group.tables.index(table)
@@ -293,13 +296,13 @@ class NarrowTables(nn.Module):
         ):
             got = None if tensor is None else tuple(tensor.shape)
             if got != shape:
-                raise ValueError(f"{what} has shape {got}, expected {shape} for an embedding of {dim} and {table}")
+                raise ArgumentError(f"{what} has shape {got}, expected {shape} for an embedding of {dim} and {table}")
         if kept is None:
             kept = torch.arange(table.num_stored)
         else:
             reserved = torch.arange(NUM_RESERVED_IDS)
             if not torch.equal(kept[:NUM_RESERVED_IDS], reserved) or (kept.diff() <= 0).any() or kept[-1] >= table.rows:
-                raise ValueError(
+                raise ArgumentError(
                     f"kept ids of table {name!r} must ascend from the reserved ids {reserved.tolist()} to "
                     f"{table.rows - 1} at most, got {kept[:4].tolist()} ... {kept[-2:].tolist()}"
                 )
@@ -316,7 +319,7 @@ class NarrowTables(nn.Module):
     def forward(self, kjt: KeyedJaggedTensor) -> KeyedTensor:
         """KeyedJaggedTensor -> KeyedTensor."""
         if (kjt.weights_or_none() is not None) != self.is_weighted:
-            raise ValueError(
+            raise ArgumentError(
                 f"the ids come {'without' if self.is_weighted else 'with'} weights, but NarrowTables was built with "
                 f"is_weighted={self.is_weighted}: build it with the other"
             )

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctrlib.errors import ArgumentError
+
 
 class ValueTimesVector(nn.Module):
     """x_f v_f: one vector per feature, stretched by the value, as in AutoInt (eq. 4), DeepFM and FuxiCTR.
@@ -179,7 +181,7 @@ class Periodic(nn.Module):
         super().__init__()
         _check_sizes(num_features=num_features, embedding_dim=embedding_dim, num_frequencies=num_frequencies)
         if not 0 < sigma < math.inf:
-            raise ValueError(f"sigma, the spread of the frequencies, must be positive, got {sigma}")
+            raise ArgumentError(f"sigma, the spread of the frequencies, must be positive, got {sigma}")
         self.in_shape = (num_features,)
         self.out_shape = (num_features, embedding_dim)
         self.relu = relu
@@ -248,7 +250,7 @@ class AutoDis(nn.Module):
         super().__init__()
         _check_sizes(num_features=num_features, embedding_dim=embedding_dim, num_meta_embeddings=num_meta_embeddings)
         if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive, got {temperature}: 1 is soft, 1e-5 a choice of one")
+            raise ArgumentError(f"temperature must be positive, got {temperature}: 1 is soft, 1e-5 a choice of one")
         self.in_shape = (num_features,)
         self.out_shape = (num_features, embedding_dim)
         self.alpha, self.temperature, self.negative_slope = alpha, temperature, negative_slope
@@ -285,10 +287,10 @@ def _checked(edges: Sequence[Sequence[float]]) -> list[Tensor]:
     # On the CPU, since a model may be built on the meta device, for its shapes alone.
     rows = [torch.as_tensor(row, dtype=torch.float32, device="cpu") for row in edges]
     if not rows:
-        raise ValueError("edges must hold one list per numeric feature, got none: see quantile_edges")
+        raise ArgumentError("edges must hold one list per numeric feature, got none: see quantile_edges")
     for position, row in enumerate(rows):
         if row.ndim != 1 or len(row) < 2 or not row.isfinite().all() or not (row.diff() > 0).all():
-            raise ValueError(
+            raise ArgumentError(
                 f"edges of numeric feature {position} must be two or more finite numbers that increase as float32, "
                 f"got {edges[position]!r}: see quantile_edges"
             )
@@ -298,4 +300,4 @@ def _checked(edges: Sequence[Sequence[float]]) -> list[Tensor]:
 def _check_sizes(**sizes: int) -> None:
     wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
     if wrong:
-        raise ValueError(f"an encoder of numbers needs sizes of 1 or more, got {', '.join(wrong)}")
+        raise ArgumentError(f"an encoder of numbers needs sizes of 1 or more, got {', '.join(wrong)}")

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from ctrlib.errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class PackedTable:
@@ -47,13 +49,13 @@ class PackedTable:
         object.__setattr__(self, "feature_names", tuple(self.feature_names))
         object.__setattr__(self, "bits", tuple(tuple(word) for word in self.bits))
         if any(not 1 <= bits <= 16 for word in self.bits for bits in word) or any(sum(word) > 32 for word in self.bits):
-            raise ValueError(
+            raise ArgumentError(
                 f"table {self.name!r}: a coordinate takes 1 to 16 bits and a word at most 32, got {self.bits}"
             )
         if self.rowwise not in (0, 2, 4, 8) or (self.rowwise and self.bits):
-            raise ValueError(f"table {self.name!r}: rowwise must be 8, 4 or 2, without bits, got {self.rowwise}")
+            raise ArgumentError(f"table {self.name!r}: rowwise must be 8, 4 or 2, without bits, got {self.rowwise}")
         if not 0 <= self.dropped_to < self.rows:
-            raise ValueError(
+            raise ArgumentError(
                 f"table {self.name!r}: dropped_to={self.dropped_to} must be one of the first {self.rows} rows"
             )
 
@@ -94,7 +96,7 @@ class PackedTables(nn.Module):
         held = {name: table.embedding_dim for table in self.tables for name in table.feature_names}
         self.names = sorted(held) if names is None else list(names)
         if sorted(self.names) != sorted(held):
-            raise ValueError(f"names={self.names}, but the tables are those of {sorted(held)}")
+            raise ArgumentError(f"names={self.names}, but the tables are those of {sorted(held)}")
         self.widths = [held[name] for name in self.names]
         self.embedding_dim = self.widths[0] if len(set(self.widths)) == 1 else None
 
@@ -110,7 +112,7 @@ class PackedTables(nn.Module):
                     with torch.no_grad():
                         group.fill(place, codes, axes, offset)
                     return
-        raise ValueError(f"no table {table!r}, expected one of {[member.name for member in self.tables]}")
+        raise ArgumentError(f"no table {table!r}, expected one of {[member.name for member in self.tables]}")
 
     def codes(self) -> list[Tensor]:
         """The tensors that hold the rows."""
@@ -267,12 +269,12 @@ class _Coded(_Group):
         member = self.members[place]
         bits = [bits for word in member.bits for bits in word]
         if axes is None or offset is None or codes.shape != (member.rows, len(bits)):
-            raise ValueError(
+            raise ArgumentError(
                 f"table {member.name!r} takes codes ({member.rows}, {len(bits)}), axes and an offset, got codes "
                 f"{tuple(codes.shape)}"
             )
         if (codes < 0).any() or (codes >= 2 ** torch.tensor(bits)).any():
-            raise ValueError(f"table {member.name!r}: codes must be in [0, 2^bits), bits {member.bits}")
+            raise ArgumentError(f"table {member.name!r}: codes must be in [0, 2^bits), bits {member.bits}")
         rows = slice(self.first_rows[place], self.first_rows[place + 1])
         used = 0
         for number, word in enumerate(member.bits):

@@ -23,6 +23,7 @@ from ctrlib.embeddings.compositional import (
     keep_layout,
     make_config,
 )
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import Feature
 
 Combine = Literal["product", "sum", "concat"]
@@ -81,7 +82,7 @@ class QuotientRemainderTables(nn.Module):
         super().__init__()
         parts = 2 if combine == "concat" else 1
         if combine not in get_args(Combine) or embedding_dim < 1 or embedding_dim % parts or init <= 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"expected combine of {get_args(Combine)}, an embedding_dim of 1 or more, even for concat, and init "
                 f"above 0; got combine={combine!r}, embedding_dim={embedding_dim} and init={init}"
             )
@@ -95,7 +96,7 @@ class QuotientRemainderTables(nn.Module):
             moduli = {name: num_remainders(num_embeddings[name], {name: size}) for name, size in num_ids.items()}
             idle = [name for name, rows in moduli.items() if rows > num_ids[name]]
             if idle:
-                raise ValueError(
+                raise ArgumentError(
                     f"num_embeddings={dict(num_embeddings)}: more rows for {idle} than their {num_ids} ids can read, "
                     "expected one more than there are ids at most"
                 )
@@ -146,14 +147,14 @@ def num_remainders(num_rows: int, num_ids: Mapping[str, int]) -> int:
     100
     >>> num_remainders(60, {"item": 1000})
     Traceback (most recent call last):
-    ValueError: 60 rows are too few for remainders and quotients of {'item': 1000} ids: it takes 64
+    ctrlib.errors.ArgumentError: 60 rows are too few for remainders and quotients of {'item': 1000} ids: it takes 64
     """
     moduli = num_rows
     while moduli > 0 and moduli + _num_quotients(moduli, num_ids) > num_rows:
         moduli = num_rows - _num_quotients(moduli, num_ids)  # more remainders are out of the question
     if moduli < 1:
         smallest = smallest_num_rows(num_ids)
-        raise ValueError(
+        raise ArgumentError(
             f"{num_rows} rows are too few for remainders and quotients of {dict(num_ids)} ids: it takes {smallest}"
         )
     return moduli
@@ -198,7 +199,7 @@ def quotient_remainder_rows(
     low, high = 1.0, float(max(num_ids.values()))
     fewest, most = (sum(divided(compression).values()) for compression in (high, low))
     if not fewest <= num_embeddings <= most:
-        raise ValueError(
+        raise ArgumentError(
             f"num_embeddings={num_embeddings}: remainders and quotients of {num_ids} ids take {fewest} to {most} rows"
         )
     for _ in range(60):

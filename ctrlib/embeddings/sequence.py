@@ -27,6 +27,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from ctrlib.batch import Batch
 from ctrlib.embeddings.table import TableEmbedding, by_vocabulary, init_rows, num_rows, table_name
+from ctrlib.errors import ArgumentError
 from ctrlib.losses import add_auxiliary
 from ctrlib.schema import (
     NUM_RESERVED_IDS,
@@ -145,7 +146,7 @@ class SequenceEmbedding(nn.Module):
 
         row_losses = row_losses or {}
         if unknown := row_losses.keys() - vocabularies:
-            raise ValueError(
+            raise ArgumentError(
                 f"row_losses are for {sorted(unknown)}, but the units look up {sorted(vocabularies)}: name one of these"
             )
         self.row_losses = nn.ModuleList(row_losses.values())
@@ -303,7 +304,7 @@ def _common_offsets(ids: dict[str, Any], histories: tuple[str, ...]) -> Tensor:
     offsets: Tensor = ids[histories[0]].offsets()
     for name in histories[1:]:
         if not torch.compiler.is_compiling() and not torch.equal(ids[name].offsets(), offsets):
-            raise ValueError(
+            raise ArgumentError(
                 f"histories {histories[0]!r} and {name!r} belong to one unit, but differ in length in some row: make "
                 "one entry in both for each event (give both the same max_length), or put them in units of their own"
             )
@@ -312,36 +313,36 @@ def _common_offsets(ids: dict[str, Any], histories: tuple[str, ...]) -> Tensor:
 
 def _check_units(features: tuple[Feature, ...], units: tuple[Unit, ...], dim: int) -> None:
     if not units:
-        raise ValueError("SequenceEmbedding needs one or more units, got none: give a Unit, or use TableEmbedding")
+        raise ArgumentError("SequenceEmbedding needs one or more units, got none: give a Unit, or use TableEmbedding")
     by_name = {feature.name: feature for feature in features}
     for unit in units:
         what = f"unit of targets {unit.targets} and histories {unit.histories}"
         if not all(isinstance(names, tuple) for names in (unit.targets, unit.histories)):
-            raise ValueError(f"{what}: expected tuples of names; write ('item',) for one name")
+            raise ArgumentError(f"{what}: expected tuples of names; write ('item',) for one name")
         if len(unit.targets) != len(unit.histories) or not unit.targets:
-            raise ValueError(f"{what}: expected one history for each of one or more targets")
+            raise ArgumentError(f"{what}: expected one history for each of one or more targets")
         for target, history in zip(unit.targets, unit.histories):
             a, b = by_name.get(target), by_name.get(history)
             if not isinstance(a, Categorical) or not isinstance(b, Sequence):
-                raise ValueError(
+                raise ArgumentError(
                     f"{what}: expected a Categorical target and a Sequence, got {type(a).__name__} {target!r} and "
                     f"{type(b).__name__} {history!r} (NoneType: no such feature)"
                 )
             if vocabulary_of(a) != vocabulary_of(b):
-                raise ValueError(
+                raise ArgumentError(
                     f"{what}: {target!r} and {history!r} have vocabularies {vocabulary_of(a)!r} and "
                     f"{vocabulary_of(b)!r}, expected the same: prepare with Sequence({history!r}, "
                     f"vocabulary={vocabulary_of(a)!r})"
                 )
         if unit.same is not None and unit.same not in unit.targets:
-            raise ValueError(f"{what}: same={unit.same!r} is not among the targets")
+            raise ArgumentError(f"{what}: same={unit.same!r} is not among the targets")
         width = (dim * len(unit.targets),)
         shapes = [getattr(unit.encoder, name, None) for name in ("in_shape", "out_shape")]
         if shapes != [width, width]:
-            raise ValueError(
+            raise ArgumentError(
                 f"{what}: {len(unit.targets)} vectors of width {dim} make {width}, but {type(unit.encoder).__name__} "
                 f"publishes in_shape {shapes[0]} and out_shape {shapes[1]}: build it for {width[0]}"
             )
     histories = [name for unit in units for name in unit.histories]
     if twice := sorted({name for name in histories if histories.count(name) > 1}):
-        raise ValueError(f"histories {twice} are in several units, but each fills one field: use each once")
+        raise ArgumentError(f"histories {twice} are in several units, but each fills one field: use each once")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.embeddings.sequence import keep_events, softmax_events, sum_events, to_events
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import init_linear
 
 
@@ -34,7 +35,7 @@ class SIM(nn.Module):
     def __init__(self, attention: nn.Module, *, top_k: int = 50) -> None:
         super().__init__()
         if top_k < 1:
-            raise ValueError(f"SIM attends to one or more events, got top_k={top_k}")
+            raise ArgumentError(f"SIM attends to one or more events, got top_k={top_k}")
         self.attention, self.top_k = attention, top_k
         self.in_shape, self.out_shape = attention.in_shape, attention.out_shape
 

@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.embeddings.numeric import ValueTimesVector
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, RawId, SparseFeature, vocabulary_of
 
 
@@ -70,10 +71,10 @@ class TableEmbedding(nn.Module):
             unknown = sorted(set(only) - {feature.name for feature in features})
             if unknown:
                 names = [feature.name for feature in features]
-                raise ValueError(f"only={list(only)}: no features {unknown}, expected some of {names}")
+                raise ArgumentError(f"only={list(only)}: no features {unknown}, expected some of {names}")
             features = [feature for feature in features if feature.name in only]
         if not features or embedding_dim < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"an embedding needs one or more features and embedding_dim of 1 or more, got {len(features)} features "
                 f"and embedding_dim={embedding_dim}"
             )
@@ -83,7 +84,7 @@ class TableEmbedding(nn.Module):
         if tables is None:
             tables = make_tables(sparse, embedding_dim=embedding_dim, init_std=init_std, suffix=suffix, stacked=stacked)
         elif stacked or set(self.names) - set(tables.names) or tables.embedding_dim != embedding_dim:
-            raise ValueError(
+            raise ArgumentError(
                 f"{type(tables).__name__} looks up {tables.names}, {tables.embedding_dim} wide, but the embedding "
                 f"needs {self.names}, {embedding_dim} wide (and stacked=0, got {stacked}): build both for the same "
                 "features"
@@ -96,7 +97,7 @@ class TableEmbedding(nn.Module):
             numeric = ValueTimesVector(len(columns), embedding_dim=embedding_dim)
         expected = (len(columns), embedding_dim)
         if numeric is not None and getattr(numeric, "out_shape", None) != expected:
-            raise ValueError(
+            raise ArgumentError(
                 f"{type(numeric).__name__} gives {getattr(numeric, 'out_shape', None)}, but {len(columns)} numeric "
                 f"features become fields {embedding_dim} wide: build it for {expected}"
             )
@@ -226,7 +227,7 @@ def tables_by_name(features: Sequence[SparseFeature], stacked: int) -> dict[str,
     {'stacked_sum_0': ['a'], 'stacked_sum_1': ['b', 'c']}
     """
     if stacked < 0:
-        raise ValueError(f"stacked={stacked}: expected a number of stacks, or 0 for a table per vocabulary")
+        raise ArgumentError(f"stacked={stacked}: expected a number of stacks, or 0 for a table per vocabulary")
     vocabularies = by_vocabulary(features)
     if not stacked:
         return {table_name(vocabulary_of(members[0])): [members] for members in vocabularies}
@@ -311,13 +312,13 @@ def num_rows(members: Sequence[SparseFeature]) -> int:
         ValueError: they have not been fitted, or have raw ids.
     """
     if isinstance(members[0], RawId):
-        raise ValueError(
+        raise ArgumentError(
             f"feature {members[0].name!r} has raw ids, without vocabulary or rows of a table: embed it by "
             "`ManagedEmbedding`, leave it out by only=[...], or prepare it as a Categorical"
         )
     rows = members[0].num_embeddings
     if rows is None:
-        raise ValueError(
+        raise ArgumentError(
             f"feature {members[0].name!r} has no num_embeddings yet: take the schema that `ctrlib.prepare` returns"
         )
     return rows
@@ -328,7 +329,7 @@ def pooling_of(members: Sequence[SparseFeature]) -> str:
     histories have a say."""
     pooling = {member.pooling for member in members if not isinstance(member, Categorical)} or {"sum"}
     if len(pooling) > 1:
-        raise ValueError(
+        raise ArgumentError(
             f"features {[m.name for m in members]} share table {vocabulary_of(members[0])!r} and must have the same "
             f"pooling, got {sorted(pooling)}"
         )

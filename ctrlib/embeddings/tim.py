@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ctrlib.batch import Batch
 from ctrlib.embeddings.sequence import make_event_tables
 from ctrlib.embeddings.table import TableEmbedding
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import init_linear
 from ctrlib.schema import Categorical, Feature, Sequence, vocabulary_of
 
@@ -58,7 +59,7 @@ class TaskInterests(nn.Module):
     ) -> None:
         super().__init__()
         if min(num_tasks, num_behaviours) < 1 or dim % num_heads:
-            raise ValueError(
+            raise ArgumentError(
                 f"TaskInterests needs tasks, behaviours and a width that is a multiple of num_heads, got "
                 f"num_tasks={num_tasks}, num_behaviours={num_behaviours}, width {dim}, num_heads={num_heads}"
             )
@@ -145,13 +146,13 @@ class InterestEmbedding(nn.Module):
         features = tuple(features)
         thing = next((f for f in features if f.name == target), None)
         if not isinstance(thing, Categorical):
-            raise ValueError(
+            raise ArgumentError(
                 f"target {target!r} must be a categorical feature, expected one of "
                 f"{[f.name for f in features if isinstance(f, Categorical)]}"
             )
         histories = [f for f in features if isinstance(f, Sequence) and vocabulary_of(f) == vocabulary_of(thing)]
         if not histories:
-            raise ValueError(
+            raise ArgumentError(
                 f"no history shares the vocabulary of target {target!r}: prepare one with Sequence(..., "
                 f"vocabulary={vocabulary_of(thing)!r}), or use TableEmbedding"
             )

@@ -26,6 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.embeddings.hashing import Lookup, hash_bags, seed_of
 from ctrlib.embeddings.table import by_vocabulary, make_tables, num_rows, regroup
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import Categorical, Feature, Numeric, vocabulary_of
 
 SPACE = "ctrlib/ue/v1"  # another way to hash would be another version
@@ -87,21 +88,21 @@ class UnifiedTables(nn.Module):
         super().__init__()
         width = embedding_dim if width is None else width
         if embedding_dim < 1 or width < 1 or embedding_dim % width or block < 1 or init <= 0:
-            raise ValueError(
+            raise ArgumentError(
                 "expected an embedding_dim that is a multiple of width, a block of 1 or more and init above 0, got "
                 f"embedding_dim={embedding_dim}, width={width}, block={block} and init={init}"
             )
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         vocabularies = list(dict.fromkeys(map(vocabulary_of, sparse)))
         if not set(collisionless) < set(vocabularies):
-            raise ValueError(
+            raise ArgumentError(
                 f"collisionless={list(collisionless)}: expected some, but not all, of the vocabularies {vocabularies}"
             )
         hashed = [feature for feature in sparse if vocabulary_of(feature) not in collisionless]
         counts = {feature.name: embedding_dim // width for feature in hashed}
         for name, count in (lookups or {}).items():
             if name not in counts or not 1 <= count <= embedding_dim // width:
-                raise ValueError(
+                raise ArgumentError(
                     f"lookups={lookups}: expected 1 to embedding_dim / width = {embedding_dim // width} look-ups for "
                     f"some of {list(counts)}"
                 )
@@ -192,7 +193,7 @@ def proportional_rows(
     sizes = {vocabulary_of(members[0]): num_rows(members) for members in by_vocabulary(hashed)}
     spare = num_embeddings - len(sizes)
     if not sizes or spare < 0:
-        raise ValueError(f"num_embeddings={num_embeddings}: expected a row or more for each of {list(sizes)}")
+        raise ArgumentError(f"num_embeddings={num_embeddings}: expected a row or more for each of {list(sizes)}")
     rows = {name: 1 + spare * size // sum(sizes.values()) for name, size in sizes.items()}
     rows[max(sizes, key=sizes.__getitem__)] += num_embeddings - sum(rows.values())
     return rows
@@ -202,10 +203,10 @@ def _segments(num_embeddings: int | Mapping[str, int], vocabularies: Sequence[st
     """Vocabulary -> the number of rows that it may read, and the first of them."""
     if not isinstance(num_embeddings, Mapping):
         if num_embeddings < 1:
-            raise ValueError(f"num_embeddings={num_embeddings}: expected 1 row or more")
+            raise ArgumentError(f"num_embeddings={num_embeddings}: expected 1 row or more")
         return dict.fromkeys(vocabularies, (num_embeddings, 0))
     if set(num_embeddings) != set(vocabularies) or min(num_embeddings.values()) < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"num_embeddings={dict(num_embeddings)}: expected 1 row or more for each of the hashed vocabularies, "
             f"{vocabularies}, and for nothing else"
         )
@@ -238,7 +239,7 @@ def _refuse_other_hashing(module: UnifiedTables, state: Mapping[str, Tensor], pr
         surplus = len(theirs.keys() - ours)
         differences.append(f"its seed map lacks look-ups {lacking} and has {surplus} that are not expected")
     if differences:
-        raise ValueError(
+        raise ArgumentError(
             f"the state is of tables that hash otherwise: {'; '.join(differences)}. Build the model with the "
             "features and arguments that it was trained with"
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.heads.stacked import StackedHidden, TaskTowers, check_streams
 from ctrlib.layers import init_linear
 from ctrlib.losses import add_auxiliary
@@ -45,7 +46,7 @@ class AITM(nn.Module):
         super().__init__()
         width = check_streams(self, in_shape, num_tasks, {num_tasks})
         if penalty < 0:
-            raise ValueError(f"penalty must be 0 or more, got {penalty}: 0 leaves the calibrator out")
+            raise ArgumentError(f"penalty must be 0 or more, got {penalty}: 0 leaves the calibrator out")
         self.in_shape, self.out_shape = tuple(in_shape), (num_tasks,)
         self.penalty = penalty
         self.bottoms = StackedHidden(num_tasks, width, tower_hidden, dropout=dropout, one_input=len(in_shape) == 1)

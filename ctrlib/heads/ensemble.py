@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import full_precision, init_linear
 from ctrlib.losses import add_auxiliary
 
@@ -38,7 +39,7 @@ class EnsembleHead(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) < 2 or any(width < 1 for width in widths) or sum(widths) != in_shape[0]:
-            raise ValueError(
+            raise ArgumentError(
                 f"widths must be two or more positive integers that add up to the tower's width {in_shape[0]}, got "
                 f"{tuple(widths)}: give each branch's width in the order of Parallel, or use LinearHead for one branch"
             )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import full_precision, init_linear
 
 
@@ -29,7 +30,7 @@ class LinearHead(nn.Module):
         super().__init__()
         (width,) = in_shape
         if not 0 <= unweighted <= width:
-            raise ValueError(f"unweighted must be between 0 and the tower's width {width}, got {unweighted}")
+            raise ArgumentError(f"unweighted must be between 0 and the tower's width {width}, got {unweighted}")
         self.in_shape = tuple(in_shape)
         self.out_shape = (num_tasks,)
         self.unweighted = unweighted

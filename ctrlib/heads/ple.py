@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.heads.stacked import StackedHidden, StackedLinear, TaskTowers, check_streams
 
 
@@ -49,7 +50,7 @@ class PLE(nn.Module):
         super().__init__()
         width = check_streams(self, in_shape, num_tasks, {num_tasks + 1} if num_shared else {num_tasks, num_tasks + 1})
         if num_levels < 1 or min(num_own, num_shared) < 0 or not num_own + num_shared:
-            raise ValueError(
+            raise ArgumentError(
                 f"PLE needs one or more levels, and experts, got num_levels={num_levels}, num_own={num_own}, "
                 f"num_shared={num_shared}"
             )

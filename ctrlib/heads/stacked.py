@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import Dropout, full_precision
 
 
@@ -69,7 +70,7 @@ class StackedHidden(nn.Sequential):
         one_input: bool = False,
     ) -> None:
         if num_copies < 1 or not widths or any(width < 1 for width in widths):
-            raise ValueError(
+            raise ArgumentError(
                 f"expected one or more networks of one or more hidden widths, all positive, got {num_copies} of "
                 f"{tuple(widths)}"
             )
@@ -127,10 +128,10 @@ def check_streams(head: nn.Module, in_shape: tuple[int, ...], num_tasks: int, al
     8
     """
     if num_tasks < 1:
-        raise ValueError(f"{type(head).__name__} needs one or more tasks, got num_tasks={num_tasks}")
+        raise ArgumentError(f"{type(head).__name__} needs one or more tasks, got num_tasks={num_tasks}")
     *streams, width = in_shape
     if streams and (len(streams) > 1 or streams[0] not in allowed):
-        raise ValueError(
+        raise ArgumentError(
             f"{type(head).__name__} of {num_tasks} tasks expects a tower of shape (H,) or (S, H) with S of "
             f"{sorted(allowed)} streams, got {tuple(in_shape)}: a stream for each task, and, where S is one more, a "
             "last one that all share"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.heads.stacked import StackedHidden, StackedLinear, TaskTowers, check_streams
 
 
@@ -47,7 +48,7 @@ class STEM(nn.Module):
         super().__init__()
         width = check_streams(self, in_shape, num_tasks, {num_tasks + 1})
         if len(in_shape) == 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"STEM needs {num_tasks + 1} streams of embeddings, one for each of {num_tasks} tasks and a shared "
                 f"one, got shape {tuple(in_shape)}: put ctrlib.Streams(..., num_streams={num_tasks + 1}) before it"
             )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ctrlib import embeddings, heads, towers
+from ctrlib.errors import ArgumentError
 from ctrlib.models.arguments import Attention, Deep, Widths
 
 if TYPE_CHECKING:  # the command line reads names and arguments here, and nobody waits for torch to see a list
@@ -291,7 +292,7 @@ def finalmlp(
     positions: tuple[range, range] | None = None
     if contexts is not None:
         if len(contexts) != 2 or any(isinstance(names, str) or len({*names}) < len(names) for names in contexts):
-            raise ValueError(
+            raise ArgumentError(
                 f"contexts must be two lists of distinct feature names, one for each stream's gate, got {contexts}"
             )
         behind = num_fields

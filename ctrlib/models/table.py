@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ctrlib._lazy import instead
-from ctrlib.errors import WrongTypeError, shown
+from ctrlib.errors import ArgumentError, WrongTypeError, shown
 from ctrlib.models import arguments, interaction, multitask, sequence
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class PublishedModel:
         first, _, details = (inspect.getdoc(make) or "").partition("\n\n")
         found = _FIRST.fullmatch(" ".join(first.split()))
         if found is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"the docstring of {make.__module__}.{make.__name__} begins with {first!r}, expected "
                 "'TITLE (AUTHORS, VENUE YEAR, https://ADDRESS): WHAT IT COMPUTES.'"
             )

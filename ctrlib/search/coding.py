@@ -29,6 +29,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.embeddings.packed import PackedTable, PackedTables
+from ctrlib.errors import ArgumentError
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS
 from ctrlib.search.bytes import bytes_of
@@ -116,7 +117,7 @@ def usage(model: Model, batches: Iterable[Batch], *, gradient_batches: int = 32)
             hook.remove()
         model.train(was_training)
     if not num_with_gradient:
-        raise ValueError("no batch came, so that nothing is known of how tables are used: pass some of train")
+        raise ArgumentError("no batch came, so that nothing is known of how tables are used: pass some of train")
     found = {}
     for name, count in reads.items():
         per_row = count.double() / num_rows
@@ -163,7 +164,7 @@ def transform_coding(
     model = copy.deepcopy(model)
     unstack(model)
     if not any(isinstance(part, EmbeddingBagCollection) for part in model.modules()):
-        raise ValueError("the model has no tables to code: they are coded already, or of sequences only")
+        raise ArgumentError("the model has no tables to code: they are coded already, or of sequences only")
     num_rows = 0
 
     def counted() -> Iterable[Batch]:
@@ -192,7 +193,7 @@ def transform_coding(
     # depends a little on the choices, so that what they add up to is seen afterwards.
     needed = bytes_of(materialise(model, plan)).embedding
     if needed > num_bytes:
-        raise ValueError(
+        raise ArgumentError(
             f"the embeddings cannot be stored in {num_bytes:,} bytes, {needed:,} is the smallest feasible budget: ask "
             "for that much, or train with a smaller embedding_dim"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ctrlib.batch import Batch
 from ctrlib.distributed import world_size
+from ctrlib.errors import ArgumentError
 from ctrlib.schema import Schema
 
 
@@ -32,7 +33,7 @@ def count_reads(schema: Schema, batches: Iterable[Batch]) -> dict[str, Tensor]:
     for vocabulary, features in schema.vocabularies.items():
         rows = features[0].num_embeddings
         if rows is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"vocabulary {vocabulary!r} has no size yet: take the schema that `ctrlib.prepare` returns"
             )
         counts[vocabulary] = torch.zeros(rows, dtype=torch.int64)
@@ -46,7 +47,7 @@ def count_reads(schema: Schema, batches: Iterable[Batch]) -> dict[str, Tensor]:
                     ids = ids[~padded.repeat_interleave(jagged[feature.name].lengths())]
                 found = torch.bincount(ids, minlength=len(counts[vocabulary])).cpu()
                 if len(found) > len(counts[vocabulary]):
-                    raise ValueError(
+                    raise ArgumentError(
                         f"feature {feature.name!r} has id {len(found) - 1}, but its vocabulary has "
                         f"{len(counts[vocabulary])}: take batches and schema of one prepared folder"
                     )

@@ -43,6 +43,7 @@ from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
 from ctrlib.data.vocabulary import check_order
 from ctrlib.embeddings.blocks import BlockedVocabulary, BlockTables
+from ctrlib.errors import ArgumentError
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, vocabulary_of
 from ctrlib.search.bytes import bytes_of
@@ -105,13 +106,13 @@ class DNIS:
         ):
             value = getattr(self, name)
             if value is not None and not value >= least:
-                raise ValueError(f"DNIS: {name} must be {least} or more, got {value}")
+                raise ArgumentError(f"DNIS: {name} must be {least} or more, got {value}")
         if not self.ratio > 1:
-            raise ValueError(f"DNIS: ratio must be more than 1, got {self.ratio}")
+            raise ArgumentError(f"DNIS: ratio must be more than 1, got {self.ratio}")
         if self.normalise not in get_args(Normalise):
-            raise ValueError(f"DNIS: normalise={self.normalise!r}, expected one of {get_args(Normalise)}")
+            raise ArgumentError(f"DNIS: normalise={self.normalise!r}, expected one of {get_args(Normalise)}")
         if min(self.shares, default=0) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
-            raise ValueError(
+            raise ArgumentError(
                 f"DNIS: blocks={self.blocks}, expected how many there are, or shares above 0 with the sum 1"
             )
 
@@ -312,7 +313,7 @@ def soft_model(model: Model, train: Loader, settings: DNIS) -> tuple[Model, Soft
     unstack(searched.embedding)
     tables = getattr(searched.embedding, "tables", None)
     if not isinstance(tables, EmbeddingBagCollection):
-        raise ValueError(
+        raise ArgumentError(
             f"DNIS searches the plain tables of a TableEmbedding, and {type(searched.embedding).__name__} has "
             f"{type(tables).__name__} there: build the model with pooled sequences and without other tables"
         )
@@ -382,7 +383,7 @@ def _bytes_for_columns(model: Model, lookup: SoftBlocks, settings: DNIS) -> int:
     rows = min(count for count in _rows(lookup) if count)
     least = fixed + min(4, lookup.alpha.shape[1]) * (4 * rows + 8)
     if num_bytes < least:
-        raise ValueError(
+        raise ArgumentError(
             f"DNIS: {num_bytes:,} bytes do not hold four columns of the smallest block: first-order weights, vectors "
             f"of numbers and the ends of blocks take {fixed:,} in any case, so ask for {least:,} or more"
         )

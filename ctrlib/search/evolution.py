@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ctrlib.errors import ArgumentError
+
 Genes = tuple[int, ...]
 
 
@@ -45,7 +47,7 @@ class Evolution:
             ("mutation_rate", self.mutation_rate, 0, 1),
         ):
             if not least <= value <= most:
-                raise ValueError(f"Evolution: {name} must be between {least} and {most}, got {value}")
+                raise ArgumentError(f"Evolution: {name} must be between {least} and {most}, got {value}")
 
     @property
     def num_evaluations(self) -> int:
@@ -99,12 +101,16 @@ def evolve(
     """
     settings, rng = settings or Evolution(), np.random.default_rng(seed)
     if length < 1 or largest < 1:
-        raise ValueError(f"expected one gene or more, from 1 to 1 or more, got length={length} and largest={largest}")
+        raise ArgumentError(
+            f"expected one gene or more, from 1 to 1 or more, got length={length} and largest={largest}"
+        )
     if size((1,) * length) > budget:
-        raise ValueError(f"the budget of {budget:,} is below the smallest size, {size((1,) * length):,}: ask for more")
+        raise ArgumentError(
+            f"the budget of {budget:,} is below the smallest size, {size((1,) * length):,}: ask for more"
+        )
     for genes in first:
         if len(genes) != length or not all(1 <= gene <= largest for gene in genes):
-            raise ValueError(f"first candidate {genes}: expected {length} numbers from 1 to {largest}")
+            raise ArgumentError(f"first candidate {genes}: expected {length} numbers from 1 to {largest}")
     scored: dict[Genes, float] = {}
     curve: list[float] = []
 

@@ -19,6 +19,7 @@ from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
 from ctrlib.data.vocabulary import check_order
 from ctrlib.embeddings.packed import PackedTable, PackedTables
+from ctrlib.errors import ArgumentError
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID, Schema
 from ctrlib.search.bytes import bytes_of
@@ -69,7 +70,7 @@ def frequency_cut(model: Model, batches: Iterable[Batch], *, num_bytes: int, bit
         else:
             high = middle
     if low == len(limits):
-        raise ValueError(f"{num_bytes:,} bytes do not hold any row of an id beside the reserved ones: ask for more")
+        raise ArgumentError(f"{num_bytes:,} bytes do not hold any row of an id beside the reserved ones: ask for more")
     return cut(limits[low])
 
 
@@ -143,7 +144,7 @@ def keep_rows(
         return bytes_of(materialise(model, cut(number))).embedding
 
     if size(0) > num_bytes:
-        raise ValueError(
+        raise ArgumentError(
             f"{num_bytes:,} bytes do not even hold the reserved rows, which take {size(0):,}: ask for more"
         )
     low, high = 0, len(values)  # the most rows that fit

@@ -11,6 +11,7 @@ from torch import nn
 from ctrlib.embeddings.narrow import NarrowTables
 from ctrlib.embeddings.numeric import ValueTimesVector
 from ctrlib.embeddings.table import TableEmbedding
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import LowRankLinear
 from ctrlib.model import Model
 from ctrlib.schema import Categorical, Schema
@@ -43,20 +44,20 @@ def fold_decoders(model: Model, schema: Schema) -> Model:
     embedding, tower = model.embedding, model.tower
     lookup = embedding.tables if isinstance(embedding, TableEmbedding) else None
     if not isinstance(embedding, TableEmbedding) or not isinstance(lookup, NarrowTables) or not isinstance(tower, MLP):
-        raise ValueError(
+        raise ArgumentError(
             "fold_decoders needs an MLP that alone reads the fields of a TableEmbedding of NarrowTables, got "
             f"{type(tower).__name__}, {type(embedding).__name__} and {type(lookup).__name__}: others need the decoded "
             "fields"
         )
     ranks = sorted({table.rank for table in lookup.stored.values()})
     if len(ranks) > 1 or ranks[0] == lookup.embedding_dim:
-        raise ValueError(
+        raise ArgumentError(
             f"fold_decoders needs tables of one rank below {lookup.embedding_dim}, got ranks {ranks}: plan with "
             "Goal(rank=...)"
         )
     numeric = embedding.numeric
     if numeric is not None and not isinstance(numeric, ValueTimesVector):
-        raise ValueError(
+        raise ArgumentError(
             f"fold knows numeric fields of ValueTimesVector only, got {type(numeric).__name__}: keep the decoders"
         )
     single = {feature.name for feature in schema.features if isinstance(feature, Categorical)}
@@ -66,7 +67,7 @@ def fold_decoders(model: Model, schema: Schema) -> Model:
         if table.centred and (lookup.is_weighted or table.drops_to_zero or not single.issuperset(table.feature_names))
     ]
     if uncertain:
-        raise ValueError(
+        raise ArgumentError(
             f"features {uncertain} may have no id, or several, and add their mean as often, which no bias does: plan "
             "with centred=False"
         )

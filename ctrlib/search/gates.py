@@ -19,6 +19,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.embeddings.narrow import Kept, NarrowTable, NarrowTables
+from ctrlib.errors import ArgumentError
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID, Schema, vocabulary_of
 from ctrlib.search.plan import Plan
@@ -77,13 +78,13 @@ def with_own_tables(model: Model, schema: Schema) -> tuple[Model, dict[str, Embe
     unstack(model)
     collections = {path: part for path, part in model.named_modules() if isinstance(part, EmbeddingBagCollection)}
     if not collections:
-        raise ValueError("the model has no tables to search in: they are compressed already, or for sequences only")
+        raise ArgumentError("the model has no tables to search in: they are compressed already, or for sequences only")
     vocabularies = {feature.name: vocabulary_of(feature) for feature in schema.sparse}
     rows = {feature.name: feature.num_embeddings for feature in schema.sparse}
     for path, part in collections.items():
         for config in part.embedding_bag_configs():
             if any(rows.get(name) != config.num_embeddings for name in config.feature_names):
-                raise ValueError(
+                raise ArgumentError(
                     f"{path} has no table of its own for each vocabulary ({config.name} has {config.num_embeddings} "
                     f"rows for {config.feature_names}): search in a model with a row for each id, without tables=..."
                 )

@@ -31,6 +31,7 @@ from ctrlib.batch import Batch
 from ctrlib.distributed import gather
 from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
 from ctrlib.embeddings.table import TableEmbedding, by_vocabulary, num_rows, pooling_of
+from ctrlib.errors import ArgumentError, UnsupportedError
 from ctrlib.layers import LowRankLinear
 from ctrlib.model import Model
 from ctrlib.schema import Schema, vocabulary_of
@@ -100,7 +101,7 @@ def low_rank(
     (1984, 1504)
     """
     if tables is None and layers is None:
-        raise ValueError("low_rank has nothing to do: give tables=Goal(...), layers=Goal(...) or both")
+        raise ArgumentError("low_rank has nothing to do: give tables=Goal(...), layers=Goal(...) or both")
     found_tables: dict[str, list[LowRankTable]] = {}
     found_layers: dict[str, LowRankLayer] = {}
     if tables is not None:
@@ -153,7 +154,7 @@ def low_rank_tables(
     for (path, vocabulary), members in vocabularies.items():
         rows, seen = num_rows(members), counts.get(vocabulary, torch.empty(0))
         if len(seen) != rows:
-            raise ValueError(
+            raise ArgumentError(
                 f"vocabulary {vocabulary!r} has {rows} ids, but {len(seen)} counts: take `count_reads` of the schema "
                 "that the model was trained with"
             )
@@ -209,7 +210,7 @@ def weighted_pca(
     if is_shard:
         dist.all_reduce(sums)
     if not sums[-1] > 0:
-        raise ValueError(f"no row has a weight: all {len(counts)} counts and smooth={smooth} are 0")
+        raise ArgumentError(f"no row has a weight: all {len(counts)} counts and smooth={smooth} are 0")
     mean = sums[:-1] / sums[-1] if centred else torch.zeros_like(sums[:-1])
     scatter = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
     for rows, some in _chunks(table, weights):
@@ -325,7 +326,7 @@ def output_statistics(
         for hook in hooks:
             hook.remove()
     if not current:
-        raise ValueError("there is nothing to take statistics of: `batches` gave no batch; pass a Loader or a list")
+        raise ArgumentError("there is nothing to take statistics of: `batches` gave no batch; pass a Loader or a list")
     own, *others = gather(moments)
     for name, part in ((name, part) for other in others for name, part in other.items()):
         own[name].merge(part)
@@ -432,7 +433,7 @@ def table_embeddings(model: nn.Module) -> dict[str, TableEmbedding]:
     """
     events = [path for path, module in model.named_modules() if isinstance(module, EmbeddingCollection)]
     if events:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"{events} look up sequences event by event, which low-rank tables do not: pool histories "
             "(sequence='pooled'), or compress the layers only"
         )
@@ -442,7 +443,7 @@ def table_embeddings(model: nn.Module) -> dict[str, TableEmbedding]:
         if isinstance(module, TableEmbedding) and isinstance(module.tables, EmbeddingBagCollection)
     }
     if not found:
-        raise ValueError(
+        raise ArgumentError(
             "the model has no TableEmbedding with tables of TorchRec: nothing to make smaller, or it was done already"
         )
     return found

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.data.loader import Loader
+from ctrlib.errors import ArgumentError
 from ctrlib.losses import add_auxiliary
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, PADDING_ID, Schema
@@ -121,9 +122,9 @@ class OptEmbed:
             ("price", self.price, 0),
         ):
             if not value >= least:
-                raise ValueError(f"OptEmbed: {name} must be {least} or more, got {value}")
+                raise ArgumentError(f"OptEmbed: {name} must be {least} or more, got {value}")
         if self.whole > 1:
-            raise ValueError(f"OptEmbed: whole must be 1 or less, got {self.whole}")
+            raise ArgumentError(f"OptEmbed: whole must be 1 or less, got {self.whole}")
         _ = self.evolution
 
     @property
@@ -220,7 +221,7 @@ class PrefixMasked(nn.Module):
         configs = lookup.tables.embedding_bag_configs()
         self.embedding_dim = configs[0].embedding_dim
         if self.embedding_dim % multiple_of:
-            raise ValueError(f"embedding_dim={self.embedding_dim} is no multiple of multiple_of={multiple_of}")
+            raise ArgumentError(f"embedding_dim={self.embedding_dim} is no multiple of multiple_of={multiple_of}")
         self.multiple_of, self.levels = multiple_of, self.embedding_dim // multiple_of
         self.owner = {name: place for place, config in enumerate(configs) for name in config.feature_names}
         self.vocabularies = [lookup.vocabularies[config.name] for config in configs]
@@ -288,7 +289,9 @@ def search(
     def after(epoch: int) -> bool:
         auc = evaluate(supernet, valid, quick=True)["auc"]
         if math.isnan(auc):
-            raise ValueError("validation holds one class only (or no known label), so AUC is undefined: use more rows")
+            raise ArgumentError(
+                "validation holds one class only (or no known label), so AUC is undefined: use more rows"
+            )
         num_kept = sum(int(gates(name).sum()) - NUM_RESERVED_IDS for name in gates.vocabularies)
         console.print(f"  valid AUC {auc:.6f} in full width, {num_kept:,} rows above their thresholds", highlight=False)
         if not auc > memory["auc"]:
@@ -388,7 +391,7 @@ def best_widths(
         return float(evaluate(supernet, sample, quick=True)["auc"]) - price
 
     if not living:
-        raise ValueError(
+        raise ArgumentError(
             "no value of any field is above its threshold: lower alpha, threshold_learning_rate or embedding_l2"
         )
     found = evolve(

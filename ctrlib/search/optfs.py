@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ctrlib.data.loader import Loader
 from ctrlib.embeddings.table import table_name
+from ctrlib.errors import ArgumentError
 from ctrlib.losses import add_auxiliary
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, PADDING_ID, Schema
@@ -87,9 +88,9 @@ class OptFS:
             ("embedding_l2", self.embedding_l2, 0),
         ):
             if not value >= least:
-                raise ValueError(f"OptFS: {name} must be {least} or more, got {value}")
+                raise ArgumentError(f"OptFS: {name} must be {least} or more, got {value}")
         if self.rewind is not None and self.rewind >= self.epochs:
-            raise ValueError(
+            raise ArgumentError(
                 f"OptFS: rewind={self.rewind} must be one of the epochs 0 to {self.epochs - 1}, whose weights there are"
             )
 

@@ -40,6 +40,7 @@ from ctrlib.data.loader import Loader
 from ctrlib.embeddings.crosses import CrossTables, Pair, PairVectors, add_crosses, cross_codes, projection, single_ids
 from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
 from ctrlib.embeddings.table import table_name
+from ctrlib.errors import ArgumentError
 from ctrlib.model import Model
 from ctrlib.schema import Categorical
 from ctrlib.search.plan import Plan
@@ -100,9 +101,9 @@ class OptInter:
             ("embedding_l2", 0),
         ):
             if not getattr(self, name) >= least:
-                raise ValueError(f"OptInter: {name} must be {least} or more, got {getattr(self, name)}")
+                raise ArgumentError(f"OptInter: {name} must be {least} or more, got {getattr(self, name)}")
         if not 0 < self.temperature_floor <= 1:
-            raise ValueError(f"OptInter: temperature_floor must be in (0, 1], got {self.temperature_floor}")
+            raise ArgumentError(f"OptInter: temperature_floor must be in (0, 1], got {self.temperature_floor}")
 
 
 def temperature_at(step: int, settings: OptInter) -> float:
@@ -262,7 +263,7 @@ def _features(train: Loader, settings: OptInter) -> list[str]:
     able = [feature.name for feature in train.schema.sparse if isinstance(feature, Categorical)]
     chosen = able if settings.features is None else list(settings.features)
     if len(chosen) < 2 or len(set(chosen)) < len(chosen) or set(chosen) - set(able):
-        raise ValueError(f"OptInter: expected two or more of the categorical features {able} to cross, got {chosen}")
+        raise ArgumentError(f"OptInter: expected two or more of the categorical features {able} to cross, got {chosen}")
     return chosen
 
 
@@ -339,7 +340,7 @@ def with_base(model: Model) -> tuple[Model, NarrowTables]:
     unstack(model.embedding)
     tables = getattr(model.embedding, "tables", None)
     if not isinstance(tables, EmbeddingBagCollection):
-        raise ValueError(
+        raise ArgumentError(
             f"OptInter searches beside the plain tables of a TableEmbedding, and {type(model.embedding).__name__} has "
             f"{type(tables).__name__} there: build the model with pooled sequences and without other tables"
         )
@@ -381,7 +382,7 @@ def plan_of(
         ValueError: there is not one known choice for each pair.
     """
     if len(choice) != len(pairs) or set(choice) - set(CHOICES):
-        raise ValueError(f"expected one of {CHOICES} for each of {len(pairs)} pairs, got {list(choice)}")
+        raise ArgumentError(f"expected one of {CHOICES} for each of {len(pairs)} pairs, got {list(choice)}")
     summary = _summary(pairs, choice, crosses, alpha)
     if set(choice) == {"naive"}:
         return Plan("optinter", {}, {}, summary)

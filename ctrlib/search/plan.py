@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ctrlib.errors import ArgumentError
 from ctrlib.making import new_file
 from ctrlib.model import Model
 from ctrlib.structure import describe, restructure
@@ -64,10 +65,10 @@ class Plan:
                 text = file.metadata() or {}
             weights, sha256 = load_file(str(path)), text.pop("sha256", None)
             if sha256 is not None and sha256 != _sha256(text, weights):
-                raise ValueError("damaged: its sha256 differs")
+                raise ArgumentError("damaged: its sha256 differs")
             return cls(text["method"], json.loads(text["replaced"]), weights, json.loads(text["summary"]))
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a plan ({error!r}): expected a file that Plan.save wrote") from error
+            raise ArgumentError(f"{path} is not a plan ({error!r}): expected a file that Plan.save wrote") from error
 
 
 def _sha256(text: dict[str, str], weights: dict[str, Tensor]) -> str:
@@ -87,7 +88,7 @@ def materialise(model: Model, plan: Plan) -> Model:
     # A deep copy, but for the parts that go: those may be large.
     parts = dict(model.named_modules())
     if missing := sorted(set(plan.replaced) - set(parts)):
-        raise ValueError(f"the plan ({plan.method}) is not of this model, which has no {missing}")
+        raise ArgumentError(f"the plan ({plan.method}) is not of this model, which has no {missing}")
     memo: dict[int, Any] = {id(parts[path]): None for path in plan.replaced}
     smaller = copy.deepcopy(model, memo)
     restructure(smaller, plan.replaced)
@@ -97,6 +98,6 @@ def materialise(model: Model, plan: Plan) -> Model:
     )
     unfit += sorted(n for n in expected if any(n.startswith(f"{p}.") for p in plan.replaced) and n not in plan.weights)
     if unfit:
-        raise ValueError(f"the plan ({plan.method}) is not of this model: {unfit[:5]} do not fit")
+        raise ArgumentError(f"the plan ({plan.method}) is not of this model: {unfit[:5]} do not fit")
     smaller.load_state_dict(plan.weights, strict=False)
     return smaller.train(model.training)

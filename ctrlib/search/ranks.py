@@ -8,6 +8,8 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+from ctrlib.errors import ArgumentError
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -24,7 +26,7 @@ class Goal:
 
     >>> Goal(ratio=8, rank=4)
     Traceback (most recent call last):
-    ValueError: expected one of num_bytes, ratio, energy and rank, got {'ratio': 8, 'rank': 4}
+    ctrlib.errors.ArgumentError: expected one of num_bytes, ratio, energy and rank, got {'ratio': 8, 'rank': 4}
     """
 
     num_bytes: int | None = None
@@ -35,10 +37,12 @@ class Goal:
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
-            raise ValueError(f"expected one of num_bytes, ratio, energy and rank, got {given}")
+            raise ArgumentError(f"expected one of num_bytes, ratio, energy and rank, got {given}")
         ((name, value),) = given.items()
         if value <= 0 or (name == "ratio" and value < 1) or (name == "energy" and value > 1):
-            raise ValueError(f"{name}={value}: expected a positive number, a ratio from 1 on, an energy of 1 at most")
+            raise ArgumentError(
+                f"{name}={value}: expected a positive number, a ratio from 1 on, an energy of 1 at most"
+            )
 
 
 def rank_for_energy(energies: Tensor, fraction: float) -> int:
@@ -113,7 +117,7 @@ def _allocate(levels: Mapping[Key, list[Level]], energies: Mapping[Key, Tensor],
     least = sum(ranks[0].num_bytes for ranks in levels.values())
     if least > num_bytes:
         whole = sum(ranks[-1].num_bytes for ranks in levels.values())
-        raise ValueError(
+        raise ArgumentError(
             f"the lowest ranks take {least:,} bytes of now {whole:,}, which is more than {num_bytes:,}: allow as many, "
             "or drop rows first"
         )

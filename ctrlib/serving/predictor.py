@@ -28,7 +28,7 @@ from ctrlib.data.raw import check_paths, in_files, paths_of
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
 from ctrlib.data.stream import ahead
 from ctrlib.data.table import ROW, RawTable, as_frame, name_of
-from ctrlib.errors import check_path, check_type, check_whole
+from ctrlib.errors import ArgumentError, check_path, check_type, check_whole
 from ctrlib.making import new_file
 from ctrlib.manifest import load_schema
 from ctrlib.schema import Schema, SchemaError
@@ -137,10 +137,10 @@ class Predictor:
         check_target(out, "file", inputs=inputs, overwrite=overwrite)
         out, report = Path(out), Report(self.encoder)
         if out.suffix not in (".csv", ".parquet"):
-            raise ValueError(f"the file to write must end in .csv or .parquet, got {out.name!r}")
+            raise ArgumentError(f"the file to write must end in .csv or .parquet, got {out.name!r}")
         check_type("a sequence of names of columns", Sequence, keep=keep)
         if clash := sorted(set(keep) & set(self.schema.labels)):
-            raise ValueError(f"columns {clash} cannot be kept, the probabilities have these names: leave them out")
+            raise ArgumentError(f"columns {clash} cannot be kept, the probabilities have these names: leave them out")
         size = 0
 
         def needed(written: int) -> str:

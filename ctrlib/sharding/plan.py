@@ -31,6 +31,7 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec.distributed.types import ShardingPlan as TorchRecPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from ctrlib.errors import ArgumentError, TooLargeError
 from ctrlib.making import write_text
 
 # It tells users of its planner to describe their machines; the plans here need no more than numbers of processes.
@@ -110,7 +111,7 @@ def make_plan(
     wanted = dict(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(tables, sharding)
     unknown = sorted(set(wanted) - set(tables))
     if unknown:
-        raise ValueError(f"no tables {unknown} to place, expected some of {sorted(tables)}")
+        raise ArgumentError(f"no tables {unknown} to place, expected some of {sorted(tables)}")
     total = sum(config.num_embeddings * config.embedding_dim for _, _, config in tables.values())
     plan: ShardingPlan = {}
     free = [name for name in tables if wanted.get(name, "auto") == "auto"]
@@ -124,7 +125,7 @@ def make_plan(
         if way == "auto":
             continue
         if way not in get_args(Sharding):
-            raise ValueError(f"unknown sharding {way!r}, expected 'auto' or one of {get_args(Sharding)}")
+            raise ArgumentError(f"unknown sharding {way!r}, expected 'auto' or one of {get_args(Sharding)}")
         ranks = (0,) if way == "table_wise" else tuple(range(world_size))
         plan[name] = TablePlacement(way, ranks)  # type: ignore[arg-type]  # checked above
     rest = [name for name in tables if name not in plan]
@@ -183,43 +184,43 @@ def check_plan(
     """
     tables = tables_of(model)
     if set(plan) != set(tables):
-        raise ValueError(
+        raise ArgumentError(
             f"the plan does not fit the model: tables {sorted(set(plan) ^ set(tables))} are on one side only"
         )
     for name, placement in plan.items():
         config = tables[name][2]
         beyond = [rank for rank in placement.ranks if not 0 <= rank < world_size]
         if beyond or len(set(placement.ranks)) != len(placement.ranks) or not placement.ranks:
-            raise ValueError(
+            raise ArgumentError(
                 f"the plan puts {name} on ranks {list(placement.ranks)}, but there are {world_size} processes: make it "
                 "for as many processes as you start, or leave it out to have one made"
             )
         everywhere = placement.sharding in ("row_wise", "data_parallel")
         expected = world_size if everywhere else 1
         if placement.sharding != "column_wise" and len(placement.ranks) != expected:
-            raise ValueError(
+            raise ArgumentError(
                 f"the plan puts {name} {placement.sharding} on {len(placement.ranks)} ranks, expected {expected}"
             )
         if placement.sharding == "column_wise":
             parts = len(placement.ranks)
             if config.embedding_dim % (4 * parts):
-                raise ValueError(
+                raise ArgumentError(
                     f"{name} has {config.embedding_dim} columns, which do not divide into {parts} shards of a multiple "
                     f"of 4: use embedding_dim={math.ceil(config.embedding_dim / (4 * parts)) * 4 * parts}, or row_wise"
                 )
             if parts > 1 and optimiser == "rowwise_adagrad":
-                raise ValueError(
+                raise ArgumentError(
                     f"{name}: row-wise Adagrad keeps one number per row, which columns on {parts} ranks cannot share, "
                     "so that the plan would change how the table is trained: use table_optimiser='adagrad', or row_wise"
                 )
         if placement.sharding == "data_parallel":
             if isinstance(tables[name][1], EmbeddingCollection):
-                raise ValueError(
+                raise ArgumentError(
                     f"{name} holds a sequence's rows: TorchRec 1.8 computes data_parallel sequences wrongly, so use "
                     "row_wise or table_wise"
                 )
             if optimiser != "rowwise_adagrad":
-                raise ValueError(f"{name}: data_parallel tables are trained by row-wise Adagrad only, use row_wise")
+                raise ArgumentError(f"{name}: data_parallel tables are trained by row-wise Adagrad only, use row_wise")
 
 
 def to_torchrec(plan: ShardingPlan, model: nn.Module, *, world_size: int, device_type: str) -> TorchRecPlan:
@@ -311,10 +312,10 @@ def check_memory(needed: int, available: int) -> None:
 
     >>> check_memory(2 << 30, 1 << 30)
     Traceback (most recent call last):
-    MemoryError: the tables need 2.0 GiB in this process, and 1.0 GiB is free: start more processes, or machines, ...
+    ctrlib.errors.TooLargeError: the tables need 2.0 GiB in this process, and 1.0 GiB is free: ...
     """
     if needed > available:
-        raise MemoryError(
+        raise TooLargeError(
             f"the tables need {_in_words(needed)} in this process, and {_in_words(available)} is free: start more "
             "processes, or machines, shard large tables row_wise, or make embeddings smaller"
         )
@@ -353,12 +354,12 @@ def load_plan(path: str | Path) -> ShardingPlan:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         plan = {name: TablePlacement(entry["sharding"], tuple(entry["ranks"])) for name, entry in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{path} is not a sharding plan ({error!r}): expected JSON as `save_plan` writes it"
         ) from error
     wrong = sorted({p.sharding for p in plan.values()} - set(get_args(Sharding)))
     if wrong:
-        raise ValueError(f"{path} has unknown shardings {wrong}, expected some of {get_args(Sharding)}")
+        raise ArgumentError(f"{path} has unknown shardings {wrong}, expected some of {get_args(Sharding)}")
     return plan
 
 

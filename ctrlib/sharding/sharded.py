@@ -16,6 +16,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import PoolingType
 
 from ctrlib.distributed import init_process_group, world_size
+from ctrlib.errors import ArgumentError
 from ctrlib.sharding.plan import (
     Sharding,
     ShardingPlan,
@@ -67,7 +68,7 @@ def shard(
     tables = tables_of(model)
     for _, _, config in tables.values():
         if config.embedding_dim % 4:
-            raise ValueError(
+            raise ArgumentError(
                 f"the fused engine needs table widths that are multiples of 4, table {config.name!r} has "
                 f"{config.embedding_dim}: use embedding_dim={-(-config.embedding_dim // 4) * 4}, for a wide part "
                 "columns=4 (wide_columns=4 of `Inputs`), or the exact engine"
@@ -162,11 +163,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     state = model.state_dict()
     if set(state) != set(weights):
-        raise ValueError(f"weights do not fit the model: {sorted(set(state) ^ set(weights))} are on one side only")
+        raise ArgumentError(f"weights do not fit the model: {sorted(set(state) ^ set(weights))} are on one side only")
     for name, tensor in state.items():
         # What tells how ids become rows; a plain module refuses another such in its `load_state_dict`.
         if name.endswith((".hashing", ".layout")) and not torch.equal(tensor.cpu(), weights[name].cpu()):
-            raise ValueError(
+            raise ArgumentError(
                 f"weights do not fit the model: {name} differs, so ids have other rows there: build the model with the "
                 "arguments that the weights were trained with"
             )

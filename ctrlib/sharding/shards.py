@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ctrlib.errors import ArgumentError
+
 
 @dataclass(frozen=True, eq=False)
 class Shards:
@@ -25,7 +27,7 @@ class Shards:
     torch.float32
     >>> Shards((3, 4), (((2, 0), table[:2]),))
     Traceback (most recent call last):
-    ValueError: a part of shape (2, 4) at (2, 0) lies outside of a tensor of (3, 4)
+    ctrlib.errors.ArgumentError: a part of shape (2, 4) at (2, 0) lies outside of a tensor of (3, 4)
     """
 
     size: tuple[int, ...]
@@ -37,14 +39,14 @@ class Shards:
                 0 <= offset <= offset + length <= limit for offset, length, limit in zip(offsets, part.shape, self.size)
             )
             if not inside:
-                raise ValueError(
+                raise ArgumentError(
                     f"a part of shape {tuple(part.shape)} at {tuple(offsets)} lies outside of a tensor of "
                     f"{tuple(self.size)}"
                 )
             if part.layout != torch.strided or part.is_meta or part.is_quantized:
-                raise ValueError(f"expected a dense tensor that holds data, got {part.layout} on {part.device}")
+                raise ArgumentError(f"expected a dense tensor that holds data, got {part.layout} on {part.device}")
         if len(dtypes := {part.dtype for _, part in self.parts}) > 1:
-            raise ValueError(f"the parts of one tensor have several dtypes: {sorted(map(str, dtypes))}")
+            raise ArgumentError(f"the parts of one tensor have several dtypes: {sorted(map(str, dtypes))}")
 
     @property
     def dtype(self) -> torch.dtype | None:

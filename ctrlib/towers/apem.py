@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import LayerNorm, init_linear
 
 
@@ -57,7 +58,7 @@ class APEM(nn.Module):
         super().__init__()
         num_fields, dim = in_shape
         if min(num_tasks, num_groups, num_blocks) < 1 or skip_dim < 0 or temperature <= 0:
-            raise ValueError(
+            raise ArgumentError(
                 "APEM needs one or more tasks, groups and blocks, a positive temperature and skip_dim of 0 or more, "
                 f"got {num_tasks}, {num_groups}, {num_blocks}, {temperature} and {skip_dim}"
             )
@@ -114,7 +115,7 @@ class SetAttention(nn.Module):
     def __init__(self, dim: int, *, num_groups: int, num_heads: int = 2) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"fields of width {dim} do not divide into {num_heads} heads: change one of the two")
+            raise ArgumentError(f"fields of width {dim} do not divide into {num_heads} heads: change one of the two")
         self.points = nn.Parameter(torch.randn(num_groups, dim))
         self.gather = _AttentionBlock(dim, num_heads)
         self.scatter = _AttentionBlock(dim, num_heads)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import Dropout, LayerNorm, init_linear
 
 # Heads of few fields are computed together, as blocks of one matrix of at most so many rows (see InteractingLayer).
@@ -67,7 +68,7 @@ class AutoInt(nn.Module):
     ) -> None:
         super().__init__()
         if num_layers < 1:
-            raise ValueError(f"AutoInt needs at least one interacting layer, got num_layers={num_layers}")
+            raise ArgumentError(f"AutoInt needs at least one interacting layer, got num_layers={num_layers}")
         num_fields, width = in_shape
         layers = []
         for _ in range(num_layers):
@@ -129,13 +130,15 @@ class InteractingLayer(nn.Module):
         super().__init__()
         num_fields, width = in_shape
         if num_heads < 1 or head_dim < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"AutoInt needs num_heads and head_dim of 1 or more, got num_heads={num_heads} and head_dim={head_dim}"
             )
         if identity and not residual:
-            raise ValueError("identity=True says which residual to add, but residual=False adds none: drop one of them")
+            raise ArgumentError(
+                "identity=True says which residual to add, but residual=False adds none: drop one of them"
+            )
         if norm_before_relu and norm_after_relu:
-            raise ValueError("norm_before_relu and norm_after_relu are two published layers: choose one of them")
+            raise ArgumentError("norm_before_relu and norm_after_relu are two published layers: choose one of them")
         self.in_shape = tuple(in_shape)
         self.num_heads, self.head_dim = num_heads, head_dim
         self.scale = head_dim**-0.5 if scale else 1.0

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import init_linear
 
 _BLOCK_ROWS = 512  # products of so many rows fit a core's cache (39 fields, 64 maps: 5 MB; 10 fields: 1.3 MB)
@@ -47,7 +48,7 @@ class CIN(nn.Module):
     def __init__(self, in_shape: tuple[int, int], *, num_maps: Sequence[int] = (64, 64, 64), bias: bool = True) -> None:
         super().__init__()
         if not num_maps or any(maps < 1 for maps in num_maps):
-            raise ValueError(f"num_maps must be one or more positive integers, one a layer, got {tuple(num_maps)}")
+            raise ArgumentError(f"num_maps must be one or more positive integers, one a layer, got {tuple(num_maps)}")
         num_fields, _ = in_shape
         self.in_shape = tuple(in_shape)
         self.out_shape = (sum(num_maps),)

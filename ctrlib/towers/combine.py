@@ -7,11 +7,13 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
+
 
 def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
     shape = getattr(module, name, None)
     if not isinstance(shape, tuple):
-        raise ValueError(
+        raise ArgumentError(
             f"{type(module).__name__} publishes no {name}: a tower must set it to a tuple in its constructor"
         )
     return shape
@@ -35,7 +37,7 @@ class Parallel(nn.Module):
         super().__init__()
         shapes = [_shape(tower, "in_shape") for tower in towers]
         if not shapes or len(set(shapes)) > 1:
-            raise ValueError(f"Parallel needs one or more towers of one input shape, got input shapes {shapes}")
+            raise ArgumentError(f"Parallel needs one or more towers of one input shape, got input shapes {shapes}")
         self.towers = nn.ModuleList(towers)
         self.in_shape = shapes[0]
         self.out_shape = (sum(_shape(tower, "out_shape")[0] for tower in towers),)
@@ -62,11 +64,11 @@ class Stack(nn.Module):
     def __init__(self, *towers: nn.Module) -> None:
         super().__init__()
         if not towers:
-            raise ValueError("Stack needs one or more towers, got none")
+            raise ArgumentError("Stack needs one or more towers, got none")
         for before, after in itertools.pairwise(towers):
             out_shape, in_shape = _shape(before, "out_shape"), _shape(after, "in_shape")
             if out_shape != in_shape:
-                raise ValueError(
+                raise ArgumentError(
                     f"{type(after).__name__} expects input {in_shape}, but {type(before).__name__} before it gives "
                     f"{out_shape}: build it with in_shape={out_shape}"
                 )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import init_linear
 
 
@@ -37,7 +38,7 @@ class CrossNet(nn.Module):
     def __init__(self, in_shape: tuple[int, ...], *, num_layers: int = 3) -> None:
         super().__init__()
         if num_layers < 1:
-            raise ValueError(f"CrossNet needs at least one layer, got num_layers={num_layers}")
+            raise ArgumentError(f"CrossNet needs at least one layer, got num_layers={num_layers}")
         width = math.prod(in_shape)
         self.in_shape = tuple(in_shape)
         self.out_shape = (width,)
@@ -76,7 +77,7 @@ class CrossNetV2(nn.Module):
     def __init__(self, in_shape: tuple[int, ...], *, num_layers: int = 3) -> None:
         super().__init__()
         if num_layers < 1:
-            raise ValueError(f"CrossNetV2 needs at least one layer, got num_layers={num_layers}")
+            raise ArgumentError(f"CrossNetV2 needs at least one layer, got num_layers={num_layers}")
         width = math.prod(in_shape)
         self.in_shape = tuple(in_shape)
         self.out_shape = (width,)
@@ -129,7 +130,7 @@ class CrossNetMix(nn.Module):
     ) -> None:
         super().__init__()
         if num_layers < 1 or num_experts < 1 or rank < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"CrossNetMix needs at least one layer, one expert and rank 1, got num_layers={num_layers}, "
                 f"num_experts={num_experts}, rank={rank}"
             )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import PairwiseDots
 
 
@@ -38,11 +39,11 @@ class DotInteraction(nn.Module):
         super().__init__()
         num_fields, width = in_shape
         if num_fields < 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"DotInteraction needs at least 2 fields to form a pair, got {num_fields}: use MLP, or add a feature"
             )
         if len(set(dense_fields)) < len(dense_fields) or not all(0 <= k < num_fields for k in dense_fields):
-            raise ValueError(
+            raise ArgumentError(
                 f"dense_fields must be distinct positions from 0 to {num_fields - 1}, got {list(dense_fields)}"
             )
         self.dots = PairwiseDots(num_fields)

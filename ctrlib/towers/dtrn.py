@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
+
 
 class TaskRefinement(nn.Module):
     """Each task's own importance of every field: s^t = 2 sigmoid(A_t relu(C_t x^t + c_t) + a_t),  y^t_f = s^t_f x^t_f.
@@ -53,7 +55,7 @@ class TaskRefinement(nn.Module):
         super().__init__()
         *tasks, num_fields, dim = in_shape
         if num_tasks < 1 or tasks not in ([], [num_tasks]):
-            raise ValueError(
+            raise ArgumentError(
                 f"TaskRefinement of {num_tasks} tasks expects fields (F, D) or ({num_tasks}, F, D), got "
                 f"{tuple(in_shape)}"
             )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import Dropout, LayerNorm
 
 _EPS = 1e-8  # keeps the logarithm of a zero modulus finite; both codes have it
@@ -57,7 +58,7 @@ class EulerNet(nn.Module):
     ) -> None:
         super().__init__()
         if not num_orders or any(number < 1 for number in num_orders):
-            raise ValueError(f"num_orders must be one or more positive integers, got {tuple(num_orders)}")
+            raise ArgumentError(f"num_orders must be one or more positive integers, got {tuple(num_orders)}")
         num_inputs, dim = in_shape
         self.in_shape = tuple(in_shape)
         self.out_shape = (num_orders[-1] * dim,)

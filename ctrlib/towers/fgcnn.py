@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import init_linear
 
 
@@ -60,17 +61,17 @@ class FGCNN(nn.Module):
         super().__init__()
         num_fields, dim = in_shape
         if not num_channels or min(*num_channels, kernel_height, pooling_size, num_new) < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"num_channels (one or more), kernel_height, pooling_size and num_new must be positive, got "
                 f"{tuple(num_channels)}, {kernel_height}, {pooling_size} and {num_new}"
             )
         if kernel_height % 2 == 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"kernel_height must be odd, so that as many fields come out as go in, got {kernel_height}: take "
                 f"{kernel_height - 1} or {kernel_height + 1}"
             )
         if num_raw is not None and not 0 < num_raw < num_fields:
-            raise ValueError(
+            raise ArgumentError(
                 f"num_raw must be from 1 to {num_fields - 1}, so that fields are left for the convolution, got "
                 f"{num_raw}: append the second tables' fields to the input, or leave num_raw out to share embeddings"
             )
@@ -80,7 +81,7 @@ class FGCNN(nn.Module):
         for layer, (before, channels) in enumerate(zip((1, *num_channels), num_channels, strict=False), start=1):
             pooled = -(-height // pooling_size) if round_up else height // pooling_size
             if not pooled:
-                raise ValueError(
+                raise ArgumentError(
                     f"pooling_size={pooling_size} leaves none of the {height} fields before layer {layer}: give "
                     f"num_channels at most {layer - 1} layers, a smaller pooling_size, or round_up=True"
                 )

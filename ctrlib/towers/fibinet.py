@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import init_linear
 
 Bilinear = Literal["field_all", "field_each", "field_interaction"]
@@ -52,13 +53,13 @@ class FiBiNET(nn.Module):
         super().__init__()
         num_fields, dim = in_shape
         if num_fields < 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"FiBiNET needs at least 2 fields to form a pair, got {num_fields}: use MLP, or add a feature"
             )
         if not reduction_ratio > 0:
-            raise ValueError(f"reduction_ratio must be positive, got {reduction_ratio}")
+            raise ArgumentError(f"reduction_ratio must be positive, got {reduction_ratio}")
         if bilinear not in get_args(Bilinear):
-            raise ValueError(f"bilinear must be one of {get_args(Bilinear)}, got {bilinear!r}")
+            raise ArgumentError(f"bilinear must be one of {get_args(Bilinear)}, got {bilinear!r}")
         first, _ = torch.triu_indices(num_fields, num_fields, offset=1)
         reduced = max(1, int(num_fields / reduction_ratio))
         self.excitation = nn.Sequential(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import Hidden, init_linear
 
 
@@ -101,7 +102,7 @@ class BilinearFusion(nn.Module):
     def __init__(self, widths: tuple[int, int], *, num_heads: int = 1) -> None:
         super().__init__()
         if num_heads < 1 or any(width % num_heads for width in widths):
-            raise ValueError(
+            raise ArgumentError(
                 f"num_heads must divide the output of both streams, got num_heads={num_heads} and widths {widths}: "
                 "change num_heads or the last hidden width"
             )
@@ -142,15 +143,15 @@ class _Gate(nn.Module):
 
 def _check_positions(total: int, num_fields: int, contexts: tuple[Sequence[int], Sequence[int]] | None) -> None:
     if not 1 <= num_fields <= total:
-        raise ValueError(f"num_fields must be between 1 and the {total} fields of in_shape, got {num_fields}")
+        raise ArgumentError(f"num_fields must be between 1 and the {total} fields of in_shape, got {num_fields}")
     if contexts is not None and len(contexts) != 2:
-        raise ValueError(
+        raise ArgumentError(
             f"contexts must be two lists of field positions, one for each stream, or None for no gates, got {contexts}"
         )
     read = {position for context in contexts or () for position in context}
     if outside := sorted(position for position in read if not 0 <= position < total):
-        raise ValueError(f"contexts must be positions of the {total} fields, 0 to {total - 1}, got {outside}")
+        raise ArgumentError(f"contexts must be positions of the {total} fields, 0 to {total - 1}, got {outside}")
     if unread := sorted(set(range(num_fields, total)) - read):
-        raise ValueError(
+        raise ArgumentError(
             f"fields {unread} are read by no stream and no gate: name them in contexts, or set num_fields={total}"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import Dropout, init_linear
 
 
@@ -48,7 +49,7 @@ class FinalBlock(nn.Module):
     ) -> None:
         super().__init__()
         if not hidden or any(width < 1 for width in hidden):
-            raise ValueError(f"hidden widths must be one or more positive integers, got {tuple(hidden)}")
+            raise ArgumentError(f"hidden widths must be one or more positive integers, got {tuple(hidden)}")
         num_fields, field_dim = in_shape
         self.in_shape = tuple(in_shape)
         self.out_shape = (hidden[-1],)
@@ -92,7 +93,7 @@ class FactorizedInteraction(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int, *, concat: bool = True) -> None:
         super().__init__()
         if concat and num_outputs % 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"concat gives one half of the outputs to linear terms and one to quadratic ones, got {num_outputs} "
                 "outputs: take an even number, or concat=False"
             )

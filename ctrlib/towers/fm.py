@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctrlib.errors import ArgumentError
+
 
 class FM(nn.Module):
     """sum_{i<j} <e_i, e_j> = 1/2 sum_d [ (sum_i e_id)^2 - sum_i e_id^2 ]  (eq. 5 and lemma 3.1), second order only.
@@ -28,7 +30,9 @@ class FM(nn.Module):
     def __init__(self, in_shape: tuple[int, int]) -> None:
         super().__init__()
         if in_shape[0] < 2:
-            raise ValueError(f"FM needs at least 2 fields to form a pair, got {in_shape[0]}: use MLP, or add a feature")
+            raise ArgumentError(
+                f"FM needs at least 2 fields to form a pair, got {in_shape[0]}: use MLP, or add a feature"
+            )
         self.in_shape = tuple(in_shape)
         self.out_shape = (1,)
 

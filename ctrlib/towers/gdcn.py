@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import init_linear
 
 
@@ -38,7 +39,7 @@ class GatedCrossNet(nn.Module):
     def __init__(self, in_shape: tuple[int, ...], *, num_layers: int = 3) -> None:
         super().__init__()
         if num_layers < 1:
-            raise ValueError(f"GatedCrossNet needs at least one layer, got num_layers={num_layers}")
+            raise ArgumentError(f"GatedCrossNet needs at least one layer, got num_layers={num_layers}")
         width = math.prod(in_shape)
         self.in_shape = tuple(in_shape)
         self.out_shape = (width,)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import PairwiseDots
 
 
@@ -30,7 +31,7 @@ class IPNN(nn.Module):
         super().__init__()
         num_fields, dim = in_shape
         if num_fields < 2:
-            raise ValueError(
+            raise ArgumentError(
                 f"IPNN needs at least 2 fields to form a pair, got {num_fields}: use MLP, or add a feature"
             )
         self.dots = PairwiseDots(num_fields)

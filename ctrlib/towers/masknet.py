@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import Dropout, LayerNorm, init_linear
 
 
@@ -41,7 +42,7 @@ class MaskBlock(nn.Module):
         super().__init__()
         num_aggregated = int(num_inputs * reduction_ratio)
         if num_aggregated < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"reduction_ratio times the width of the masked layer must be 1 or more, got {reduction_ratio} times "
                 f"{num_inputs}: use a larger ratio (the paper's aggregation layer is wider than the mask)"
             )
@@ -111,7 +112,7 @@ class SerialMaskNet(nn.Module):
     ) -> None:
         super().__init__()
         if not hidden or any(width < 1 for width in hidden):
-            raise ValueError(f"hidden widths must be one or more positive integers, got {tuple(hidden)}")
+            raise ArgumentError(f"hidden widths must be one or more positive integers, got {tuple(hidden)}")
         num_inputs = math.prod(in_shape)
         self.in_shape = tuple(in_shape)
         self.out_shape = (hidden[-1],)
@@ -160,7 +161,7 @@ class ParallelMaskNet(nn.Module):
     ) -> None:
         super().__init__()
         if num_blocks < 1 or block_dim < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"ParallelMaskNet needs at least one block of width 1, got num_blocks={num_blocks}, "
                 f"block_dim={block_dim}"
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ctrlib.errors import ArgumentError
+
 
 class Flatten(nn.Module):
     """The fields behind each other, and nothing else: for heads that bring networks of their own.
@@ -45,7 +47,7 @@ class Streams(nn.Module):
         super().__init__()
         num_fields, width = in_shape
         if num_streams < 1 or width % num_streams:
-            raise ValueError(
+            raise ArgumentError(
                 f"fields of width {width} do not divide into {num_streams} streams: give the embedding a multiple of "
                 f"{num_streams} as embedding_dim"
             )

@@ -13,7 +13,7 @@ from torch import nn
 from ctrlib import metrics
 from ctrlib.batch import Batch
 from ctrlib.distributed import broadcast, gather_to_first
-from ctrlib.errors import check_batches, check_type
+from ctrlib.errors import ArgumentError, check_batches, check_type
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], *, device: str | torch.d
             parts.append((logits, *(t.cpu().numpy() for t in (batch.labels, batch.weights, group))))
     model.train(was_training)
     if not parts:
-        raise ValueError("there is nothing to score: the loader gave no batch")
+        raise ArgumentError("there is nothing to score: the loader gave no batch")
     logits, labels, weights, groups = (np.concatenate(columns) for columns in zip(*parts))
     return Scores(logits, labels, weights, groups if len(groups) == len(logits) else None)
 

@@ -17,7 +17,7 @@ from torchrec.streamable import Pipelineable
 from ctrlib.batch import Batch
 from ctrlib.distributed import gather, init_process_group, world_size
 from ctrlib.embeddings.table import TableEmbedding, Wide, shift_ids
-from ctrlib.errors import check_has
+from ctrlib.errors import ArgumentError, check_has
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
 from ctrlib.sharding.plan import Sharding, ShardingPlan, TableOptimiser, check_plan, make_plan, show_plan, tables_of
@@ -69,7 +69,7 @@ class FusedEngine:
         device: str | torch.device = "cpu",
     ) -> None:
         if precision not in get_args(Precision):
-            raise ValueError(f"unknown precision {precision!r}, expected one of {get_args(Precision)}")
+            raise ArgumentError(f"unknown precision {precision!r}, expected one of {get_args(Precision)}")
         check_has("a ctrlib.Model", ("network", "named_parameters"), model=model)
         refuse_what_needs_one_process(model)
         self.device = torch.device(device)

@@ -11,6 +11,7 @@ from ctrlib.batch import Batch
 from ctrlib.distributed import all_rows, any_rank, rank, world_size
 from ctrlib.embeddings.din import MiniBatchAwareL2
 from ctrlib.embeddings.managed import ManagedEmbedding
+from ctrlib.errors import UnsupportedError
 from ctrlib.losses import collect_auxiliary, total_auxiliary
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits (B, T), labels (B, T), weights (B,)) -> scalar
@@ -27,12 +28,12 @@ def refuse_what_needs_one_process(model: nn.Module) -> None:
     if world_size() == 1:
         return
     if any(isinstance(module, MiniBatchAwareL2) and not module.per_occurrence for module in model.modules()):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"MiniBatchAwareL2 knows the ids of its own process only, and {world_size()} were started: start one, or "
             "use MiniBatchAwareL2(..., per_occurrence=True)"
         )
     if any(isinstance(module, ManagedEmbedding) for module in model.modules()):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"the engines train a ManagedEmbedding in one process, and {world_size()} were started: start one, or "
             "shard it in a loop of your own with ctrlib.ManagedSharder"
         )

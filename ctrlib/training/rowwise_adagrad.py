@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctrlib.errors import ArgumentError
+
 
 class RowwiseAdagrad(torch.optim.Optimizer):
     """s_r += mean_d g_rd^2,  w_r -= lr g_r / (sqrt(s_r) + eps): one number s_r for each row r of a table.
@@ -34,14 +36,16 @@ class RowwiseAdagrad(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.dim() != 2:
-                    raise ValueError(f"row-wise Adagrad needs matrices, got a parameter of shape {tuple(weight.shape)}")
+                    raise ArgumentError(
+                        f"row-wise Adagrad needs matrices, got a parameter of shape {tuple(weight.shape)}"
+                    )
                 self.state[weight]["sum"] = weight.new_zeros(weight.shape[0])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update every parameter that has a gradient."""
         if closure is not None:
-            raise ValueError("row-wise Adagrad takes no closure: call backward, then step()")
+            raise ArgumentError("row-wise Adagrad takes no closure: call backward, then step()")
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
