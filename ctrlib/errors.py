@@ -41,6 +41,13 @@ class UnknownNameError(CtrlibError, KeyError):
     __str__ = Exception.__str__  # that of a KeyError is the repr of its message
 
 
+class DiskError(CtrlibError, OSError):
+    """A disk is full, or a place cannot be written to: `errno` says which, as that of any `OSError`."""
+
+    def __str__(self) -> str:  # without its number, which says nothing to most
+        return self.strerror or Exception.__str__(self)
+
+
 class TooLargeError(CtrlibError, MemoryError):
     """What was asked for does not fit into the memory; the message says how much there is."""
 

@@ -26,6 +26,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ctrlib.errors import DiskError
+
 LAST = "MANIFEST"  # of a folder's entries, moved when all others are in place
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NEW, _WHOLE, _INSIDE = ".new", ".new-whole", "folder"
@@ -41,8 +43,8 @@ def new_file(out: str | Path, *, needed: Needed = _more) -> Iterator[Path]:
     """Where to write a file, which becomes `out` if all goes well, and is removed if not.
 
     Raises:
-        OSError: the disk is full; the message says how much room there is, and what `needed` says of how much it takes.
-            `out` is as it was.
+        DiskError: the disk is full; the message says how much room there is, and what `needed` says of how much it
+            takes. `out` is as it was.
 
     >>> import tempfile
     >>> out = Path(tempfile.mkdtemp()) / "scores.csv"
@@ -123,7 +125,7 @@ def settle(folder: str | Path) -> None:
     """Finish the replacement of a folder that somebody was stopped at, if there is one.
 
     Raises:
-        OSError: the folder cannot be written to.
+        DiskError: the folder cannot be written to.
     """
     folder = Path(folder)
     if not any((folder / name).is_dir() for name in (_NEW, _WHOLE)):
@@ -132,7 +134,7 @@ def settle(folder: str | Path) -> None:
         with _locked(folder, wait=True):
             _settle(folder)
     except OSError as error:
-        raise OSError(
+        raise DiskError(
             error.errno,
             f"{folder} was being replaced when that was stopped, and what is left to do, moving the new files into "
             f"their places, fails ({error.strerror}): open it once where it may be written to",
@@ -212,11 +214,11 @@ def _locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 def _naming_a_full_disk(out: Path, making: Path, needed: Needed | int) -> Iterator[None]:
     """Whoever wrote, polars, Arrow or safetensors: one error with the numbers that help."""
 
-    def full(written: int) -> OSError:
+    def full(written: int) -> DiskError:
         free = shutil.disk_usage(making.parent).free + written
         need = f"{needed:,} bytes are needed" if isinstance(needed, int) else needed(written)
         stopped = f", {written:,} were written when the disk was full (or a limit on files was reached)"
-        return OSError(
+        return DiskError(
             errno.ENOSPC,
             f"no room for {out}: {need}{stopped if written else ''}, and {free:,} are free without these; what was "
             "there is as it was. Make room, or give another place",

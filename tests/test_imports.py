@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Bottom to top. A part (a module or a folder of ctrlib) imports from lower layers and from itself.
 LAYERS = [
     {"doctor"},
-    {"errors", "making"},
-    {"_launcher", "_lock"},
+    {"errors"},
+    {"making", "_launcher", "_lock"},
     {"_lazy", "_target"},  # an installation that does not load is explained by `doctor`
     {"schema", "batch", "layers", "metrics", "plots", "distributed"},
     {"losses", "manifest"},

@@ -21,7 +21,7 @@ from ctrlib.cli.prepare import Columns, Files, Prepare, Split, Vocabulary
 from ctrlib.cli.prepare import Output as Prepared
 from ctrlib.cli.tables import new_table, progress_line, show
 from ctrlib.cli.usage import fill, flags_of
-from ctrlib.errors import check_whole
+from ctrlib.errors import ArgumentError, check_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,13 +136,13 @@ class Rank(Command):
         if (first / "schema.json").is_file() or (first.is_dir() and not holds_parquet(first)):
             check_prepared(first)
             if len(self.data) > 1:
-                raise ValueError(f"{first} is a prepared folder, which is ranked alone; leave out {self.data[1]}")
+                raise ArgumentError(f"{first} is a prepared folder, which is ranked alone; leave out {self.data[1]}")
             if idle := sorted(self.given & raw_flags()):
-                raise ValueError(f"{first} is prepared already, so {', '.join(idle)} cannot be said: leave it out")
+                raise ArgumentError(f"{first} is prepared already, so {', '.join(idle)} cannot be said: leave it out")
             yield first
             return
         if self.how.split is not None:
-            raise ValueError(f"--split {self.how.split}: {first} is raw data, only prepared folders have splits")
+            raise ArgumentError(f"--split {self.how.split}: {first} is raw data, only prepared folders have splits")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "prepared"
             command = Prepare(

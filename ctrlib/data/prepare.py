@@ -32,7 +32,7 @@ from ctrlib.data.table import RawTable, naming
 from ctrlib.data.unknown import refuse_two_spellings
 from ctrlib.data.vocabulary import fit, values_in, vocabulary_path
 from ctrlib.data.workers import ThisMachine, Workers
-from ctrlib.errors import check_callable, check_path, check_type
+from ctrlib.errors import ArgumentError, check_callable, check_path, check_type
 from ctrlib.making import new_folder, size_of
 from ctrlib.manifest import write_manifest
 from ctrlib.schema import Feature, Numeric, RawId, Schema, SchemaError, kind_of
@@ -362,7 +362,7 @@ def _settled(said: dict[str, Any], earlier: Earlier | None, extend: bool) -> dic
     if earlier is not None:
         return earlier.settle(said)
     if extend:
-        raise ValueError("extend=True adds values to those of another folder: name it by like=FOLDER (--like)")
+        raise ArgumentError("extend=True adds values to those of another folder: name it by like=FOLDER (--like)")
     usual = {"labels": ("label",), "missing_values": ("",), "missing_labels": "raise"}
     return said | {name: value for name, value in usual.items() if said[name] is None}
 

@@ -33,6 +33,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
+from ctrlib.errors import ArgumentError
+
 Array = npt.NDArray[Any]
 NUM_POLYNOMIALS = 10
 REACH = 12.0  # standard deviations of a count that are summed over
@@ -81,7 +83,7 @@ class NullTable:
 
     def __init__(self, num_rows: int, num_positives: int) -> None:
         if not 0 < num_positives < num_rows:
-            raise ValueError(f"{num_positives} of {num_rows} rows are positive: expected both classes")
+            raise ArgumentError(f"{num_positives} of {num_rows} rows are positive: expected both classes")
         self.num_rows, self.num_positives = num_rows, num_positives
         self._counts = np.empty(0, np.int64)
         self._moments = np.empty((0, 3 + NUM_POLYNOMIALS))

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ctrlib.data.columns import Ragged
 from ctrlib.data.scan import DataError
+from ctrlib.errors import ArgumentError
 from ctrlib.ranking.counts import JointCounts, Tally
 from ctrlib.ranking.null import Null, null_table
 from ctrlib.ranking.source import Source, labelled, missing_key
@@ -52,7 +53,7 @@ class Counts:
         parts = list(parts)
         named = [{label: list(features) for label, features in part.by_label.items()} for part in parts]
         if not parts or any(one != named[0] for one in named):
-            raise ValueError(f"counts of other labels or features cannot be merged: {named}")
+            raise ArgumentError(f"counts of other labels or features cannot be merged: {named}")
         return cls(
             {
                 label: {name: JointCounts.merge(part.by_label[label][name] for part in parts) for name in features}

@@ -19,7 +19,7 @@ from ctrlib._target import target
 from ctrlib.data.prepare import prepare
 from ctrlib.data.raw import RawData
 from ctrlib.data.scan import DataError
-from ctrlib.errors import ArgumentError, check_whole
+from ctrlib.errors import ArgumentError, UnknownNameError, check_whole
 from ctrlib.making import new_folder
 from ctrlib.ranking.chosen import VERSION, Order, choose
 from ctrlib.ranking.order import orders
@@ -71,7 +71,7 @@ class Ranking:
         for one in self.labels:
             if one.label == label:
                 return one
-        raise KeyError(f"no label {label!r}; there are {[one.label for one in self.labels]}")
+        raise UnknownNameError(f"no label {label!r}; there are {[one.label for one in self.labels]}")
 
     def choose(self, number: int, order: Order = "3mr") -> list[str]:
         """The first features of an order; of several labels, those that come first for any of them."""

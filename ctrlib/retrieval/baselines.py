@@ -22,7 +22,7 @@ import torch
 from scipy import linalg, sparse
 from torch import Tensor
 
-from ctrlib.errors import check_number, check_whole
+from ctrlib.errors import ArgumentError, check_number, check_whole
 from ctrlib.retrieval.evaluate import entries
 from ctrlib.retrieval.graph import ROWS, largest
 from ctrlib.retrieval.interactions import Interactions
@@ -174,7 +174,7 @@ class EASE(_FromHistory):
         factorise, invert = linalg.get_lapack_funcs(("potrf", "potri"), (gram,))
         factor, failed = factorise(gram, lower=True, overwrite_a=True, clean=False)
         if failed:
-            raise ValueError(f"A^T A + {self.l2} has no Cholesky factor in {kind.__name__}: give a larger l2")
+            raise ArgumentError(f"A^T A + {self.l2} has no Cholesky factor in {kind.__name__}: give a larger l2")
         inverse, _ = invert(factor, lower=True, overwrite_c=True)
         for start in range(0, log.num_items, ROWS):  # only the lower triangle was filled
             stop = min(start + ROWS, log.num_items)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ctrlib.errors import ArgumentError
+
 GROUP = 64  # items whose maximum stands for them in the first pass
 NOTHING = -1
 
@@ -52,7 +54,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
             items[unsure], values[unsure] = _sorted(scores[unsure], taken)
     if values.isnan().any():
         row = int(values.isnan().any(dim=1).nonzero()[0])
-        raise ValueError(
+        raise ArgumentError(
             f"the scores of row {row} are not numbers (nan): the training diverged; lower its learning rate"
         )
     items = items.masked_fill(values == -torch.inf, NOTHING)

@@ -112,7 +112,7 @@ def compress(
     check_tables(model, folder)
     budget = num_bytes if num_bytes is not None else int(before.embedding / (ratio or 1.0))
     if budget >= before.embedding:
-        raise ValueError(
+        raise ArgumentError(
             f"the model's embeddings take {before.embedding:,} bytes, a budget of {budget:,} asks for nothing: name a "
             "smaller one"
         )
@@ -156,7 +156,7 @@ def compress(
         look_at(plan.method, materialise(model, plan), plan)
     fitting = [place for place, one in enumerate(tried) if one.embedding_bytes <= budget and plans[place] is not None]
     if not fitting:
-        raise ValueError(f"no method stores the embeddings in {budget:,} bytes. {smallest}")
+        raise ArgumentError(f"no method stores the embeddings in {budget:,} bytes. {smallest}")
     place = max(fitting, key=lambda place: tried[place].valid_auc)
     chosen = plans[place]
     assert chosen is not None

@@ -19,7 +19,7 @@ from ctrlib import models, plots
 from ctrlib._lock import holding
 from ctrlib._target import check_target
 from ctrlib.data.loader import Loader
-from ctrlib.errors import WrongTypeError, check_path, check_type, shown
+from ctrlib.errors import ArgumentError, WrongTypeError, check_path, check_type, shown
 from ctrlib.making import write_text
 from ctrlib.model import Model
 from ctrlib.search.bytes import bytes_of
@@ -155,7 +155,7 @@ def _begin(path: Path, identity: dict[str, Any]) -> None:
         try:
             saved = json.loads(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete {path.parent} to start anew") from error
+            raise ArgumentError(f"{path} is damaged ({error}): delete {path.parent} to start anew") from error
         refuse_another(saved, identity, f"{path.parent} holds an unfinished search, and that is another one")
         return
     write_text(path, json.dumps(identity, indent=1) + "\n")

@@ -18,6 +18,7 @@ from torch import Tensor
 from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import world_size
+from ctrlib.errors import UnsupportedError
 from ctrlib.model import Model
 from ctrlib.models.build import plain
 from ctrlib.sharding.shards import State
@@ -90,7 +91,7 @@ def search_epochs(
 def refuse_several_processes() -> None:
     """Raise NotImplementedError if there are several."""
     if world_size() > 1:
-        raise NotImplementedError(f"searches run in one process, and {world_size()} were started: start one")
+        raise UnsupportedError(f"searches run in one process, and {world_size()} were started: start one")
 
 
 def without_end(loader: Loader) -> Iterator[Batch]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ctrlib._lock import locked
 from ctrlib.batch import Batch
 from ctrlib.distributed import any_rank, rank, total, world_size
-from ctrlib.errors import CtrlibError, check_batches, check_has, check_type, check_whole
+from ctrlib.errors import ArgumentError, CtrlibError, WrongTypeError, check_batches, check_has, check_type, check_whole
 from ctrlib.making import write_text
 from ctrlib.sharding.shards import State
 from ctrlib.training.checkpoint import Checkpoints
@@ -171,7 +171,7 @@ def fit(
                 console.print(f"stopped by hand in epoch {number}; epoch {progress.best_epoch} is kept")
                 break
             if np.isnan(scored["auc"]):
-                raise ValueError(
+                raise ArgumentError(
                     "validation holds one class only (or no known label), so AUC is undefined: use more rows"
                 )
             line = Epoch(
@@ -275,7 +275,7 @@ class Keeper:
         tensors: State | None = None,
     ) -> None:
         if checkpoints is not None and not hasattr(train, "load_state_dict"):
-            raise TypeError(
+            raise WrongTypeError(
                 f"checkpoints need a loader that can go on in mid-epoch: give a ctrlib.Loader, not {train!r}"
             )
         self._engine, self._loader, self._checkpoints = engine, cast(Resumable, train), checkpoints
@@ -465,7 +465,7 @@ class _Log:
         self._events: Any = None
         if tensorboard:
             if out is None:
-                raise ValueError("tensorboard=True needs out=, the folder for the event files")
+                raise ArgumentError("tensorboard=True needs out=, the folder for the event files")
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:

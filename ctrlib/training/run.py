@@ -25,7 +25,7 @@ from ctrlib._lock import holding
 from ctrlib._target import FINISHED, check_target
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import init_process_group, rank, world_size
-from ctrlib.errors import WrongTypeError, check_path, shown
+from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
 from ctrlib.making import new_file, write_text
 from ctrlib.manifest import check_folder
 from ctrlib.model import Model
@@ -50,10 +50,12 @@ def choose_device(device: Device) -> torch.device:
     device(type='cpu')
     """
     if device not in get_args(Device):
-        raise ValueError(f"unknown device {device!r}, expected one of {get_args(Device)}")
+        raise ArgumentError(f"unknown device {device!r}, expected one of {get_args(Device)}")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise ValueError("device 'cuda' was asked for, but torch sees none: use --device cpu, or run `ctrlib doctor`")
+        raise ArgumentError(
+            "device 'cuda' was asked for, but torch sees none: use --device cpu, or run `ctrlib doctor`"
+        )
     if device == "cpu" or not available:
         return torch.device("cpu")
     chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -80,7 +82,7 @@ def make_engine(
         ValueError: there is no such engine, a rate is negative, or an argument is given that the engine would ignore.
     """
     if engine not in get_args(EngineName):
-        raise ValueError(f"unknown engine {engine!r}, expected one of {get_args(EngineName)}")
+        raise ArgumentError(f"unknown engine {engine!r}, expected one of {get_args(EngineName)}")
     rates = {
         "learning_rate": learning_rate,
         "embedding_l2": embedding_l2,
@@ -88,18 +90,18 @@ def make_engine(
     }
     for name, rate in rates.items():
         if not rate >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {rate}")
+            raise ArgumentError(f"{name} must be 0 or more, got {rate}")
     if engine == "exact":
         if precision != "fp32":
-            raise ValueError("the exact engine computes in fp32 only: drop --precision, or use --engine fused")
+            raise ArgumentError("the exact engine computes in fp32 only: drop --precision, or use --engine fused")
         if sharding != "auto" or plan is not None:
-            raise ValueError(
+            raise ArgumentError(
                 "the exact engine copies every table to every process: drop --sharding and --plan, or use "
                 "--engine fused"
             )
         return ExactEngine(model, learning_rate=learning_rate, embedding_l2=embedding_l2, device=device)
     if embedding_l2:
-        raise ValueError(
+        raise ArgumentError(
             f"the fused engine has no L2 on tables (it leaves untouched rows alone), got embedding_l2={embedding_l2}: "
             "set it to 0, or use the exact engine"
         )
@@ -302,12 +304,12 @@ def run(
         check_target(out, ("model", "run", "other"), inputs=(data, how.plan), overwrite=True)
     data, out = Path(data), None if out is None else Path(out)
     if how.batch_size % world_size():
-        raise ValueError(
+        raise ArgumentError(
             f"{world_size()} processes cannot share a batch of {how.batch_size} rows evenly: use a multiple of "
             f"{world_size()}"
         )
     if how.warm_start is not None and on_built is None:
-        raise ValueError(
+        raise ArgumentError(
             f"warm_start={how.warm_start!r}: carry the rows over in on_built=lambda model: ctrlib.warm_start(model, "
             "data, folder), or use `ctrlib train --warm-start`"
         )
