@@ -131,10 +131,10 @@ def run(knobs: Knobs, log: Interactions, test: Aligned, model: str, seed: int) -
             "seed": seed,
             "seconds": found["seconds"],
             "epochs": found["best_epoch"],
-            "note": "epoch selected on test" if knobs.select_on_test else "",
         }
         path = Path(__file__).parent / "results.csv"
-        record(row, path, data=NAMES[knobs.data], model=model, task="retrieval", scores=scores)
+        name = model + (", epoch selected on test" if knobs.select_on_test else "")
+        record(row, path, data=NAMES[knobs.data], model=name, task="retrieval", scores=scores)
 
 
 def times(data: Literal["gowalla", "movielens_1m"], log: Interactions, batches: int = 5) -> dict[str, float]:
@@ -172,8 +172,8 @@ class LightGCN:
         graph = sparse.csr_matrix(sparse.vstack([upper, lower]), dtype=np.float32)
         scale = sparse.diags(1 / np.sqrt(np.maximum(np.diff(graph.indptr), 1)))
         graph = sparse.csr_matrix(scale @ graph @ scale, dtype=np.float32)
-        parts = (torch.from_numpy(part) for part in (graph.indptr, graph.indices, graph.data))
-        self.graph = torch.sparse_csr_tensor(*parts, size=graph.shape)
+        starts, columns, values = (torch.from_numpy(part) for part in (graph.indptr, graph.indices, graph.data))
+        self.graph = torch.sparse_csr_tensor(starts, columns, values, size=graph.shape)
         self.log, self.layers = log, layers
         self.vectors = torch.nn.Parameter(torch.randn(num_users + num_items, width) * 0.1)
         self.adam = torch.optim.Adam([self.vectors], lr=1e-3)

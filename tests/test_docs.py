@@ -25,6 +25,7 @@ import ctrlib as ctr
 from ctrlib import cli
 from ctrlib.inputs import LOOK_UPS
 from ctrlib.models import MODELS
+from ctrlib.retrieval.table import METHODS, arguments_of
 from ctrlib.search.methods import SEARCHES
 
 ROOT = Path(__file__).parent.parent
@@ -215,6 +216,18 @@ def check_metrics(ran: Ran) -> None:
     assert set(first_cells(section(page("metrics.md"), "All at once"))) == set(ran.names["report"])
 
 
+def check_retrieval(ran: Ran) -> None:
+    above(0.2, ran.number(-1))
+    files = first_cells(section(page("retrieval.md"), "What is in the folder"))
+    assert set(files) == {path.name for path in Path("runs/ials").iterdir()}
+    assert pl.read_parquet("lists.parquet").columns == ["user", "item", "rank", "score"]
+    assert len(pl.read_parquet("new_users.parquet")) == 10
+    methods = first_cells(section(page("retrieval.md"), "Methods"))
+    assert set(METHODS) <= set(methods)
+    known = {name for method in METHODS for name in arguments_of(method)}
+    assert set(methods) - set(METHODS) - {"--method"} <= known
+
+
 def documented_metrics() -> set[str]:
     return set(first_cells(section(page("training.md"), "metrics.json")))
 
@@ -228,6 +241,7 @@ CHECKS: dict[str, Callable[[Ran], None]] = {
     "labels.md": check_labels,
     "serving.md": check_serving,
     "metrics.md": check_metrics,
+    "retrieval.md": check_retrieval,
 }
 
 

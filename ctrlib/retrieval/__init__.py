@@ -7,13 +7,13 @@ __getattr__, __dir__ = _lazy.named(
     {
         "interactions": ("Aligned", "Interactions", "Log", "read_log"),
         "topk": ("top_k",),
-        "evaluate": ("evaluate", "evaluate_lists", "list_metrics"),
+        "evaluate": ("evaluate_lists", "list_metrics"),  # and `evaluate`, which is this module's name
         "graph": ("ItemGraph",),
         "methods": ("Retriever", "Vectors"),
         "baselines": ("EASE", "IALS", "ItemCF", "Popularity"),
         "objective": ("Objective", "Weights"),
         "ultragcn": ("UltraGCN",),
-        "recommend": ("recommend", "recommend_new", "search"),
+        "recommend": ("recommend_new", "search"),
         "table": ("METHODS", "build"),
         "run": ("evaluate_trained", "train"),
         "folder": ("Trained", "load", "save"),

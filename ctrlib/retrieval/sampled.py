@@ -130,7 +130,7 @@ class Sampler:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = torch.randperm(len(self._users), generator=self._generator)
-        for some in order.split(self.objective.weights.batch_size):
+        for some in torch.split(order, self.objective.weights.batch_size):
             users = self._users[some]
             yield users, self._items[some], self.draws.draw(self.objective, users, self._generator)
 
