@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -33,6 +35,7 @@ from ctrlib.ranking import (
     shift_null,
 )
 
+DATA = Path(os.environ.get("CTRLIB_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ROWS = 1 << 14
 CARDINALITIES = (10, 100, 1_000, 10_000, 50_000)
 
@@ -763,3 +766,72 @@ def test_the_best_are_prepared(tmp_path, capsys):
     options[options.index(out)] = data
     assert cli.main(["prepare", data, *options, "--overwrite", "--top", "1"]) == 1
     assert "is no ranking: expected ranking.json" in capsys.readouterr().err
+
+
+def test_raw_ids_of_64_bits_rank_as_categories_do():
+    rng = np.random.default_rng(2)
+    codes, positive = planted(rng, 4_000)
+    other = rng.integers(0, 2, 4_000)
+    ids = rng.integers(-(2**62), 2**62, 100)[codes]
+    frame = pl.DataFrame({"raw": ids, "same": [f"v{code}" for code in codes], "other": other, "click": positive})
+    features = [ctr.RawId("raw"), ctr.Categorical("same"), ctr.Categorical("other")]
+    ranking = ctr.rank(frame, labels="click", features=features)["click"]
+    scores_of = {score.feature: score for score in ranking.scores}
+    assert dataclasses.replace(scores_of["raw"], feature="same", kind="categorical") == scores_of["same"]
+    (pair,) = (one for one in ranking.pairs if {one.first, one.second} == {"raw", "same"})
+    assert pair.overlap == pytest.approx(1.0, abs=1e-3)
+    crosses = {one.first: one.information for one in ranking.pairs if one.second == "other"}
+    assert crosses["raw"] == pytest.approx(crosses["same"], rel=1e-12)
+
+
+def test_one_column_has_no_pairs():
+    codes, positive = planted(np.random.default_rng(2), 4_000)
+    frame = pl.DataFrame({"item": [f"v{code}" for code in codes], "click": positive})
+    ranking = ctr.rank(frame, labels="click", features=[ctr.Categorical("item")])
+    assert ranking["click"].features == ["item"]
+    assert ranking["click"].pairs == []
+    assert ranking["click"].orders == {"relevance": ["item"], "mrmr": ["item"], "3mr": ["item"]}
+    assert ranking.pair_frame().is_empty()
+
+
+# ------------------------------------------------------------------------------------------ real data
+
+
+@pytest.fixture(scope="module")
+def frappe():
+    """Frappe's train split: negatives copy the context of a positive, and draw another item."""
+    path = DATA / "frappe_x1" / "train.csv.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    fields = ["user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"]
+    return ctr.rank(path, labels="label", features=[ctr.Categorical(name) for name in fields])
+
+
+def test_in_frappe_only_the_item_tells_and_crosses_with_it(frappe):
+    ranking = frappe["label"]
+    by_name = {score.feature: score for score in ranking.scores}
+    assert [score.feature for score in ranking.scores if score.q < 0.05] == ["item"]
+    assert by_name["item"].relevance == pytest.approx(0.3509, abs=0.002)
+    assert by_name["user"].z < -10
+    found = [{pair.first, pair.second} for pair in ranking.pairs if pair.found]
+    assert len(found) == 9
+    assert found[0] == {"user", "item"}
+    assert all("item" in pair for pair in found)
+
+
+def test_every_twin_of_a_column_of_criteo_is_below_it():
+    path = DATA / "criteo_10k" / "train.txt.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    names = ["label", *(f"I{number}" for number in range(1, 14)), *(f"C{number}" for number in range(1, 27))]
+    frame = pl.read_csv(path, separator="\t", has_header=False, new_columns=names, infer_schema=False)
+    positive = frame["label"].cast(pl.Int8).to_numpy()
+    rng = np.random.default_rng(0)
+    noise_above = 0
+    for name in names[14:]:
+        codes = frame[name].fill_null("").cast(pl.Categorical).to_physical().to_numpy()
+        real, twin = score_column(codes, positive), score_column(rng.permutation(codes), positive)
+        if real.p < 0.001:
+            assert twin.relevance < real.relevance, name
+            noise_above += twin.information > 0.02
+    assert noise_above > 5  # whose plug-in information is that of good columns
