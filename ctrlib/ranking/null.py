@@ -137,8 +137,9 @@ def conditional_null(strata: Array, rows: Array, positives: Array) -> tuple[floa
     new = np.flatnonzero(np.concatenate([[True], (np.diff(place) != 0) | (np.diff(rows) != 0)]))
     times = np.diff(new, append=len(rows))
     rows, place, around, positive = (one[new] for one in (rows, place, around, positive))
-    distinct, back = np.unique(np.stack([rows, around, positive], axis=1), axis=0, return_inverse=True)
-    found = moments(*distinct.T)[back.reshape(-1)]
+    alike = np.unique(around * (total + 1) + positive, return_inverse=True)[1]
+    _, at, back = np.unique(alike * (total + 1) + rows, return_index=True, return_inverse=True)
+    found = moments(rows[at], around[at], positive[at])[back]
     starts = np.flatnonzero(np.diff(place, prepend=-1))
     return information, _null(*_sums_of_strata(found, rows, times, around, starts), total)
 

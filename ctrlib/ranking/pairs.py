@@ -107,16 +107,16 @@ class Single:
 
 def _chance_of_few(rows: Array, positives: Array) -> tuple[Array, Array]:
     """Chance of cells of 1, ..., FEW rows, by the value that they are in, and where it begins; exact in small ones."""
-    strata, back = np.unique(np.stack([rows, positives], axis=1), axis=0, return_inverse=True)
-    sizes = np.minimum(strata[:, 0], FEW)
-    around, of_stratum = np.repeat(strata, sizes, axis=0).T
+    _, at, back = np.unique(rows * (rows.max() + 1) + positives, return_index=True, return_inverse=True)
+    sizes = np.minimum(rows[at], FEW)
+    around, of_stratum = np.repeat(rows[at], sizes), np.repeat(positives[at], sizes)
     first = np.cumsum(sizes) - sizes
     counts = np.arange(len(around)) - np.repeat(first, sizes) + 1
     found = chance_within(counts, around, of_stratum / around)
     small = (around <= SMALL) & (of_stratum > 0) & (of_stratum < around)
     if small.any():
         found[small] = moments(counts[small], around[small], of_stratum[small])[:, 0]
-    return found, first[back.reshape(-1)]
+    return found, first[back]
 
 
 @dataclass(frozen=True)
