@@ -247,6 +247,18 @@ def test_damaged_parquet(tmp_path):
         run(tmp_path, tmp_path / "empty")
 
 
+@pytest.mark.parametrize("form", ["polars", "lazy", "arrow", "pandas"])
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_frame_without_rows_is_refused_by_its_name(tmp_path, form, split):
+    rows = pl.DataFrame({"item": ["a", "b"] * 20, "label": [0, 1] * 20})
+    nothing = rows.clear()
+    made = {"polars": nothing, "lazy": nothing.lazy(), "arrow": nothing.to_arrow(), "pandas": nothing.to_pandas()}
+    data = {"train": rows, "valid": rows, "test": rows, split: made[form]}
+    with pytest.raises(DataError, match=rf"^{split} has no rows: expected at least one$"):
+        prepare(data, tmp_path / "out", labels="label", log=None)
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------- fuzz
 
 PLAIN = st.text(st.sampled_from("abc é0.-"), max_size=6)

@@ -90,6 +90,8 @@ def read_raw(
     frame = as_frame(data, name)
     with naming(name):
         check_names(name, frame.columns)
+        if not frame.height:
+            raise DataError(f"{name} has no rows: expected at least one")
         return RawTable((numbered(clean(frame.lazy(), missing_values)),), name)
 
 

@@ -18,7 +18,6 @@ from ctrlib._lazy import instead
 from ctrlib._target import target
 from ctrlib.data.prepare import prepare
 from ctrlib.data.raw import RawData
-from ctrlib.data.scan import DataError
 from ctrlib.errors import ArgumentError, UnknownNameError, check_whole
 from ctrlib.making import new_folder
 from ctrlib.ranking.chosen import VERSION, Order, choose
@@ -234,8 +233,6 @@ def _prepared(data: Any, labels: Sequence[str] | str | None, options: dict[str, 
             raise ArgumentError(f"{data} is prepared already, so {', '.join(options)} cannot be said: leave it out")
         yield Path(data), name
         return
-    if not is_path and not isinstance(data, list | tuple) and not len(data):
-        raise DataError("the data to rank has no rows: expected at least one")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "prepared"
         prepare({"train": data}, folder, labels=labels, **{"log": None, **options})
