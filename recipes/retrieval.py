@@ -15,6 +15,7 @@ published form takes here, from some of its batches.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tyro.conf import FlagCreatePairsOff
 
+from ctrlib.cli.flags import parse_option
 from ctrlib.retrieval.interactions import Aligned, Interactions, read_log
 from ctrlib.retrieval.objective import Objective
 from ctrlib.retrieval.run import train
@@ -81,8 +83,10 @@ class Knobs:
     """Which methods."""
     seeds: tuple[int, ...] = (1,)
     """A run of each."""
-    epochs: int | None = None
-    """Fewer or more epochs than the settings say."""
+    setting: tuple[str, ...] = ()
+    """Other settings of the methods, NAME=VALUE with values in JSON: epochs=60 l2=2e-4"""
+    valid_only: bool = False
+    """Report validation alone, of a fit on the rest: for choosing settings."""
     every: int = 5
     """Epochs from one look at validation to the next."""
     select_on_test: bool = False
@@ -96,6 +100,8 @@ class Knobs:
 def main(knobs: Knobs) -> None:
     """Read, fit, report."""
     keep_freed_memory()
+    if knobs.record and (knobs.setting or knobs.valid_only):
+        raise SystemExit("--record takes the settings of this script and whole runs: leave --setting and --valid-only")
     folder = knobs.raw / FOLDERS[knobs.data]
     log = Interactions.of(read_log(folder / "train.txt.gz"))
     test = log.aligned(read_log(folder / "test.txt.gz"))
@@ -110,10 +116,17 @@ def main(knobs: Knobs) -> None:
 def run(knobs: Knobs, log: Interactions, test: Aligned, model: str, seed: int) -> None:
     """One method, one seed: a line of JSON, and a row of results.csv."""
     config = {"method": model, **VARIANTS[knobs.data][model]}
-    if knobs.epochs is not None and "epochs" in config:
-        config["epochs"] = knobs.epochs
+    config |= dict(map(parse_option, knobs.setting))
     trained = train(
-        log, config, test=test, select_on_test=knobs.select_on_test, over="all", every=knobs.every, seed=seed
+        log,
+        config,
+        test=None if knobs.valid_only else test,
+        select_on_test=knobs.select_on_test,
+        over="all",
+        every=knobs.every,
+        refit=not knobs.valid_only,
+        seed=seed,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     found = trained.record
     print(to_json({"data": knobs.data, "model": model, **found}), flush=True)

@@ -124,7 +124,8 @@ class Interactions:
     @classmethod
     def of_matrix(cls, matrix: Any) -> Interactions:
         """Of a (users, items) array or scipy matrix, whose entries other than 0 are interactions."""
-        rows, columns = sparse.coo_matrix(matrix).nonzero()
+        matrix = sparse.coo_matrix(matrix)
+        rows, columns = matrix.nonzero()
         users, items = (pl.Series(name, np.arange(n)) for name, n in zip(("user", "item"), matrix.shape))
         ones = _ones(rows, columns, matrix.shape)
         return cls(ones, users, items, {"users": len(users), "items": len(items), "pairs": int(ones.nnz)})
