@@ -251,6 +251,8 @@ def _print_counts(counts: dict[str, dict[str, int]]) -> None:
 
 
 def _print_metrics(metrics: dict[str, float], title: str) -> None:
+    if not metrics:
+        return
     print(fill(title))
     table = new_table("", "", numbers=1)
     for name, value in metrics.items():
