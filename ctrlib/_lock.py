@@ -75,7 +75,9 @@ def locked(out: str | Path) -> Iterator[None]:
 
 
 def refuse_held(out: str | Path) -> None:
-    """Look whether somebody else writes there, and leave everything as it is.
+    """Look whether somebody else writes there, and leave everything as it is, but for the lock of a killed one.
+
+    That is a file of no use, and who is refused for other reasons takes no lock that would replace it.
 
     Raises:
         LockedError: as said.
@@ -85,11 +87,24 @@ def refuse_held(out: str | Path) -> None:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                _ask(descriptor)
+                with contextlib.suppress(BlockingIOError):  # somebody else asks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_at(path, descriptor):
+                        path.unlink()  # a killed one's
             except BlockingIOError:
                 raise _refusal(out, descriptor) from None
             finally:
                 os.close(descriptor)
+
+
+def _ask(descriptor: int) -> None:
+    """Raise BlockingIOError if somebody holds the lock, and not just for a moment as who removes a dead one's does."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(_PAUSE)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def holding(*, when: Callable[[], bool] = lambda: True) -> Callable[[Callable[P, T]], Callable[P, T]]:

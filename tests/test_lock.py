@@ -359,3 +359,17 @@ def test_processes_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -
         f"the environment announces 4 processes (RANK=1, WORLD_SIZE=4), and they did not meet at 127.0.0.1:{port} in 1 "
         "seconds: start all of them, with torchrun for instance; or, for one process, `unset RANK WORLD_SIZE`. What the"
     )
+
+
+def test_a_dead_ones_lock_goes_where_nothing_is_done(tmp_path: Path) -> None:
+    """As of a command that was killed when all was done: the same one is refused, and so takes no lock."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in (tmp_path / ".out.lock", out / ".lock"):
+        path.write_text("a dead one")
+    refuse_held(out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+    with locked(out):
+        assert (tmp_path / ".out.lock").exists()
+        refuse_held(out)
+        assert (tmp_path / ".out.lock").exists()
