@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -690,3 +691,24 @@ def test_the_command_line_refuses(
     assert cli.main(f"retrieve {arguments}".split()) == 1
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+# ---------------------------------------------------------------------------------------------------------- real data
+
+REAL = Path(os.environ.get("CTRLIB_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+
+
+@pytest.mark.parametrize(
+    ("name", "users", "items", "pairs", "test_pairs"),
+    [("gowalla", 29_858, 40_981, 810_128, 217_242), ("ultragcn_ml1m", 6_022, 3_043, 796_244, 99_455)],
+)
+def test_the_published_splits_have_the_published_sizes(
+    name: str, users: int, items: int, pairs: int, test_pairs: int
+) -> None:
+    if not (REAL / name).is_dir():
+        pytest.skip(f"no real data: {REAL / name} does not exist")
+    log = Interactions.of(read_log(REAL / name / "train.txt.gz"))
+    test = log.aligned(read_log(REAL / name / "test.txt.gz"))
+    assert (log.matrix.shape, log.matrix.nnz, test.matrix.nnz) == ((users, items), pairs, test_pairs)
+    assert test.counts["pairs_of_unknown_items"] == test.counts["unknown_users"] == 0
+    assert test.counts["pairs_seen_in_training"] == 0
