@@ -245,7 +245,7 @@ class Suite:
         if over:
             status, said = alone(arguments_of(command, self.home, out))
             expect(status == 0, said)
-        sizes = [0, 200, 40, 1500, 5000, 700, 3000, 12000, 8000, 20000, 40000][: self.trials.full_disks]
+        sizes = sorted([0, 200, 40, 1500, 5000, 700, 3000, 12000, 8000, 20000, 40000][: self.trials.full_disks])
         for size in sizes:
             before = contents(out) if out.exists() else None
 
@@ -254,20 +254,22 @@ class Suite:
 
             status, said = alone(arguments_of(command, self.home, out, *["--overwrite"] * over), limit)
             if status == 0:
-                continue
+                break
             *_, last = said.splitlines() or [""]
             expect(status == 1 and last.startswith("ctrlib: "), f"{size}: exit code {status}: {said}")
             expect("Traceback" not in said, f"{size}: {said}")
             expect(re.search(FULL, last), f"{size}: no bytes are named: {last}")
-            expect(str(out) in last, f"{size}: {out} is not named: {last}")
+            # A ranking of raw files prepares them in a temporary folder first.
+            expect(str(out) in last or command.startswith("rank"), f"{size}: {out} is not named: {last}")
             after = contents(out) if out.exists() else None
             unlike = [name for name in before or {} if (after or {}).get(name) != (before or {})[name]]
             unlike = [name for name in unlike if name != "log.jsonl"]  # which tells of the newest run
             expect(not unlike, f"{size}: the old {unlike} are not as they were")
             if before is None and not command.startswith(("train", "search")):  # whose checkpoints stay
                 expect(after is None, f"{size}: {out} is there")
-        status, said = alone(arguments_of(command, self.home, out, *["--overwrite"] * over))
-        expect(status == 0, f"with room again: {said}")
+        else:
+            status, said = alone(arguments_of(command, self.home, out, *["--overwrite"] * over))
+            expect(status == 0, f"with room again: {said}")
         expect(result_of(out) == reference, "with room again it makes something else")
         expect(not hidden(folder), f"left over: {hidden(folder)}")
 

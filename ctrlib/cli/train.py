@@ -120,7 +120,7 @@ class Train(Command):
             return 0
 
         from ctrlib.distributed import rank
-        from ctrlib.serving.model_folder import save_model
+        from ctrlib.serving.model_folder import model_in_the_making
         from ctrlib.serving.warm_start import warm_start
         from ctrlib.training.allocator import keep_freed_memory
         from ctrlib.training.loop import to_json
@@ -143,7 +143,7 @@ class Train(Command):
                 out=out,
                 tensorboard=self.output.tensorboard,
                 on_built=carry_over,
-                on_trained=lambda model: save_model(model, config, self.data, out),
+                saving=lambda model: model_in_the_making(model, config, self.data, out),
             )
         if rank() > 0:
             return 0

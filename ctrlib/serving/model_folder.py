@@ -89,8 +89,11 @@ def model_in_the_making(
         weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(weights, str(making / "model.safetensors"), metadata={"schema_hash": schema.hash})
         shutil.copymode(making / "model.json", making / "model.safetensors")  # safetensors lets nobody else read it
+        if kind == "model":  # beside which a run writes how it went, which is no part of it
+            write_manifest(making, kind)
         yield making
-        write_manifest(making, kind)
+        if kind != "model":
+            write_manifest(making, kind)
     if "numbers" not in parts:
         remove(out / "numbers")  # an older model's
 

@@ -256,6 +256,7 @@ def run(
     tensorboard: bool = False,
     on_built: Callable[[Model], None] | None = None,
     on_trained: Callable[[Model], None] | None = None,
+    saving: Callable[[Model], contextlib.AbstractContextManager[Path]] | None = None,
     console: Console | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Train what `config` describes on a prepared folder with train, valid and test; returns the model and the result.
@@ -268,7 +269,8 @@ def run(
     inference (the test split, loading included), seconds (of everything, in all parts of a run that was killed), engine
     and seed. `out` receives log.jsonl, metrics.json and curve.png. `on_trained` gets the trained model, on the CPU,
     before anything is scored: the place to save it. `on_built` gets the new one before it is trained: the place to
-    carry over what `warm_start` names.
+    carry over what `warm_start` names. `saving` gets it when all is scored, and gives the folder that metrics.json and
+    curve.png are written into instead, such that they appear in `out` with the model, or none of them does.
 
     While it trains, `out`/checkpoints holds all that is needed to go on: after a kill, start the same run again (`fit`
     tells more). What makes it the same is `config`, with all defaults filled in, and the data. Only max_epochs,
@@ -278,9 +280,9 @@ def run(
     `modules`: where the model may be imported from, if it is one of your own (`ctrlib.models.build`).
 
     Started by `torchrun`, the processes share each batch of `batch_size` rows evenly, and all get the result. The
-    trained model is on rank 0, which alone calls `on_trained` and writes; elsewhere the returned model has no weights
-    (it is on the "meta" device). With the fused engine, tables are spread as `sharding` says (`make_plan`) or as the
-    file `plan` does (`save_plan`); the plan is printed, and written to `out`/plan.json.
+    trained model is on rank 0, which alone calls `on_trained` and `saving`, and writes; elsewhere the returned model
+    has no weights (it is on the "meta" device). With the fused engine, tables are spread as `sharding` says
+    (`make_plan`) or as the file `plan` does (`save_plan`); the plan is printed, and written to `out`/plan.json.
 
     Two runs with the same arguments and as many threads of torch give the same bits on a CPU, whatever `workers` is.
 
@@ -367,7 +369,9 @@ def run(
         "note": note,
     }
     if out is not None and is_first:
-        write_result(out, result, ("metrics.json", "curve.png"), functools.partial(plots.learning_curve, history))
+        draw = functools.partial(plots.learning_curve, history)
+        with contextlib.nullcontext(out) if saving is None else saving(plain) as folder:
+            write_result(folder, result, ("metrics.json", "curve.png"), draw)
         if how.checkpoint_seconds is not None:
             finish(out, identity, result, ["checkpoints"])  # it is over: started again, it begins anew
     return plain, result
