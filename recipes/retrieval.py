@@ -186,7 +186,7 @@ class LightGCN:
         scale = sparse.diags(1 / np.sqrt(np.maximum(np.diff(graph.indptr), 1)))
         graph = sparse.csr_matrix(scale @ graph @ scale, dtype=np.float32)
         starts, columns, values = (torch.from_numpy(part) for part in (graph.indptr, graph.indices, graph.data))
-        self.graph = torch.sparse_csr_tensor(starts, columns, values, size=graph.shape)
+        self.graph = torch.sparse_csr_tensor(starts, columns, values, size=graph.shape, check_invariants=False)
         self.log, self.layers = log, layers
         self.vectors = torch.nn.Parameter(torch.randn(num_users + num_items, width) * 0.1)
         self.adam = torch.optim.Adam([self.vectors], lr=1e-3)

@@ -51,6 +51,8 @@ class Knobs:
     """Items that each user's row in the training of the second stage has of the list, and as many of all items."""
     model: str = "dcnv2"
     """The CTR model."""
+    epochs: int = 10
+    """Of the CTR model, at most."""
     alone_users: int = 100
     """Test users for whom the CTR model alone orders all items."""
     seed: int = 1
@@ -153,7 +155,7 @@ def fit_ranker(
     config: dict[str, Any] = {
         "model": knobs.model,
         "embedding_dim": 16,
-        "training": {"batch_size": 4096, "max_epochs": 10, "seed": knobs.seed},
+        "training": {"batch_size": 4096, "max_epochs": knobs.epochs, "seed": knobs.seed},
     }
     model, _ = ctr.run(data, config)
     ctr.save_model(model, config, data, out)
