@@ -59,7 +59,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "gowalla": {
         "ultragcn": {
             **{"w1": 0, "w3": 0, "negative_weight": 300, "neighbour_weight": 5e-4, "l2": 1e-4, "batch_size": 512},
-            **{"embedding_dim": 64, "epochs": 60, "learning_rate": 1e-2, "user_learning_rate": 4e-2},
+            **{"embedding_dim": 64, "epochs": 60, "learning_rate": 5e-3, "user_learning_rate": 2e-2},
             **{"ials_alpha": 0.003, "ials_l2": 0.03, "ials_epochs": 6},
         },
         "ials": {"embedding_dim": 128, "alpha": 0.003, "l2": 0.03, "epochs": 12},
