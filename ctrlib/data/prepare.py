@@ -6,27 +6,25 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 import rich
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from ctrlib._target import check_target, target
 from ctrlib.data import remarks
 from ctrlib.data.cells import TOO_LARGE, check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
-from ctrlib.data.encode import Totals, fit_groups, judge_table, refuse_other_spelling, totals_of_labels
+from ctrlib.data.encode import fit_groups, judge_table, refuse_other_spelling, totals_of_labels
 from ctrlib.data.infer import HOURS, NO_CELLS
 from ctrlib.data.like import RAW_FORMAT, Earlier
 from ctrlib.data.raw import RawData
-from ctrlib.data.scan import DataError, OnBadRow
+from ctrlib.data.report import Log, Report
+from ctrlib.data.scan import OnBadRow
 from ctrlib.data.split import SPLITS, check_ratio, split_table
 from ctrlib.data.table import RawTable, naming
 from ctrlib.data.unknown import refuse_two_spellings
@@ -35,13 +33,11 @@ from ctrlib.data.workers import ThisMachine, Workers
 from ctrlib.errors import ArgumentError, check_callable, check_path, check_type
 from ctrlib.making import new_folder, size_of
 from ctrlib.manifest import write_manifest
-from ctrlib.schema import Feature, Numeric, RawId, Schema, SchemaError, kind_of
+from ctrlib.schema import Feature, Schema, SchemaError
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame as SparkFrame
     from pyspark.sql import SparkSession
-
-Log = Callable[[Any], None]
 
 
 def prepare(
@@ -217,7 +213,7 @@ class _Preparation:
 
     schema: Schema
     reasons: dict[str, str]  # column -> why it is what it is
-    report: _Report
+    report: Report
 
     def __init__(
         self, folder: Path, workers: Workers, said: Mapping[str, Any], earlier: Earlier | None, on_bad_row: OnBadRow
@@ -299,7 +295,7 @@ class _Preparation:
     def begin_report(self) -> None:
         """With what is known before the rows are written."""
         skipped = {name: dict(table.skipped) for name, table in self.sources.items() if table.skipped}
-        self.report = _Report(self.schema, self.reasons, skipped, self.earlier)
+        self.report = Report(self.schema, self.reasons, skipped, self.earlier)
         reasons = self.reasons.items()
         self.report.remarks += [f"column {name!r} holds {reason}" for name, reason in reasons if reason == HOURS]
         self.report.remarks += [f"column {name!r} is {why}" for name, why in reasons if why.startswith(NO_CELLS)]
@@ -416,88 +412,3 @@ def _refuse_other_columns(tables: Mapping[str, RawTable], reasons: Mapping[str, 
             raise SchemaError(
                 f"{table.name}: columns {extra} are in {name} but not in train: give all splits the same columns"
             )
-
-
-class _Report:
-    """What report.json holds and the table shows."""
-
-    def __init__(
-        self, schema: Schema, reasons: Mapping[str, str], skipped: Mapping[str, Any], earlier: Earlier | None
-    ) -> None:
-        self._schema, self._reasons = schema, reasons
-        self.content: dict[str, Any] = {"rows": {}, "skipped": skipped, "label_mean": {}, "features": {}}
-        for feature in schema.features:
-            entry: dict[str, Any] = {"kind": kind_of(feature), "reason": reasons[feature.name]}
-            if isinstance(feature, Numeric):
-                entry |= {"transform": feature.transform}
-            elif isinstance(feature, RawId):
-                entry |= {"form": feature.form, "missing": {}, "oov": {}}
-            else:
-                entry |= {"num_embeddings": feature.num_embeddings, "missing": {}, "oov": {}}
-            self.content["features"][feature.name] = entry
-        self.content["left_out"] = {name: why for name, why in reasons.items() if why.startswith("ignored")}
-        self.remarks: list[str] = []
-        if earlier is not None:
-            self.content |= {"like": str(earlier.folder), "new_values": dict(earlier.new)}
-            self.remarks += earlier.remarks
-        self.content["remarks"] = self.remarks
-
-    def add(self, split: str, totals: Totals, label_positive: Mapping[str, str] | None, source: str) -> None:
-        """Count a split; `source` is what to call its rows.
-
-        Raises:
-            DataError: it has no rows.
-            SchemaError: the text that is to be the positive class never comes up in train.
-        """
-        if not totals.rows:
-            raise DataError(f"{source}: {split} would have no rows: give more data, or another split")
-        for name, positive in (label_positive or {}).items():
-            if split == "train" and not totals.labels[name]["positive"]:
-                raise SchemaError(
-                    f"{source}: label {name!r} never holds {positive!r} in train: check how the positive class is "
-                    "written"
-                )
-        self.content["rows"][split] = totals.rows
-        self.content["label_mean"][split] = {
-            name: counts["positive"] / counts["present"] if counts["present"] else None
-            for name, counts in totals.labels.items()
-        }
-        for name, counts in totals.ids.items():
-            entry = self.content["features"][name]
-            if entry["kind"] == "sequence":
-                entry.setdefault("empty", {})[split] = counts["empty"] / totals.rows
-                entry["missing"][split] = counts["missing"] / max(1, counts["ids"])
-            else:
-                entry["missing"][split] = counts["missing"] / totals.rows
-            entry["oov"][split] = counts["unseen"] / max(1, counts["ids"])
-
-    def show(self, out: Path, log: Log) -> None:
-        table = Table(
-            "column", "kind", "rows or transform", "missing", "oov", "why", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        last = list(self.content["rows"])[-1]
-        for name, reason in self._reasons.items():
-            entry = self.content["features"].get(name)
-            if entry is None:
-                table.add_row(name, "-", "", "", "", reason)
-            elif entry["kind"] == "numeric":
-                table.add_row(name, "numeric", entry["transform"], "", "", reason)
-            else:
-                shares = [f"{entry[what][split]:.2%}" for what, split in (("missing", "train"), ("oov", last))]
-                if "empty" in entry:
-                    shares[0] = f"{entry['empty']['train']:.2%} empty"
-                rows = entry["form"] if entry["kind"] == "raw_id" else f"{entry['num_embeddings']:,}"
-                table.add_row(name, entry["kind"], rows, *shares, reason)
-        log(table)
-        for split, counts in self.content["skipped"].items():
-            for reason, number in counts.items():
-                log(f"{split}: skipped {number:,} rows ({reason})")
-        for split, num_rows in self.content["rows"].items():
-            found = self.content["label_mean"][split]
-            means = ", ".join(f"{name} {'-' if mean is None else f'{mean:.4f}'}" for name, mean in found.items())
-            log(f"{split}: {num_rows:,} rows, mean of labels: {means}")
-        if new := self.content.get("new_values"):
-            log("new values: " + ", ".join(f"{name} {number:,}" for name, number in new.items()))
-        for remark in self.remarks:
-            log(escape(f"remark: {remark}"))
-        log(f"prepared {out}")
