@@ -96,7 +96,7 @@ def ours(data: Path, out: Path, *, pairs: bool, threads: int) -> None:
     ranking = ctr.rank(data / "prepared", pairs=pairs, threads=threads)
     scoring = (time.perf_counter() - start, time.process_time() - used)
     one = ranking["label"]
-    scores = {score.feature: score.relevance if score.q < 0.05 else 0.0 for score in one.scores}
+    scores = {score.feature: score.relevance for score in one.scores}
     found = [f"{pair.first} x {pair.second}" for pair in one.pairs if pair.found]
     (out / "found.json").write_text(json.dumps({"scores": scores, "scoring": scoring, "pairs": found}))
 
@@ -157,7 +157,9 @@ def resident(pid: int) -> int:
 
 
 def measure(python: str, data: Path, arguments: dict) -> dict:
-    """What a program found, its seconds on the wall and of CPU, and its peak of memory in MiB, sampled 5 times a s."""
+    """What a program found, its seconds on the wall and of CPU, and its peak of memory in MiB, sampled 5 times a s; or
+    the last line that it printed, if it failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         said = json.dumps({**arguments, "data": str(data), "out": folder})
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
@@ -173,7 +175,7 @@ def measure(python: str, data: Path, arguments: dict) -> dict:
             printed = file.read()
         found = Path(folder) / "found.json"
         if process.returncode or not found.exists():
-            raise RuntimeError(f"{arguments} failed: {printed[-2000:]}")
+            return {"failed": printed.strip().rpartition("\n")[2]}
         wall, cpu = map(float, printed.rpartition("measured")[2].split())
         return {**json.loads(found.read_text()), "wall": wall, "cpu": cpu, "peak": peak / 1024}
 
@@ -192,12 +194,15 @@ def agreement(truth: dict[str, float], scores: dict[str, float]) -> tuple[float,
 
 def report(label: str, measured: dict, truth: dict[str, float]) -> None:
     """A line."""
+    if "failed" in measured:
+        print(f"{label:<44} failed: {measured['failed']}", flush=True)
+        return
     spearman, below = agreement(truth, measured["scores"])
     wall, cpu = measured["scoring"]
     print(
         f"{label:<44} {measured['wall']:6.1f} s, {measured['cpu']:6.1f} s CPU, "
-        f"scoring {wall:6.2f} s, {cpu:6.2f} s CPU, peak {measured['peak']:6,.0f} MiB, Spearman {spearman:6.3f}, {below:2} planted not above noise; "
-        f"load {os.getloadavg()[0]:.1f}",
+        f"scoring {wall:6.2f} s, {cpu:6.2f} s CPU, peak {measured['peak']:6,.0f} MiB, "
+        f"Spearman {spearman:6.3f}, {below:2} planted not above noise; load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
     if measured["pairs"]:
