@@ -93,7 +93,7 @@ import killed_calls
 
 
 @contextlib.contextmanager
-def in_place(out):
+def in_place(out, **_):
     shutil.rmtree(out, ignore_errors=True)
     Path(out).mkdir()
     yield Path(out)

@@ -455,7 +455,8 @@ def test_a_small_model_comes_with_its_report(
     built = ctr.models.build(config, ctr.Schema.load(data))
 
     def act(what: str) -> None:
-        with model_in_the_making(built, {**config, "dropout": 0.5 if what == "new" else 0.1}, data, out) as folder:
+        described = {**config, "dropout": 0.5 if what == "new" else 0.1}
+        with model_in_the_making(built, described, data, out, "compress") as folder:
             (folder / "compression.json").write_text(what)
 
     def start() -> None:

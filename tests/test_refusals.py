@@ -73,6 +73,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compressed": ["model.json", "schema.json", "compression.json"],
         "searched": ["model.json", "schema.json", "search.json", "plan.safetensors"],
         "ranked": ["ranking.json", "ranking.parquet"],
+        "retrieved": ["retrieval.json"],
         "run": ["metrics.json", "log.jsonl", "curve.png"],
         "other": ["thesis.txt"],
     }.items():
@@ -80,6 +81,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for marker in markers:
             (folder / name / marker).write_text("{}")
     (folder / "scores.csv").write_text("label\n0.5\n")
+    (folder / "log.csv").write_text("user_id,item_id\n1,1\n2,2\n")
     return folder
 
 
@@ -108,6 +110,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctrlib.search.compression.evaluate", reached)
     monkeypatch.setattr("ctrlib.search.stages.search_epochs", reached)
     monkeypatch.setattr("ctrlib.ranking.run.rank", reached)
+    monkeypatch.setattr("ctrlib.retrieval.run.train", reached)
     monkeypatch.setattr(ctr.Predictor, "_encoded", reached)
 
 
@@ -121,7 +124,7 @@ def no_work(no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 KINDS: dict[str, Kind] = {
     **{"data2": "prepared", "model2": "model", "compressed": "compressed", "searched": "search", "run": "run"},
-    **{"ranked": "ranking", "other": "other", "scores.csv": "file"},
+    **{"ranked": "ranking", "retrieved": "retrieval", "other": "other", "scores.csv": "file"},
 }
 COMMANDS = {
     "prepare x.csv": ("prepared",),
@@ -130,6 +133,7 @@ COMMANDS = {
     "compress model data --ratio 2": ("compressed",),
     "predict model x.csv": ("file",),
     "rank data": ("ranking",),
+    "retrieve train log.csv": ("retrieval",),
 }
 
 
@@ -172,9 +176,14 @@ READ = {
     ("compress", "--teachers"): ("model2", "compress model data --ratio 2 --teachers model2"),
     ("search", "DATA"): ("data", "search optfs data"),
     ("search", "--config"): ("search.json", "search optfs data --config search.json"),
+    ("prepare", "--from-ranking"): ("ranked", "prepare x.csv --from-ranking ranked --top 1"),
     ("rank", "DATA"): ("data", "rank data"),
+    ("rank", "--from-ranking"): ("ranked", "rank x.csv --from-ranking ranked --top 1"),
     ("rank", "--valid"): ("y.csv", "rank x.csv --valid y.csv --test x.csv"),
     ("rank", "--test"): ("y.csv", "rank x.csv --valid x.csv --test y.csv"),
+    ("retrieve", "PATH"): ("log.csv", "retrieve train log.csv"),
+    ("retrieve", "LOG"): ("y.csv", "retrieve recommend retrieved y.csv"),
+    ("retrieve", "--test"): ("y.csv", "retrieve train log.csv --test y.csv"),
 }
 
 

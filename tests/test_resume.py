@@ -257,7 +257,7 @@ def test_ctrl_c_ends_two_processes_in_the_same_step(data: Path) -> None:
     assert run_ranks(2, run_until_interrupted) == [24, 24]
 
 
-def test_the_command_goes_on_after_its_model_was_written(
+def test_the_command_goes_on_after_its_training(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", str(data), "--model", "mlp", "--hidden", "8", "--epochs", "1", "--out", str(tmp_path / "run")]
@@ -265,9 +265,10 @@ def test_the_command_goes_on_after_its_model_was_written(
         patch.delattr(run, "predict")
         assert cli.main(command) == 1
     assert "NameError: name 'predict' is not defined. That is a fault of ctrlib" in capsys.readouterr().err
-    assert (tmp_path / "run" / "model.json").exists()
+    assert not (tmp_path / "run" / "model.json").exists()  # it comes with its metrics
     assert cli.main(command) == 0
     assert "goes on after step" in capsys.readouterr().err
+    assert {"model.json", "metrics.json", "curve.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert cli.main(command) == 1
     assert "run is a model folder already: give another --out, or --overwrite" in capsys.readouterr().err
 

@@ -91,7 +91,7 @@ class Rank(Command):
             check_raw(path)
         if out is None:
             return self._rank()
-        inputs = [*self.data, *(self.file.valid or ()), *(self.file.test or ())]
+        inputs = [*self.data, *(self.file.valid or ()), *(self.file.test or ()), self.column.from_ranking]
         with target(out, "ranking", inputs=inputs, overwrite=self.output.overwrite):
             return self._rank()
 

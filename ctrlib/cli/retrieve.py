@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from ctrlib._target import check_target
+from ctrlib._target import target
 from ctrlib.cli.flags import Command, parse_option
 from ctrlib.cli.kinds import OptionalName, OptionalPath, Settings, Switch, shown
 from ctrlib.cli.tables import new_table, show
@@ -151,7 +151,11 @@ class Retrieve(Command):
             if name in config:
                 raise ArgumentError(f"--option {name} is given twice, or is a flag: say it once")
             config[name] = value
-        check_target(out, "retrieval", inputs=[self.path, how.test], overwrite=self.output.overwrite)
+        with target(out, "retrieval", inputs=[self.path, how.test], overwrite=self.output.overwrite):
+            return self._trained(config, out)
+
+    def _trained(self, config: dict[str, Any], out: Path) -> int:
+        how = self.train
 
         from ctrlib.retrieval.folder import save
         from ctrlib.retrieval.interactions import Interactions
@@ -197,10 +201,12 @@ class Retrieve(Command):
     def _recommend(self) -> int:
         out = self.output.out
         assert out is not None
-        if out.suffix not in (".parquet", ".pq", ".parq"):
-            raise ArgumentError(f"--out {out}: lists are written as parquet, so give a name that ends in .parquet")
-        check_target(out, "file", inputs=[self.path, self.log], overwrite=self.output.overwrite)
+        with target(out, "file", inputs=[self.path, self.log], overwrite=self.output.overwrite):
+            if out.suffix not in (".parquet", ".pq", ".parq"):
+                raise ArgumentError(f"--out {out}: lists are written as parquet, so give a name that ends in .parquet")
+            return self._listed(out)
 
+    def _listed(self, out: Path) -> int:
         from ctrlib.retrieval.folder import load
         from ctrlib.retrieval.recommend import recommend, recommend_new, write
 
