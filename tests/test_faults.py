@@ -13,10 +13,10 @@ NONE = {
     **dict.fromkeys(("lost", "stopped", "torchruns", "rank-changes"), 0),
 }
 # How damage is found is in test_checkpoint.py, and here a run goes on after it; test_killed_calls.py kills runs of one
-# process. What torchrun starts again by itself is left to `make faults`.
+# process. Full disks, silent processes, and what torchrun starts again by itself are left to `make faults`.
 SHORT = {
-    **{"kills": 2, "terminations": 1, "flips": 1, "truncations": 0, "swaps": 0, "resumed": 3, "full-disks": 1},
-    **{"lost": 1, "stopped": 1, "torchruns": 0, "rank-changes": 1},
+    **{"kills": 1, "terminations": 1, "flips": 1, "truncations": 0, "swaps": 0, "resumed": 1, "full-disks": 0},
+    **{"lost": 1, "stopped": 0, "torchruns": 0, "rank-changes": 1},
 }
 
 
@@ -33,9 +33,9 @@ def test_every_fault_is_survived(tmp_path: Path) -> None:
     lines = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     counts = {cells[1].strip(): [int(cells[place]) for place in (2, 3, 4)] for cells in lines}
     kills = [numbers for fault, numbers in counts.items() if fault.startswith("kill -9: ")]
-    assert [runs for runs, _, _ in kills] == [1, 1]
-    assert sum(injected for _, injected, _ in kills) >= 2
-    assert len(counts) == 2 + 1 + 1 + 4
+    assert [runs for runs, _, _ in kills] == [1]
+    assert sum(injected for _, injected, _ in kills) >= 1
+    assert len(counts) == 1 + 1 + 1 + 2
     assert all(survived == runs <= injected for runs, injected, survived in counts.values())
     left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("torch")]  # torch's own are torch's
     assert not left
