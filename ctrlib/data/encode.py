@@ -166,7 +166,7 @@ def totals_of_labels(raw: RawTable, schema: Schema, label_positive: Mapping[str,
         wanted[f"{name} present"] = Total(name, value, lambda _, rows: rows.sum())
     found = raw.totals(wanted).sum().row(0, named=True)
     return Totals(
-        int(raw.gather(lambda piece: piece.select(pl.len()))["len"].sum()),
+        raw.count_rows(),
         {name: {what: int(found[f"{name} {what}"]) for what in ("positive", "present")} for name in schema.labels},
         {},
     )

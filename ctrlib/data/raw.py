@@ -146,7 +146,7 @@ def joined(tables: Sequence[RawTable], *, one_piece: bool) -> RawTable:
         sources.append((num_rows, table))
         pieces += [piece.select(pl.col(ROW) + num_rows, *wanted) for piece in table.pieces]
         malformed.append(table.malformed + before)
-        num_rows += int(table.gather(lambda piece: piece.select(pl.len()))["len"].sum())
+        num_rows += table.count_rows()
     return RawTable(
         (pl.concat(pieces),) if one_piece else tuple(pieces),
         name_of(sources),

@@ -99,7 +99,7 @@ def _stratified(
     for number in range(3):
         member = class_of == number
         times = raw.map(lambda piece, member=member: piece.filter(member).select(position.alias("time")))  # type: ignore[misc]
-        if not times.gather(lambda piece: piece.select(pl.len()))["len"].sum():
+        if not times.count_rows():
             continue
         edges = [float("-inf"), *(_quantile(times, bound) for bound in bounds[1:3]), float("inf")]
         for name, low, high, share in zip(SPLITS, edges, edges[1:], ratio):

@@ -119,7 +119,7 @@ def _files(paths: Sequence[Path], wanted: Collection[str] | None, **options: Any
                 malformed=np.concatenate([malformed, table.malformed + (first + len(malformed))]),
                 sources=(*sources, (first, table)),
             )
-            num_rows += int(table.gather(lambda piece: piece.select(pl.len()))["len"].sum())
+            num_rows += table.count_rows()
         assert table is not None  # a file without rows is refused
         sources.append((first, table))
         skipped += table.skipped

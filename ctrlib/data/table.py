@@ -86,6 +86,14 @@ class RawTable:
         """
         return pl.concat(self.run([plan(piece) for piece in self.pieces], self.name))
 
+    def count_rows(self) -> int:
+        """How many rows there are, which are read for that.
+
+        >>> RawTable((pl.LazyFrame({"x": [1, 2]}), pl.LazyFrame({"x": [3]})), "demo").count_rows()
+        3
+        """
+        return int(self.gather(lambda piece: piece.select(pl.len()))["len"].sum())
+
     def only(self, rows: pl.Expr) -> RawTable:
         """The rows for which a condition is true."""
         return self.map(lambda piece: piece.filter(rows))
@@ -213,7 +221,7 @@ def check_height(table: RawTable, num_rows: int) -> None:
     Raises:
         DataError: as said.
     """
-    expected = int(table.gather(lambda piece: piece.select(pl.len()))["len"].sum())
+    expected = table.count_rows()
     if num_rows != expected:
         raise DataError(
             f"{table.name} cannot be read, it may be truncated or damaged ({num_rows:,} of {expected:,} rows can be "
