@@ -188,28 +188,43 @@ def _added(a: dict[str, dict[str, int]], b: dict[str, dict[str, int]]) -> dict[s
     return {name: {what: number + b[name][what] for what, number in numbers.items()} for name, numbers in a.items()}
 
 
-def refuse_other_spelling(raw: RawTable, schema: Schema, vocab_folder: Path) -> None:
+def vocabularies_of_floats(schema: Schema, folder: Path) -> set[str]:
+    """The vocabularies in a folder that have values such as "17.0" among the most frequent ones."""
+    found = set()
+    for name in schema.vocabularies:
+        head = pl.scan_parquet(vocabulary_path(folder, name), glob=False).head(1000).collect()["value"]
+        if head.str.ends_with(".0").any():
+            found.add(name)
+    return found
+
+
+def refuse_other_spelling(raw: RawTable, schema: Schema, of_floats: Collection[str]) -> None:
     """Refuse columns whose ids are written otherwise than in train, so that all would be unknown, silently.
+
+    Args:
+        raw: the rows of a split.
+        schema: fitted.
+        of_floats: `vocabularies_of_floats` of the folder with train's vocabularies.
 
     Raises:
         SchemaError: as said.
     """
-    _refuse_ids_as_floats(raw, schema, vocab_folder)
+    _refuse_ids_as_floats(raw, schema, of_floats)
     refuse_retyped(raw, schema)
     refuse_other_form(raw, schema)
 
 
-def _refuse_ids_as_floats(raw: RawTable, schema: Schema, vocab_folder: Path) -> None:
+def _refuse_ids_as_floats(raw: RawTable, schema: Schema, of_floats: Collection[str]) -> None:
     """Text such as "17.0" for ids that were "17"."""
     dtypes = raw.dtypes
-    suspects = []
-    for feature in schema.sparse:
-        if isinstance(feature, Categorical) and not feature.bucket and dtypes[feature.name] == pl.String:
-            path = vocabulary_path(vocab_folder, vocabulary_of(feature))
-            head = pl.scan_parquet(path, glob=False).head(1000).collect()["value"]
-            if not head.str.ends_with(".0").any():
-                suspects.append(feature.name)
-
+    suspects = [
+        feature.name
+        for feature in schema.sparse
+        if isinstance(feature, Categorical)
+        and not feature.bucket
+        and dtypes[feature.name] == pl.String
+        and vocabulary_of(feature) not in of_floats
+    ]
     if not suspects:
         return
     like = {column: pl.col(column).str.contains(r"^-?\d+\.0$") for column in suspects}

@@ -19,7 +19,7 @@ from ctrlib.data import remarks
 from ctrlib.data.cells import TOO_LARGE, check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.describe import check_arguments, describe
-from ctrlib.data.encode import fit_groups, judge_table, refuse_other_spelling, totals_of_labels
+from ctrlib.data.encode import fit_groups, judge_table, refuse_other_spelling, totals_of_labels, vocabularies_of_floats
 from ctrlib.data.infer import HOURS, NO_CELLS
 from ctrlib.data.like import RAW_FORMAT, Earlier
 from ctrlib.data.raw import RawData
@@ -303,8 +303,9 @@ class _Preparation:
     def refuse_other_spellings(self) -> None:
         """Values that are written otherwise than in the vocabularies, all over a split."""
         vocab = (self.folder if self.earlier is None else self.earlier.folder) / "vocab"
+        of_floats = vocabularies_of_floats(self.schema, vocab)
         for table in self.tables.values():
-            refuse_other_spelling(table, self.schema, vocab)
+            refuse_other_spelling(table, self.schema, of_floats)
 
     def check_train(self) -> None:
         """As `write` would, where it is not written."""

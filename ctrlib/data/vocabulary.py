@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -58,12 +59,14 @@ def fit(train: RawTable, schema: Schema, folder: Path, count: Count) -> Schema:
     folder.mkdir(parents=True, exist_ok=True)
     sizes, hashes = {}, {}
     limits = {name: _limits(features) for name, features in schema.vocabularies.items()}
-    for name, counts in count([train], schema.vocabularies):
-        vocabulary = in_order(counts, *limits[name])
-        vocabulary.write_parquet(vocabulary_path(folder, name))
-        sizes[name] = len(vocabulary) + NUM_RESERVED_IDS
-        hashes[name] = hash_values(vocabulary["value"])
-    parameters = fit_numbers(train, schema.dense)
+    with ThreadPoolExecutor(1) as thread:
+        fitting = thread.submit(fit_numbers, train, schema.dense)
+        for name, counts in count([train], schema.vocabularies):
+            vocabulary = in_order(counts, *limits[name])
+            vocabulary.write_parquet(vocabulary_path(folder, name))
+            sizes[name] = len(vocabulary) + NUM_RESERVED_IDS
+            hashes[name] = hash_values(vocabulary["value"])
+        parameters = fitting.result()
     forms = raw_forms(train, [feature for feature in schema.sparse if isinstance(feature, RawId)])
 
     def fitted(feature: Feature) -> Feature:
