@@ -38,6 +38,7 @@ setup(
         "polars>=2.0",
         "pyarrow>=17",
         "pandas>=2.2",
+        "numba>=0.64",  # for large text files only (ctrlib.data.compiled)
         "scikit-learn>=1.4",
         "scipy>=1.11",
         "safetensors>=0.5",

@@ -5,6 +5,10 @@ place of each row's cell among them, and both go into an Arrow file. What a cell
 asked once for each distinct cell of a block, and rows are counted and encoded by looking up integers. Everything else
 that a `RawTable` can do is done by putting the cells back in their places, of the columns that are asked for.
 
+A large text file is cut and its cells are numbered by compiled loops (`ctrlib.data.compiled`): blocks are then as large
+as their distinct cells allow, often the whole file. Whether it is pyarrow or these that read a block is not to be seen
+in what is made of it.
+
 Memory holds a few blocks and, while a vocabulary is counted or looked up, the distinct cells of its columns.
 """
 
@@ -28,6 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from polars.io.plugins import register_io_source
 
+from ctrlib.data.compiled import Cut, Numbered, are_worth, cut
 from ctrlib.data.formats import format_of
 from ctrlib.data.raw import RawData, TextFile, open_text, read_raw
 from ctrlib.data.scan import OnBadRow
@@ -49,14 +54,22 @@ class Block:
     names: tuple[str, ...] = field(compare=False)
     first_row: int
     num_rows: int
+    apart: bool = field(default=False, compare=False)  # codes are in files of their own
+
+    def slices(self, num_rows: int) -> Iterator[slice]:
+        """Its rows, so many at a time."""
+        for start in range(0, max(self.num_rows, 1), num_rows):
+            yield slice(start, min(start + num_rows, self.num_rows))
 
     def path(self, name: str, what: str = "cells") -> Path:
         """Where the cells of a column are, or what else there is of it."""
         return self.folder / f"{self.names.index(name)}.{what}"
 
     def cells(self, name: str) -> Cells:
-        """A column, as it lies in its file."""
-        return Cells(read_column(self.path(name)))
+        """A column, as it lies in its file, or in two."""
+        batch = read_column(self.path(name))
+        wide = (batch.schema.metadata or {}).get(_WIDE)
+        return Cells(batch.column(0), self.path(name, "codes") if self.apart else None, wide)
 
 
 def write_column(column: pa.Array, path: Path, metadata: dict[bytes, bytes] | None = None) -> None:
@@ -72,49 +85,56 @@ def read_column(path: Path) -> pa.RecordBatch:
 
 
 class Cells:
-    """A column of a block: its distinct `values` (all, where they hardly repeat) and the place of each row's."""
+    """A column of a block: its distinct `values` (all, where they hardly repeat) and the place of each row's.
 
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self._column = batch.column(0)
-        self.is_coded = pa.types.is_dictionary(self._column.type)
-        self._wide = (batch.schema.metadata or {}).get(_WIDE)
+    Args:
+        column: rows, coded or not; or the distinct cells only.
+        path: of a file with the places, if they are not in `column`.
+        wide: the type of the values, if it is one that Arrow does not have.
+    """
+
+    def __init__(self, column: pa.Array, path: Path | None, wide: bytes | None) -> None:
+        self._column, self._path, self._wide = column, path, wide
+        self._is_dictionary = pa.types.is_dictionary(column.type)
 
     @property
     def values(self) -> pl.Series:
         """The cells, each once if they are coded."""
         column = self._column
-        if self.is_coded:
+        if self._is_dictionary:
             # Copied: who keeps them does not keep the codes of all rows in memory with them.
             column = pa.concat_arrays([column.dictionary, column.dictionary[:0]])
         values = pl.from_arrow(column)
         assert isinstance(values, pl.Series)
         return values if self._wide is None else values.cast(getattr(pl, self._wide.decode()))
 
-    @property
-    def codes(self) -> Codes | None:
-        """The place among `values` of every row's cell, or None where it is the row's own."""
-        return self._column.indices.to_numpy() if self.is_coded else None
+    def codes(self, rows: slice) -> Codes | None:
+        """The place among `values` of the cells of some rows, or None where it is the row's own."""
+        if self._path is not None:  # read, not mapped, so that memory holds no more of it than is used
+            return np.fromfile(self._path, np.int32, rows.stop - rows.start, offset=4 * rows.start)
+        return self._column.indices[rows].to_numpy() if self._is_dictionary else None
 
-    def placed(self, of_values: pa.Array, kept: npt.NDArray[np.bool_] | None) -> pa.Array:
-        """What the cells of `kept` rows (None for all) have become, of what each of `values` has."""
-        if not self.is_coded:
-            return of_values if kept is None else of_values.filter(pa.array(kept))
-        codes = self._column.indices
-        return pc.take(of_values, codes if kept is None else codes.filter(pa.array(kept)))
+    def rows(self, rows: slice) -> pl.Series:
+        """The cells of some rows."""
+        codes = self.codes(rows)
+        return self.values[rows] if codes is None else self.values.gather(pl.Series(codes))
 
-    def rows(self, end: int) -> pl.Series:
-        """The cell of every row before `end`."""
-        return self.values[:end] if self.codes is None else self.values.gather(pl.Series(self.codes[:end]))
+    def placed(self, of_values: pa.Array, rows: slice, kept: npt.NDArray[np.bool_] | None) -> pa.Array:
+        """What the cells of those `rows` that are `kept` (None for all) have become, of what each of `values` has."""
+        codes = self.codes(rows)
+        if codes is None:
+            return of_values[rows] if kept is None else of_values[rows].filter(pa.array(kept[rows]))
+        return pc.take(of_values, pa.array(codes if kept is None else codes[kept[rows]]))
 
 
 @dataclass
 class CodedTable(RawTable):
-    """A `RawTable` in blocks of distinct cells; its pieces are the blocks, decoded as they are asked for.
+    """A `RawTable` in blocks of distinct cells; its pieces are parts of the blocks, decoded as they are asked for.
 
-    `whole` are the blocks with all their rows, of which `where` says which the table has.
+    `whole` are the blocks with all their rows, in parts, of which `where` says which the table has.
     """
 
-    whole: Mapping[Block, pl.LazyFrame] = field(default_factory=dict)
+    whole: Mapping[Block, tuple[pl.LazyFrame, ...]] = field(default_factory=dict)
     where: tuple[pl.Expr, ...] = ()
     _kept: dict[Block, npt.NDArray[np.uint8]] = field(default_factory=dict, repr=False)
 
@@ -138,16 +158,22 @@ class CodedTable(RawTable):
         if not self.where:
             return None
         if block not in self._kept:
-            rows = self.whole[block].select(pl.all_horizontal(self.where).alias("kept"))
-            self._kept[block] = np.packbits(rows.collect()["kept"].fill_null(False).to_numpy())
+            kept = pl.all_horizontal(self.where).fill_null(False).alias("kept")
+            parts = [part.select(kept).collect()["kept"].to_numpy() for part in self.whole[block]]
+            self._kept[block] = np.packbits(np.concatenate(parts))
         return np.unpackbits(self._kept[block], count=block.num_rows).astype(bool)
 
     def counts(self, block: Block, cells: Cells) -> npt.NDArray[np.int64]:
         """How many rows of the table hold each of the `values` of a column of a block."""
-        kept, codes, num_values = self.kept(block), cells.codes, len(cells.values)
-        if codes is None:
-            return np.ones(num_values, np.int64) if kept is None else kept.astype(np.int64)
-        return np.bincount(codes if kept is None else codes[kept], minlength=num_values)
+        kept, num_values = self.kept(block), len(cells.values)
+        counts = np.zeros(num_values, np.int64)
+        for rows in block.slices(BLOCK_ROWS):
+            codes = cells.codes(rows)
+            if codes is None:
+                counts[rows] = 1 if kept is None else kept[rows]
+            else:
+                counts += np.bincount(codes if kept is None else codes[kept[rows]], minlength=num_values)
+        return counts
 
     def totals(self, wanted: Mapping[str, Total]) -> pl.DataFrame:
         """As `RawTable.totals`, from distinct cells and how often they come up."""
@@ -175,16 +201,17 @@ _COUNT = "__count__"
 _AT_ONCE = 1 << 19  # distinct cells of several blocks that are added up together
 
 
-def _lazily(block: Block, schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:
-    """The rows of a block with their numbers; only columns that are asked for are put together."""
+def _lazily(block: Block, rows: slice, schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:
+    """Some rows of a block with their numbers; only columns that are asked for are put together."""
 
     def read(
         columns: list[str] | None, predicate: pl.Expr | None, num_rows: int | None, batch_size: int | None
     ) -> Iterator[pl.DataFrame]:
         names = [ROW, *block.names] if columns is None else columns
-        end = block.num_rows if num_rows is None else min(num_rows, block.num_rows)
-        rows = pl.int_range(block.first_row, block.first_row + end, dtype=pl.Int64, eager=True)
-        frame = pl.DataFrame([(rows if name == ROW else block.cells(name).rows(end)).alias(name) for name in names])
+        end = rows.stop if num_rows is None else min(rows.start + num_rows, rows.stop)
+        numbers = pl.int_range(block.first_row + rows.start, block.first_row + end, dtype=pl.Int64, eager=True)
+        made = (numbers if name == ROW else block.cells(name).rows(slice(rows.start, end)) for name in names)
+        frame = pl.DataFrame([column.alias(name) for name, column in zip(names, made)])
         yield frame if predicate is None else frame.filter(predicate)
 
     return register_io_source(read, schema={ROW: pl.Int64(), **schema}, is_pure=True)
@@ -239,12 +266,17 @@ def _numbered(blocks: Iterable[Block]) -> tuple[Block, ...]:
 def _table(table: RawTable, blocks: tuple[Block, ...]) -> CodedTable:
     names = [one.name for one in dataclasses.fields(RawTable)]
     schema = {name: blocks[0].cells(name).values.dtype for name in blocks[0].names}
-    whole = {block: _lazily(block, schema) for block in blocks}
+    whole = {block: tuple(_lazily(block, rows, schema) for rows in block.slices(BLOCK_ROWS)) for block in blocks}
     return CodedTable(
         **{name: getattr(table, name) for name in names if name != "pieces"},
-        pieces=tuple(whole.values()),
+        pieces=tuple(itertools.chain.from_iterable(whole.values())),
         whole=whole,
     )
+
+
+def _is_plain(text: TextFile, lines: bytes) -> bool:
+    """Whether lines hold nothing that cells may not."""
+    return text.mark.isascii() and not any(byte in lines for byte in (b"\r", b"\0"))
 
 
 class _Coder:
@@ -257,18 +289,26 @@ class _Coder:
 
     def text(self, text: TextFile) -> Iterator[Block]:
         """The rows of a text file."""
-
-        def start(lines: bytes) -> Callable[[], tuple[int, Block] | None]:
-            return self._threads.submit(self._quick, text, lines).result
-
+        num_bytes = text.path.stat().st_size
+        is_large = are_worth(num_bytes)
+        quick = self._cut if is_large else self._parsed
         # So that a small file keeps all threads busy, too.
-        size = text.path.stat().st_size // (2 * NUM_THREADS)
-        for block in text.blocks(min(max(size, _FEWEST_BYTES), BLOCK_BYTES), start, NUM_THREADS):
-            if isinstance(block, bytes):
-                rows = text.parse(block, cleaned=False).to_arrow(compat_level=pl.CompatLevel.oldest())
-                yield self._written(rows, blanks=True)
-            else:
-                yield block
+        size = max(_FEWEST_BYTES, 0 if is_large else min(num_bytes // (2 * NUM_THREADS), BLOCK_BYTES))
+
+        def start(lines: bytes) -> Callable[[], tuple[int, Block | Cut] | None]:
+            return self._threads.submit(quick, text, lines).result
+
+        parts = text.blocks(size, start, NUM_THREADS)
+        for kind, some in itertools.groupby(parts, type):
+            if kind is Cut:
+                yield from self._joined(text.names, (part for part in some if isinstance(part, Cut)))
+                continue
+            for part in some:
+                if isinstance(part, bytes):
+                    rows = text.parse(part, cleaned=False).to_arrow(compat_level=pl.CompatLevel.oldest())
+                    yield self._written(rows, blanks=True)
+                elif isinstance(part, Block):
+                    yield part
 
     def frame(self, frame: pl.LazyFrame) -> Iterator[Block]:
         """The rows of a frame whose text is clean."""
@@ -285,9 +325,29 @@ class _Coder:
                 yield pending.popleft().result()
         yield from (one.result() for one in pending)
 
-    def _quick(self, text: TextFile, lines: bytes) -> tuple[int, Block] | None:
-        """The number of rows, and the rows, if all are well-formed beyond doubt."""
-        if any(mark in lines for mark in (b"\r", b"\0")) or not text.mark.isascii():
+    def _cut(self, text: TextFile, lines: bytes) -> tuple[int, Cut] | None:
+        """The number of rows, and the rows, if all are well-formed beyond doubt; for `_joined`."""
+        found = cut(lines, text.mark, len(text.names)) if _is_plain(text, lines) else None
+        return None if found is None else ((len(found.ends) - 1) // len(text.names), found)
+
+    def _joined(self, names: Sequence[str], parts: Iterator[Cut]) -> Iterator[Block]:
+        """Blocks that are as large as memory allows."""
+        for first in parts:
+            block = Block(self._new_folder(), tuple(names), 0, 0, apart=True)
+            numbered = Numbered([block.path(name, "codes") for name in names], NUM_THREADS)
+            try:
+                numbered.add(first)
+                while not numbered.is_full and (part := next(parts, None)) is not None:
+                    numbered.add(part)
+                for name, values in zip(names, numbered.finish()):
+                    write_column(self._cleaned(values, numbered.blanks), block.path(name))
+            finally:
+                numbered.close()
+            yield dataclasses.replace(block, num_rows=numbered.num_rows)
+
+    def _parsed(self, text: TextFile, lines: bytes) -> tuple[int, Block] | None:
+        """As `_cut`, by pyarrow, and a block of its own."""
+        if not _is_plain(text, lines):
             return None
         options = (
             pyarrow.csv.ReadOptions(column_names=text.names, block_size=_ARROW_BLOCK, use_threads=False),
@@ -307,11 +367,14 @@ class _Coder:
         blanks = any(blank in lines for blank in (b" ", b"\t") if blank != text.mark)
         return rows.num_rows, self._written(rows, blanks=blanks)
 
-    def _written(self, rows: pa.Table, *, blanks: bool, wide: Mapping[str, str] | None = None) -> Block:
-        """The rows as files; `blanks`: there may be some around cells; `wide`: name -> type that polars knows only."""
+    def _new_folder(self) -> Path:
         folder = self._folder / f"{next(self._numbers):06}"
         folder.mkdir()
-        block = Block(folder, tuple(rows.column_names), 0, rows.num_rows)
+        return folder
+
+    def _written(self, rows: pa.Table, *, blanks: bool, wide: Mapping[str, str] | None = None) -> Block:
+        """The rows as files; `blanks`: there may be some around cells; `wide`: name -> type that polars knows only."""
+        block = Block(self._new_folder(), tuple(rows.column_names), 0, rows.num_rows)
         for name, column in zip(block.names, rows.columns):
             kind = (wide or {}).get(name)
             metadata = None if kind is None else {_WIDE: kind.encode()}
@@ -327,11 +390,12 @@ class _Coder:
             return pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
         coded = column.dictionary_encode(null_encoding="encode").combine_chunks()
         if is_text:
-            values = coded.dictionary
-            if blanks:
-                values = pc.utf8_trim(values, BLANKS)
-            missing = pc.is_in(values, self._tokens.cast(kind))
-            if pc.any(missing).as_py():
-                values = pc.if_else(missing, None, values)
-            coded = pa.DictionaryArray.from_arrays(coded.indices, values)
+            coded = pa.DictionaryArray.from_arrays(coded.indices, self._cleaned(coded.dictionary, blanks))
         return coded
+
+    def _cleaned(self, values: pa.Array, blanks: bool) -> pa.Array:
+        """Distinct cells of text without the blanks around them, null where they are missing."""
+        if blanks:
+            values = pc.utf8_trim(values, BLANKS)
+        missing = pc.is_in(values, self._tokens.cast(values.type))
+        return pc.if_else(missing, None, values) if pc.any(missing).as_py() else values

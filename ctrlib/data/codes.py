@@ -162,20 +162,23 @@ def write_coded(
     encode = functools.partial(
         _encoded, schema=schema, positive=label_positive or {}, integer_groups=GROUP_COLUMN not in known
     )
-    return {
-        split: _write(table, encode, folder / split / "part-00000.parquet", schema) for split, table in tables.items()
-    }
+
+    def write(split: str) -> Totals:
+        return _write(tables[split], encode, folder / split / "part-00000.parquet", schema)
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        return dict(zip(tables, threads.map(write, tables)))
 
 
 def _write(
-    table: CodedTable, encode: Callable[[CodedTable, Block], pl.DataFrame], path: Path, schema: Schema
+    table: CodedTable, encode: Callable[[CodedTable, Block], Iterator[pl.DataFrame]], path: Path, schema: Schema
 ) -> Totals:
     found: list[Totals] = []
-    blocks = ahead(encode(table, block) for block in table.blocks)
-    first = next(blocks)
+    frames = ahead(frame for block in table.blocks for frame in encode(table, block))
+    first = next(frames)
 
     def rows(*_: object) -> Iterator[pl.DataFrame]:
-        for frame in itertools.chain([first], blocks):
+        for frame in itertools.chain([first], frames):
             found.append(totals_of(frame.lazy(), schema))
             yield frame
 
@@ -216,21 +219,21 @@ def _ids_path(block: Block, feature: Feature) -> Path:
 
 def _encoded(
     table: CodedTable, block: Block, *, schema: Schema, positive: Mapping[str, str], integer_groups: bool
-) -> pl.DataFrame:
-    """The table's rows of a block as `ctrlib.data.encode.encode_checked` gives them."""
+) -> Iterator[pl.DataFrame]:
+    """The table's rows of a block as `ctrlib.data.encode.encode_checked` gives them, some at a time."""
     kept = table.kept(block)
-    made: dict[str, pa.Array] = {}
+    made: dict[str, tuple[Cells, pa.Array]] = {}  # the cells of a column, and what each distinct one becomes
 
     def computed(out: str, column: str, meaning: Callable[[pl.DataType], pl.Expr]) -> None:
         cells = block.cells(column)
         values = cells.values.alias(column)
         with naming(table.name):
             found = values.to_frame().select(meaning(values.dtype)).to_series()
-        made[out] = cells.placed(found.to_arrow(), kept)
+        made[out] = cells, found.to_arrow()
 
     def looked_up(out: str, feature: VocabularyFeature) -> None:
         ids = read_column(_ids_path(block, feature)).column(0)
-        made[out] = block.cells(feature.name).placed(ids, kept)
+        made[out] = block.cells(feature.name), ids
 
     for feature in schema.features:
         if isinstance(feature, Numeric):
@@ -253,6 +256,9 @@ def _encoded(
         computed(GROUP_COLUMN, schema.group, lambda _: pl.col(schema.group or "").cast(pl.Int64, strict=False))
     elif schema.group is not None:
         looked_up(GROUP_COLUMN, _Group(schema.group))
-    frame = pl.from_arrow(pa.table(made))
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+    for rows in block.slices(ROWS_PER_GROUP):
+        frame = pl.from_arrow(
+            pa.table({name: cells.placed(of_values, rows, kept) for name, (cells, of_values) in made.items()})
+        )
+        assert isinstance(frame, pl.DataFrame)
+        yield frame

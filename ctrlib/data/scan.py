@@ -288,6 +288,19 @@ def _invalid_utf8(data: bytes) -> list[int]:
     return positions
 
 
+def is_utf8(data: bytes) -> bool:
+    """Whether bytes are UTF-8.
+
+    >>> is_utf8("é".encode()), is_utf8("é".encode("latin-1"))
+    (True, False)
+    """
+    try:
+        str(memoryview(data), "utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def find_separator(path: Path, head: bytes) -> bytes:
     """The separator that the file's name or else its first lines suggest.
 
