@@ -66,16 +66,6 @@ class Experiment:
         return {"training": {}, **said}
 
 
-def name_of(config: dict[str, Any]) -> str:
-    """A short name of a config's model, for people and for folders.
-
-    >>> name_of({"model": "dcnv2"}), name_of({"model": {"class": "ctrlib.Model"}})
-    ('dcnv2', 'Model')
-    """
-    model = config["model"]
-    return model if isinstance(model, str) else str(model.get("class")).rpartition(".")[2]
-
-
 def flag_of(name: str) -> str:
     """The flag of a field.
 

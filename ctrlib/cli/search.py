@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ctrlib._target import target
-from ctrlib.cli.experiment import Experiment, name_of, training_entries
+from ctrlib.cli.experiment import Experiment, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags, parse_option
 from ctrlib.cli.kinds import OptionalPath, Settings, Switch
 from ctrlib.cli.paths import check_prepared
@@ -18,6 +18,7 @@ from ctrlib.cli.tables import print_scores
 from ctrlib.cli.usage import fill
 from ctrlib.errors import ArgumentError
 from ctrlib.search.methods import SEARCHES
+from ctrlib.training.config import name_of
 
 if TYPE_CHECKING:
     Method = str

@@ -11,33 +11,52 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-# What a person wants to know first: name in the result, label, format.
-SCORES: tuple[tuple[str, str, str], ...] = (
-    ("test_auc", "test AUC", ".5f"),
-    ("test_auc_se", "  standard error (DeLong)", ".5f"),
-    ("test_logloss", "test log-loss (nats)", ".5f"),
-    ("test_gauc", "test GAUC", ".5f"),
-    ("test_calibration", "test calibration (predicted / observed)", ".4f"),
-    ("valid_auc", "validation AUC", ".5f"),
+# What a person wants to know first: name in the result, of test where it begins so, label, format.
+OF_ROWS: tuple[tuple[str, str, str], ...] = (
     ("auc", "AUC", ".5f"),
     ("auc_se", "  standard error (DeLong)", ".5f"),
-    ("log_loss", "log-loss (nats)", ".5f"),
     ("gauc", "GAUC", ".5f"),
+    ("gauc_groups", "  groups that count, having both classes", ",.0f"),
+    ("log_loss", "log-loss (nats)", ".5f"),
+    ("normalized_entropy", "  normalised entropy (a constant has 1)", ".4f"),
     ("calibration", "calibration (predicted / observed)", ".4f"),
+    ("calibration_se", "  standard error", ".4f"),
+    ("ece", "calibration error (20 bins)", ".5f"),
+    ("ece_by_chance", "  of perfect scores, by chance", ".5f"),
     ("rows", "rows", ",.0f"),
+    ("positives", "  positives", ",.0f"),
+)
+SCORES: tuple[tuple[str, str, str], ...] = (
+    *(
+        (f"test_{'logloss' if key == 'log_loss' else key}", name if name[0] == " " else f"test {name}", form)
+        for key, name, form in OF_ROWS
+    ),
+    ("valid_auc", "validation AUC", ".5f"),
+    *OF_ROWS,
     ("embedding_bytes", "embedding bytes", ",.0f"),
     ("parameters", "parameters", ",.0f"),
     ("samples_per_second", "training samples/s", ",.0f"),
     ("best_epoch", "best epoch", ".0f"),
     ("seconds", "seconds in all", ".1f"),
 )
-# The same of each of several labels.
-TASKS: tuple[tuple[str, str, str], ...] = (
-    ("auc", "AUC", ".5f"),
-    ("log_loss", "log-loss", ".5f"),
-    ("gauc", "GAUC", ".5f"),
-    ("calibration", "calibration", ".4f"),
-    ("rows", "rows", ",.0f"),
+# The same of each of several labels, in two tables: how well it ranks, and how good its probabilities are.
+TASKS: tuple[tuple[tuple[str, str, str], ...], ...] = (
+    (
+        ("auc", "AUC", ".5f"),
+        ("auc_se", "SE", ".5f"),
+        ("gauc", "GAUC", ".5f"),
+        ("gauc_groups", "groups", ",.0f"),
+        ("rows", "known rows", ",.0f"),
+        ("positives", "positives", ",.0f"),
+    ),
+    (
+        ("log_loss", "log-loss", ".5f"),
+        ("normalized_entropy", "NE", ".4f"),
+        ("calibration", "calibration", ".4f"),
+        ("calibration_se", "SE", ".4f"),
+        ("ece", "error", ".5f"),
+        ("ece_by_chance", "by chance", ".5f"),
+    ),
 )
 
 
@@ -75,12 +94,42 @@ def print_scores(scores: dict[str, Any], title: str) -> None:
     show(table)
     if not tasks:
         return
-    columns = {key: (name, form) for key, name, form in TASKS if key in tasks[0]}
-    headings = [f"test {name}" if of_test and key == "auc" else name for key, (name, _) in columns.items()]
-    table = new_table("label", *headings, numbers=len(headings))
-    for task in tasks:
-        table.add_row(task["label"], *(format(task[key], form) for key, (_, form) in columns.items()))
+    for group in TASKS:
+        columns = {key: (name, form) for key, name, form in group if key in tasks[0]}
+        headings = [
+            f"test {name}" if of_test and key in ("auc", "log_loss") else name for key, (name, _) in columns.items()
+        ]
+        table = new_table("label", *headings, numbers=len(headings))
+        for task in tasks:
+            table.add_row(task["label"], *(format(task[key], form) for key, (_, form) in columns.items()))
+        show(table)
+
+
+def print_beside(result: dict[str, Any]) -> None:
+    """The model of a run beside simple ones, on the same rows of test, and what is to be said of that."""
+    lines = result.get("baselines", ())
+    if not lines:
+        return
+    several = len({line["label"] for line in lines}) > 1
+    sampled = lines[0]["rows"] < max(
+        task["rows"] for task in result.get("test_tasks", [{"rows": result.get("test_rows")}])
+    )
+    fewer = [line["train_rows"] for line in lines if "seconds" in line and line["train_rows"] < lines[0]["train_rows"]]
+    print(f"beside simple models, on {'a sample of' if sampled else 'the same'} {lines[0]['rows']:,} rows of test")
+    table = new_table(*(["label"] if several else []), "model", "AUC", "log-loss", "NE", "seconds", numbers=4)
+    for before, line in zip((None, *lines), lines):
+        is_first = before is None or before["label"] != line["label"]
+        label = [line["label"] if is_first else ""] if several else []
+        numbers = [format(line[key], form) for key, form in BESIDE]
+        table.add_row(*label, line["name"], *numbers, format(line.get("seconds", result["seconds"]), ".1f"))
     show(table)
+    if fewer:
+        print(f"  the simple models learnt from {fewer[0]:,} rows, drawn from {lines[0]['train_rows']:,}")
+    for sentence in result["warnings"]:
+        print(f"warning: {sentence}")
+
+
+BESIDE = (("auc", ".5f"), ("log_loss", ".5f"), ("normalized_entropy", ".4f"))
 
 
 def print_counts(counts: dict[str, Any]) -> None:

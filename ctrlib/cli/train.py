@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from ctrlib._target import target
-from ctrlib.cli.experiment import Experiment, name_of, training_entries
+from ctrlib.cli.experiment import Experiment, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
 from ctrlib.cli.kinds import OptionalPath, Switch
 from ctrlib.cli.paths import check_model, check_prepared
-from ctrlib.cli.tables import print_scores
+from ctrlib.cli.tables import print_beside, print_scores
 from ctrlib.errors import ArgumentError, check_number, check_whole
+from ctrlib.training.config import name_of
 
 if TYPE_CHECKING:
     from ctrlib.model import Model
@@ -62,6 +63,8 @@ class Output:
     """Seconds of work that a kill may cost; the same command goes on from --out/checkpoints."""
     tensorboard: Switch = False
     """Also write TensorBoard events."""
+    no_baselines: Switch = False
+    """Leave out the constant, the logistic regression and the gradient boosting that stand beside the result."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Train(Command):
     """Train a model on a prepared folder; report its test split once.
 
     The epoch is chosen by validation. The model's folder receives the weights, the schema, the vocabularies,
-    metrics.json, log.jsonl and the learning curve as a picture.
+    metrics.json, log.jsonl and the learning curve as a picture. Beside the result stand simple models of the same rows.
 
     Examples:
 
@@ -142,6 +145,7 @@ class Train(Command):
                 config,
                 out=out,
                 tensorboard=self.output.tensorboard,
+                baselines=not self.output.no_baselines,
                 on_built=carry_over,
                 saving=lambda model: model_in_the_making(model, config, self.data, out),
             )
@@ -151,6 +155,7 @@ class Train(Command):
             print(to_json({"out": str(out), **result}))
         else:
             print_scores(result, f"{name_of(config)} on {self.data}")
+            print_beside(result)
             print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
         return 0
 
@@ -184,7 +189,9 @@ class Train(Command):
 
     def _training(self, given: frozenset[str] | None = None) -> dict[str, Any]:
         groups = (self.training, self.engine, self.output)
-        return training_entries(groups, self.data, leave_out=("out", "overwrite", "tensorboard"), given=given)
+        return training_entries(
+            groups, self.data, leave_out=("out", "overwrite", "tensorboard", "no_baselines"), given=given
+        )
 
     def _read(self) -> dict[str, Any] | None:
         """The experiment in --config, with what the flags change."""

@@ -115,6 +115,16 @@ def complete(config: Mapping[str, Any], *, modules: Sequence[str] = ()) -> dict[
     return {**complete_model({**config, "training": {}}, modules=modules), "training": plain(training)}
 
 
+def name_of(config: Mapping[str, Any]) -> str:
+    """A short name of a config's model, for people and for folders.
+
+    >>> name_of({"model": "dcnv2"}), name_of({"model": {"class": "ctrlib.Model"}})
+    ('dcnv2', 'Model')
+    """
+    model = config["model"]
+    return model if isinstance(model, str) else str(model.get("class")).rpartition(".")[2]
+
+
 def identity_of(config: Mapping[str, Any], data: str, rows: str) -> dict[str, Any]:
     """What of a complete experiment must be the same where it goes on: all but `MAY_CHANGE`, and the data.
 

@@ -24,15 +24,16 @@ from ctrlib import models, plots
 from ctrlib._lock import holding
 from ctrlib._target import FINISHED, check_target
 from ctrlib.data.loader import Loader
-from ctrlib.distributed import init_process_group, rank, world_size
+from ctrlib.distributed import broadcast, init_process_group, rank, world_size
 from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
 from ctrlib.making import new_file, write_text
 from ctrlib.manifest import check_folder
 from ctrlib.model import Model
 from ctrlib.schema import SchemaError
 from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
+from ctrlib.training.baselines import compare, remarks
 from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.config import Device, EngineName, Precision, Training, complete, identity_of, training_of
+from ctrlib.training.config import Device, EngineName, Precision, Training, complete, identity_of, name_of, training_of
 from ctrlib.training.evaluate import Scores, evaluate, predict, score
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.finished import finish, finished
@@ -254,6 +255,7 @@ def run(
     out: str | Path | None = None,
     asynchronous_checkpoints: bool = False,
     tensorboard: bool = False,
+    baselines: bool = False,
     on_built: Callable[[Model], None] | None = None,
     on_trained: Callable[[Model], None] | None = None,
     saving: Callable[[Model], contextlib.AbstractContextManager[Path]] | None = None,
@@ -276,6 +278,10 @@ def run(
     tells more). What makes it the same is `config`, with all defaults filled in, and the data. Only max_epochs,
     workers, device, sharding, plan, checkpoint_seconds and the number of processes may be others; checkpoints of a run
     that differs in anything else are refused, and the entry is named.
+
+    `baselines`: set a constant, a logistic regression and a gradient boosting beside the model, on the same rows of
+    test (`ctrlib.training.baselines.compare`). The result then has their numbers as "baselines", and as "warnings"
+    sentences that say where the model is not better than they are. Its "seconds" are without them.
 
     `modules`: where the model may be imported from, if it is one of your own (`ctrlib.models.build`).
 
@@ -351,7 +357,7 @@ def run(
         plain.load_state_dict(weights)
         if on_trained is not None:
             on_trained(plain)
-    scores, _ = score_once(trainer.model, valid, test, device=chosen_device)
+    scores, scored = score_once(trainer.model, valid, test, device=chosen_device)
     if math.isnan(scores["test_auc"]):
         console.print("warning: test holds one class only (or no known label), so its AUC is undefined (NaN)")
     result = {
@@ -368,6 +374,8 @@ def run(
         "data_hash": schema.hash,
         "note": note,
     }
+    if baselines:
+        result |= _beside(plain, scored, test, name_of(config))
     if out is not None and is_first:
         draw = functools.partial(plots.learning_curve, history)
         with contextlib.nullcontext(out) if saving is None else saving(plain) as folder:
@@ -375,6 +383,17 @@ def run(
         if how.checkpoint_seconds is not None:
             finish(out, identity, result, ["checkpoints"])  # it is over: started again, it begins anew
     return plain, result
+
+
+def _beside(plain: Model, scored: Scores, test: Loader, name: str) -> dict[str, Any]:
+    """What simple models make of the same data, and what is to be said of that; every process gets it."""
+    found: dict[str, Any] = {}
+    if rank() == 0:
+        if world_size() > 1:  # each has scored its share of every batch: here the rows have to be in their order
+            scored = predict(plain, Loader(test.folder, "test", batch_size=test.batch_size, workers=test.workers))
+        lines = compare(test.folder, scored, name=name)
+        found = {"baselines": lines, "warnings": remarks(lines)}
+    return dict(broadcast(found))
 
 
 def _note(data: Path) -> str:
