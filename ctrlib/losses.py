@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
@@ -37,6 +38,23 @@ def binary_cross_entropy(
     if len(task_weights) != losses.shape[0]:
         raise ArgumentError(f"expected a weight for each of {losses.shape[0]} tasks, got task_weights={task_weights}")
     return losses @ losses.new_tensor(task_weights)
+
+
+def after_sampling(logits: Tensor, labels: Tensor, weights: Tensor, *, keep_negatives: float) -> Tensor:
+    """`binary_cross_entropy` of one label on rows of which only that share of the negatives was kept.
+
+    Among those, the odds of a click are 1 / keep_negatives times what they are among all rows, so the loss is taken at
+    z - log(keep_negatives). The z that is learnt, and so what the model predicts, is that of all rows.
+
+    Shape: logits (B, 1), labels (B, 1), weights (B,) -> scalar.
+
+    >>> labels = torch.tensor([[1.0], [0.0], [0.0]])  # of 1 click and 20 negatives, 2 of which were kept
+    >>> logits = torch.full((3, 1), math.log(1 / 20), requires_grad=True)
+    >>> after_sampling(logits, labels, torch.ones(3), keep_negatives=0.1).backward()
+    >>> bool(logits.grad.sum().abs() < 1e-6)  # the base rate of all rows is the best constant
+    True
+    """
+    return binary_cross_entropy(logits - math.log(keep_negatives), labels, weights)
 
 
 def uncertainty_weighted(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

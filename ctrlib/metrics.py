@@ -37,6 +37,7 @@ __all__ = [
     "DeLong",
     "GroupAUC",
     "PairedTest",
+    "Reliability",
     "StreamingAUC",
     "StreamingMetrics",
     "auc",
@@ -44,11 +45,14 @@ __all__ = [
     "auc_paired_test",
     "average_precision",
     "calibration",
+    "calibration_se",
+    "ece_by_chance",
     "evaluate_binary",
     "expected_calibration_error",
     "gauc",
     "log_loss",
     "normalized_entropy",
+    "reliability",
 ]
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -519,6 +523,22 @@ def calibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: np
     return _mean(p, weight) / observed if observed > 0 else math.nan
 
 
+def calibration_se(labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
+    """Standard error of `calibration`, by which it would miss 1 if every probability were exactly right.
+
+    sqrt(sum w^2 p (1 - p)) / sum w y: clicks are independent draws. nan without positives.
+
+    Shape: labels (B,), probabilities (B,), weights (B,) or None.
+
+    >>> calibration_se([1, 0, 1, 0], [0.5] * 4)
+    0.5
+    """
+    positive, p, weight = _checked_probabilities(labels, probabilities, weights)
+    w = np.ones(len(p)) if weight is None else weight
+    observed = float(w @ positive)
+    return math.sqrt(float(w**2 @ (p * (1 - p)))) / observed if observed > 0 else math.nan
+
+
 def expected_calibration_error(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None, *, num_bins: int = 20
 ) -> float:
@@ -526,27 +546,105 @@ def expected_calibration_error(
 
     Bins hold equal mass, not equal width: at click rates of a few percent nearly every prediction is in the first of
     ten equal widths, and the error would say what `calibration` says already. Equal predictions share a bin, so the
-    order of rows does not matter. Noise alone gives about sqrt(2 p (1 - p) num_bins / (pi B)). nan without rows.
+    order of rows does not matter. Noise alone gives about sqrt(2 p (1 - p) num_bins / (pi B)), and `ece_by_chance` says
+    how much. nan without rows.
 
     Shape: labels (B,), probabilities (B,), weights (B,) or None.
 
     >>> round(expected_calibration_error([1, 0, 1, 1], [0.4, 0.4, 0.9, 0.9], num_bins=2), 6)
     0.1
     """
+    bins = reliability(labels, probabilities, weights, num_bins=num_bins)
+    return float(bins.rows @ np.abs(bins.predicted - bins.observed) / bins.rows.sum()) if bins else math.nan
+
+
+def ece_by_chance(
+    labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None, *, num_bins: int = 20
+) -> float:
+    """What `expected_calibration_error` would be, on average, if every probability were exactly right.
+
+    In each bin the clicks would be a sum of independent draws. Of such a sum, the mean distance from its expectation is
+    taken as that of the binomial with the same mean and variance (De Moivre); with weights that differ, as that of the
+    normal. nan without rows. An error of this size says nothing against a model.
+
+    Shape: labels (B,), probabilities (B,), weights (B,) or None.
+
+    >>> round(ece_by_chance([1, 0], [0.5, 0.5]), 6)  # 0, 1 or 2 clicks where 1 is expected: a half, of two rows
+    0.25
+    """
+    bins = reliability(labels, probabilities, weights, num_bins=num_bins)
+    return float(bins.rows @ bins.by_chance / bins.rows.sum()) if bins else math.nan
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Predicted and observed rates by bins of equal mass, ascending; arrays of one number a bin."""
+
+    rows: Floats
+    """Rows of the bin, by weight."""
+    predicted: Floats
+    observed: Floats
+    by_chance: Floats
+    """The mean of |predicted - observed| to be expected of probabilities that are exactly right."""
+
+    def __bool__(self) -> bool:
+        return len(self.rows) > 0
+
+
+def reliability(
+    labels: npt.ArrayLike, probabilities: npt.ArrayLike, weights: npt.ArrayLike | None = None, *, num_bins: int = 20
+) -> Reliability:
+    """What was predicted and what came, in at most `num_bins` bins; no bin without rows. Bins: see the error below.
+
+    Shape: labels (B,), probabilities (B,), weights (B,) or None.
+
+    >>> bins = reliability([1, 0, 1, 1], [0.5, 0.5, 0.75, 0.75], num_bins=2)
+    >>> bins.predicted.tolist(), bins.observed.tolist()
+    ([0.5, 0.75], [0.5, 1.0])
+    """
     if num_bins < 1:
         raise ArgumentError(f"num_bins must be at least 1, got {num_bins}: 20 is usual")
     positive, p, weight = _checked_probabilities(labels, probabilities, weights)
     if len(p) == 0:
-        return math.nan
+        nothing = np.zeros(0)
+        return Reliability(nothing, nothing, nothing, nothing)
     order = np.argsort(p)
     p, positive = p[order], positive[order]
+    uniform = weight is None
     weight = np.ones(len(p)) if weight is None else weight[order]
     starts = np.flatnonzero(np.r_[True, p[1:] != p[:-1]])
     mass = np.add.reduceat(weight, starts)
-    excess = np.add.reduceat(weight * (p - positive), starts)
     middle = (np.cumsum(mass) - mass / 2) / mass.sum()
-    bins = np.minimum((middle * num_bins).astype(np.int64), num_bins - 1)
-    return float(np.abs(np.bincount(bins, excess)).sum() / mass.sum())
+    of_block = np.minimum((middle * num_bins).astype(np.int64), num_bins - 1)
+    of_block = np.unique(of_block, return_inverse=True)[1]  # a bin that a long tie leaves empty is none
+    sums = [
+        np.bincount(of_block, np.add.reduceat(each, starts))
+        for each in (weight, weight * p, weight * positive, weight**2 * p * (1 - p))
+    ]
+    rows, predicted, observed, variance = (each.astype(np.float64) for each in sums)
+    distance = _mean_distance(predicted, variance) if uniform else np.sqrt(2 * variance / math.pi)
+    return Reliability(rows, predicted / rows, observed / rows, distance / rows)
+
+
+def _mean_distance(mean: Floats, variance: Floats) -> Floats:
+    """E |X - mean| of binomials with these means and variances: 2 q v C(n, v) p^v q^(n - v), v = floor(n p) + 1."""
+    found = np.zeros(len(mean))
+    for place, (m, v) in enumerate(zip(mean.tolist(), variance.tolist())):
+        if v <= 0:
+            continue
+        p = min(max((m - v) / m, 1e-12), 1 - 1e-12)  # of a Poisson variable 0
+        n = m / p
+        k = math.floor(m) + 1
+        if n < k:  # all draws are nearly sure: no binomial, n being no whole number
+            found[place] = math.sqrt(2 * v / math.pi)
+            continue
+        # C(n, k) p^k as a product, since lgamma loses all digits where n is large.
+        log_choose = sum(math.log((n - i) * p / (k - i)) for i in range(k)) if k < 1000 else None
+        if log_choose is None:
+            found[place] = math.sqrt(2 * v / math.pi)
+        else:
+            found[place] = 2 * k * math.exp(log_choose + (n - k + 1) * math.log1p(-p))
+    return found
 
 
 def average_precision(labels: npt.ArrayLike, scores: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
@@ -669,9 +767,9 @@ def evaluate_binary(
 ) -> dict[str, float]:
     """Every metric of this module for a final report, exact.
 
-    Keys: auc, auc_se (DeLong; nan if weights are not all 0 or 1), log_loss, normalized_entropy, calibration, ece,
-    pr_auc, rows, positives (rows of weight 0 not counted); with groups also gauc, gauc_groups, gauc_groups_dropped and
-    gauc_rows_dropped.
+    Keys: auc, auc_se (DeLong; nan if weights are not all 0 or 1), log_loss, normalized_entropy, calibration,
+    calibration_se, ece, ece_by_chance, pr_auc, rows, positives (rows of weight 0 not counted); with groups also gauc,
+    gauc_groups, gauc_groups_dropped and gauc_rows_dropped.
 
     Shape: labels (B,), logits (B,), groups (B,) or None, weights (B,) or None.
 
@@ -687,7 +785,9 @@ def evaluate_binary(
         "log_loss": log_loss(positive, z, weight),
         "normalized_entropy": normalized_entropy(positive, z, weight),
         "calibration": calibration(positive, probabilities, weight),
+        "calibration_se": calibration_se(positive, probabilities, weight),
         "ece": expected_calibration_error(positive, probabilities, weight),
+        "ece_by_chance": ece_by_chance(positive, probabilities, weight),
         "pr_auc": average_precision(positive, z, weight),
         "rows": float(len(z)),
         "positives": float(np.count_nonzero(positive)),

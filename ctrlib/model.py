@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.batch import Batch
+from ctrlib.calibration import Calibration
 from ctrlib.errors import ArgumentError
 from ctrlib.layers import full_precision
 
@@ -16,6 +17,7 @@ class Model(nn.Module):
     """logits = head(tower(embedding(batch))) [+ wide(batch)].
 
     Any embedding goes with any tower and any head whose shapes meet. `wide` adds a first-order term to every logit.
+    `calibration`, None in a new model, is what a run with `calibrate` sets: it then has the last word on the logits.
 
     Shape: Batch -> (B, T) logits.
 
@@ -49,17 +51,18 @@ class Model(nn.Module):
                 "build both for the same number of tasks"
             )
         self.embedding, self.tower, self.head, self.wide = embedding, tower, head, wide
+        self.calibration: Calibration | None = None
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch -> (B, T) logits."""
         with full_precision():
             fields = self.embedding(batch)
         logits: Tensor = self.head(self.tower(fields))
-        if self.wide is None:
-            return logits
-        with full_precision():
-            first_order: Tensor = self.wide(batch)
-        return logits + first_order
+        if self.wide is not None:
+            with full_precision():
+                first_order: Tensor = self.wide(batch)
+            logits = logits + first_order
+        return logits if self.calibration is None else self.calibration(logits)
 
     def network(self) -> list[nn.Module]:
         """Tower, head, and the encoders that an embedding publishes as `encoders` (attention over a history, say).

@@ -6,7 +6,7 @@ matplotlib is imported inside the functions, since that takes longer than scorin
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,18 @@ import numpy as np
 from ctrlib.errors import ArgumentError
 
 
-def learning_curve(history: Any, path: str | Path) -> None:
-    """Of a `History` that `ctrlib.fit` returns: validation AUC, both losses, and where the learning rate was cut."""
+def learning_curve(history: Any, path: str | Path, *, reliability: Mapping[str, Any] | None = None) -> None:
+    """Of a `History` that `ctrlib.fit` returns: validation AUC, both losses, and where the learning rate was cut.
+
+    With `reliability` (label -> what `ctrlib.metrics.reliability` returns), a third panel shows what was predicted for
+    test and what came.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(9 if reliability is None else 13.5, 3.5), layout="constrained")
+    left, right, *more = figure.subplots(1, 2 if reliability is None else 3)
+    if reliability is not None:
+        _draw_reliability(more[0], reliability)
     epochs = [line.epoch for line in history.epochs]
     left.plot(epochs, [line.valid_auc for line in history.epochs], marker="o", label="validation")
     best = next((line for line in history.epochs if line.epoch == history.best_epoch), None)
@@ -39,6 +45,47 @@ def learning_curve(history: Any, path: str | Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def reliability(found: Mapping[str, Any], path: str | Path) -> None:
+    """What was predicted and what came, by bins of equal mass: label -> what `ctrlib.metrics.reliability` returns.
+
+    Bars show how far rates that are exactly right may lie beside the line: twice the distance to expect by chance.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    _draw_reliability(figure.subplots(), found)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_reliability(axes: Any, found: Mapping[str, Any]) -> None:
+    """On logarithmic axes where rates span more than a tenfold, as those of clicks do."""
+    lowest, highest = 1.0, 0.0
+    for label, bins in found.items():
+        if not bins:
+            continue
+        axes.errorbar(
+            bins.predicted,
+            bins.predicted,
+            yerr=[np.minimum(2 * bins.by_chance, 0.999 * bins.predicted), 2 * bins.by_chance],
+            fmt="none",
+            ecolor="lightgrey",
+            elinewidth=4,
+        )
+        axes.plot(bins.predicted, bins.observed, marker="o", markersize=4, linewidth=1, label=label)
+        rates = np.r_[bins.predicted, bins.observed[bins.observed > 0]]
+        lowest, highest = min(lowest, rates.min()), max(highest, rates.max())
+    if highest > 10 * lowest > 0:
+        axes.set(xscale="log", yscale="log")
+    if highest >= lowest:
+        axes.plot([lowest, highest], [lowest, highest], color="grey", linestyle=":", linewidth=1)
+        axes.set_xlim(0.8 * lowest, 1.2 * highest)
+        axes.set_ylim(0.8 * lowest, 1.2 * highest)
+    axes.set(xlabel="mean predicted", ylabel="share of clicks", title="Reliability on test")
+    axes.errorbar([], [], yerr=[], fmt="none", ecolor="lightgrey", elinewidth=4, label="by chance")
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def search_result(result: dict[str, Any], path: str | Path) -> None:

@@ -62,14 +62,15 @@ class Scenario:
 
 
 FEATURES = "--label click --group user --numeric price:log --multi tags --ignore user"
-TRAIN = "--model deepfm --dim 4 --hidden 8 --dropout 0.1 --batch-size 128 --learning-rate 0.05 --seed 1"
+TRAIN = "--model deepfm --dim 4 --hidden 8 --dropout 0.1 --batch-size 128 --learning-rate 0.05 --seed 1 --no-baselines"
 STEPS = "--checkpoint-seconds 0"  # a checkpoint after each of the two steps of an epoch
 SEARCH = "--setting epochs=2 --model deepfm --dim 4 --hidden 8 --batch-size 128 --epochs 2 --learning-rate 0.01"
 BASE = {  # what is there before, and how it is made
     "data": f"prepare rows.csv --out data {FEATURES}",
     "older_data": f"prepare older.csv --out older_data {FEATURES}",
     "model": f"train data --out model {TRAIN} --epochs 1",
-    "older_model": "train data --out older_model --model deepfm --dim 4 --hidden 4 --batch-size 64 --epochs 1 --seed 2",
+    "older_model": "train data --out older_model --model deepfm --dim 4 --hidden 4 --batch-size 64 --epochs 1 --seed 2 "
+    "--no-baselines",
     "older_small": "compress model data --ratio 3 --epochs 0 --out older_small",
     "older.parquet": "predict older_model today.csv --out older.parquet",
 }

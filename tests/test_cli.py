@@ -499,8 +499,19 @@ def test_costs_of_histories_grow_with_them() -> None:
 
 
 def test_tables_fit_eighty_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    tasks = [{"label": name, "auc": 0.71234, "log_loss": 0.5, "gauc": 0.6, "calibration": 1.0, "rows": 1e7}
-             for name in ("click", "a label whose name is long enough to be folded")]  # fmt: skip
+    numbers = {
+        "auc": 0.71234,
+        "auc_se": 0.01234,
+        "gauc": 0.6,
+        "gauc_groups": 1_234_567.0,
+        "rows": 1e7,
+        "positives": 3e6,
+    }
+    numbers |= {"log_loss": 0.5, "normalized_entropy": 0.9, "calibration": 1.0, "calibration_se": 0.05}
+    numbers |= {"ece": 0.01, "ece_by_chance": 0.009}
+    tasks: list[dict[str, Any]] = [
+        {"label": name, **numbers} for name in ("click", "a label whose name is long enough to be folded")
+    ]
     tables.print_scores({"auc": 0.7, "log_loss": 0.45678, "rows": 12345678.0, "tasks": tasks}, "m on d")
     tried = [
         {"method": "transform_coding, low-rank layers", "embedding_bytes": size, "valid_auc": auc}
@@ -514,7 +525,8 @@ def test_tables_fit_eighty_columns(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split() for line in printed.splitlines()]
     assert ["AUC,", "mean", "of", "the", "labels", "0.70000"] in rows
     assert ["rows", "12,345,678"] in rows
-    assert ["click", "0.71234", "0.50000", "0.60000", "1.0000", "10,000,000"] in rows
+    assert ["click", "0.71234", "0.01234", "0.60000", "1,234,567", "10,000,000", "3,000,000"] in rows
+    assert ["click", "0.50000", "0.9000", "1.0000", "0.0500", "0.01000", "0.00900"] in rows
     assert ["click", "0.71234", "0.71234", "0.50000", "0.50000"] in rows
     assert any(row[-4:] == ["123,456,789", "10.0", "0.70000", "-0.01000"] for row in rows)
 
@@ -551,7 +563,9 @@ def test_labels_are_named_everywhere(raw: Path, data: Path, tmp_path: Path, caps
         return {task["label"]: task for task in tasks}
 
     def printed(text: str) -> dict[str, list[str]]:
-        return {words[0]: words[1:] for words in map(str.split, text.splitlines()) if words and words[0] in LABELS}
+        """The first row of each label: that of the table of ranking."""
+        rows = [words for words in map(str.split, text.splitlines()) if words and words[0] in LABELS]
+        return {words[0]: words[1:] for words in reversed(rows)}
 
     out, small = tmp_path / "model", tmp_path / "small"
     flags = ["--model", "mlp", "--dim", 4, "--hidden", 8, "--batch-size", 256, "--epochs", 1]
@@ -567,8 +581,8 @@ def test_labels_are_named_everywhere(raw: Path, data: Path, tmp_path: Path, caps
     assert rows["click"]["positives"] > rows["buy"]["positives"] > 0
     table = printed(run("evaluate", out, raw))
     for name in LABELS:
-        assert table[name][:2] == [f"{rows[name]['auc']:.5f}", f"{rows[name]['log_loss']:.5f}"]
-    assert table["click"][-1] == "1,200"
+        assert table[name][:2] == [f"{rows[name]['auc']:.5f}", f"{rows[name]['auc_se']:.5f}"]
+        assert table[name][-2:] == ["1,200", f"{rows[name]['positives']:,.0f}"]
 
     compressed = json.loads(
         run("compress", out, data, "--out", small, "--ratio", 2, "--epochs", 0, "--batch-size", 512, "--json")

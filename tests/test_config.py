@@ -45,6 +45,7 @@ OTHERS: dict[str, Any] = {
     "edges": [[0.5], [1.5]],
     "sequence": "din",
     "tables": {"kind": "memcom", "num_embeddings": 9},
+    "keep_negatives": 0.5,
     "engine": "fused",
     "precision": "bf16",
     "warm_start": "runs/yesterday",

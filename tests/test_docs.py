@@ -153,9 +153,17 @@ def check_models(ran: Ran) -> None:
 def check_training(ran: Ran) -> None:
     above(0.6, *ran.aucs("train"), ran.names["result"]["test_auc"], ran.number(2), ran.number(5))
     text = page("training.md")
-    of_labels = {"valid_tasks", "test_tasks"}
-    for out in ("runs/monday", "runs/monday_py"):
-        assert set(json.loads(Path(out, "metrics.json").read_text())) == documented_metrics() - of_labels
+    beside = {"baselines", "warnings"}
+    usual = documented_metrics() - {"valid_tasks", "test_tasks", "calibrator"}
+    for out, expected in {
+        "runs/monday": usual,
+        "runs/monday_py": usual - beside,
+        "runs/calibrated": usual | {"calibrator"},
+    }.items():
+        result = json.loads(Path(out, "metrics.json").read_text())
+        assert set(result) == expected
+        for line in result.get("baselines", []):
+            assert all(f"`{key}`" in section(text, "Beside every result") for key in line)
         for line in Path(out, "log.jsonl").read_text().splitlines():
             assert set(json.loads(line)) == set(first_cells(section(text, "log.jsonl")))
     files = section(text, "What a run writes")

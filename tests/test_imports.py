@@ -18,7 +18,7 @@ LAYERS = [
     {"making", "_launcher", "_lock"},
     {"_lazy", "_target"},  # an installation that does not load is explained by `doctor`
     {"schema", "batch", "layers", "metrics", "plots", "distributed"},
-    {"losses", "manifest"},
+    {"losses", "manifest", "calibration"},
     {"data", "embeddings", "towers", "heads"},
     {"model", "testing"},
     {"structure", "inputs"},
@@ -43,6 +43,7 @@ STRICT = {
     "metrics": ({"errors"}, {"numpy"}),  # an offline AUC needs no torch
     "layers": ({"errors"}, {"torch"}),
     "losses": ({"errors", "layers"}, {"torch"}),
+    "calibration": ({"errors"}, {"torch", "numpy"}),
     "towers": ({"errors", "layers", "_lazy"}, {"torch"}),
     "heads": ({"errors", "layers", "losses", "_lazy"}, {"torch"}),
 }

@@ -22,6 +22,8 @@ from ctrlib.metrics import (
     auc_paired_test,
     average_precision,
     calibration,
+    calibration_se,
+    ece_by_chance,
     evaluate_binary,
     expected_calibration_error,
     gauc,
@@ -377,6 +379,8 @@ def test_evaluate_binary_has_every_metric():
     assert report["normalized_entropy"] == normalized_entropy(labels, logits)
     assert report["calibration"] == pytest.approx(calibration(labels, p), rel=1e-12)
     assert report["ece"] == pytest.approx(expected_calibration_error(labels, p), rel=1e-9)
+    assert report["calibration_se"] == pytest.approx(calibration_se(labels, p), rel=1e-9)
+    assert report["ece_by_chance"] == pytest.approx(ece_by_chance(labels, p), rel=1e-9)
     assert report["pr_auc"] == average_precision(labels, logits)
     assert report["gauc"] == gauc(labels, logits, groups).value
     assert (report["rows"], report["positives"]) == (2_000, labels.sum())

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from ctrlib.cli.flags import Command, ScoringFlags
 from ctrlib.cli.kinds import OptionalName, Paths, shown
 from ctrlib.cli.paths import check_model, check_prepared, check_raw, holds_parquet, named
-from ctrlib.cli.tables import print_counts, print_scores
+from ctrlib.cli.tables import print_counts, print_scores, print_slices
 from ctrlib.errors import ArgumentError
 
 
@@ -24,7 +24,7 @@ class Evaluate(Command):
     Examples:
 
         ctrlib evaluate runs/clicks data/clicks --split test
-        ctrlib evaluate runs/clicks yesterday.csv
+        ctrlib evaluate runs/clicks yesterday.csv --by shop
     """
 
     model: Positional[Path]
@@ -33,6 +33,8 @@ class Evaluate(Command):
     """Prepared folder, or raw files or folders of parquet files, as `ctrlib prepare` takes them."""
     split: OptionalName = None
     """Which split of a prepared folder; otherwise test."""
+    by: OptionalName = None
+    """Column by whose values the rows are told apart too: where the model ranks badly, or promises too much."""
     scoring: ScoringFlags = field(default_factory=ScoringFlags)
 
     def __call__(self) -> int:
@@ -55,13 +57,16 @@ class Evaluate(Command):
         predictor, size = Predictor.load(self.model), self.scoring.batch_size
         if is_prepared:
             name = self.split or "test"
-            scores = predictor.evaluate_prepared(data, name, batch_size=size)
+            scores = predictor.evaluate_prepared(data, name, batch_size=size, by=self.by)
         else:
             name = "rows"
-            scores = predictor.evaluate(data if one else self.data, batch_size=size, on_bad_row=self.scoring.on_bad_row)
+            rows, skip = data if one else self.data, self.scoring.on_bad_row
+            scores = predictor.evaluate(rows, batch_size=size, on_bad_row=skip, by=self.by)
         if self.json:
             print(to_json(scores))
         else:
             print_scores(scores, f"{self.model} on {named(self.data)}, {name}")
+            if self.by is not None:
+                print_slices(scores["by"], self.by)
             print_counts(scores)
         return 0

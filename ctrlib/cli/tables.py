@@ -111,11 +111,10 @@ def print_beside(result: dict[str, Any]) -> None:
     if not lines:
         return
     several = len({line["label"] for line in lines}) > 1
-    sampled = lines[0]["rows"] < max(
-        task["rows"] for task in result.get("test_tasks", [{"rows": result.get("test_rows")}])
-    )
+    known = result["test_tasks"][0]["rows"] if several else result["test_rows"]
     fewer = [line["train_rows"] for line in lines if "seconds" in line and line["train_rows"] < lines[0]["train_rows"]]
-    print(f"beside simple models, on {'a sample of' if sampled else 'the same'} {lines[0]['rows']:,} rows of test")
+    drawn = f" drawn from the {known:,.0f}" if lines[0]["rows"] < known else ""
+    print(f"beside simple models, on the same {lines[0]['rows']:,} rows{drawn} of test")
     table = new_table(*(["label"] if several else []), "model", "AUC", "log-loss", "NE", "seconds", numbers=4)
     for before, line in zip((None, *lines), lines):
         is_first = before is None or before["label"] != line["label"]
@@ -129,6 +128,26 @@ def print_beside(result: dict[str, Any]) -> None:
         print(f"warning: {sentence}")
 
 
+def print_slices(slices: list[dict[str, Any]], column: str) -> None:
+    """Metrics of the rows of each value of a column."""
+    several = len({line["label"] for line in slices}) > 1
+    headings = [name for _, name, _ in SLICES]
+    table = new_table(column, *(["label"] if several else []), *headings, numbers=len(headings))
+    for line in slices:
+        label = [line["label"]] if several else []
+        table.add_row(line["value"], *label, *(format(line[key], form) for key, _, form in SLICES))
+    show(table)
+
+
+SLICES = (
+    ("rows", "rows", ",.0f"),
+    ("positives", "positives", ",.0f"),
+    ("auc", "AUC", ".4f"),
+    ("auc_se", "SE", ".4f"),
+    ("normalized_entropy", "NE", ".4f"),
+    ("calibration", "calibration", ".3f"),
+    ("calibration_se", "SE", ".3f"),
+)
 BESIDE = (("auc", ".5f"), ("log_loss", ".5f"), ("normalized_entropy", ".4f"))
 
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 class Start(TrainingFlags):
     """How it is trained: Adam, until validation AUC has stopped rising."""
 
+    keep_negatives: float = 1.0
+    """Share of the training rows without a click to train on, such as 0.1; probabilities stay those of all rows."""
+    calibrate: Switch = False
+    """Fit slope and intercept of the logits on validation in the end; they become part of the model."""
     warm_start: OptionalPath = None
     """Model folder to start from: its rows follow their values into the new vocabularies."""
 

@@ -8,7 +8,7 @@ mostly null counts and ranges) is checked before anything is read; the rest when
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrlib.data.scan import DataError
+from ctrlib.errors import ArgumentError
 from ctrlib.manifest import Manifest, manifest_of
 from ctrlib.schema import (
     MISSING_ID,
@@ -44,6 +45,12 @@ class RowGroup:
     num_rows: int
     num_bytes: int  # uncompressed
     manifest: Manifest | None = None  # with checksums of its bytes
+    kept: Array | None = None  # the rows of it that are used, ascending; None for all
+
+    @property
+    def size(self) -> int:
+        """How many rows of it are used."""
+        return self.num_rows if self.kept is None else len(self.kept)
 
 
 @dataclass(frozen=True)
@@ -229,6 +236,46 @@ def decode(groups: Sequence[RowGroup], schema: Schema, with_group: bool = False)
         lengths = np.concatenate([np.diff(part.offsets) for part in parts])
         ragged[name] = Ragged(np.concatenate([part.values for part in parts]), offsets_of(lengths))
     return Columns(ids, ragged, floats, group_column)
+
+
+def decode_kept(groups: Sequence[RowGroup], schema: Schema, with_group: bool = False) -> Columns:
+    """As `decode`, of the rows that are used; errors as there."""
+    if all(group.kept is None for group in groups):
+        return decode(groups, schema, with_group)
+    parts = [(decode([group], schema, with_group), group.kept) for group in groups]
+    return Columns.concatenate([part if kept is None else part.take(kept) for part, kept in parts])
+
+
+def keep_some_negatives(groups: Sequence[RowGroup], schema: Schema, share: float, seed: int) -> list[RowGroup]:
+    """Row groups of which about that share of the rows with label 0 is used, and every other row.
+
+    Which, depends on the seed and on where a row stands. Row groups of which no row is left are left out.
+
+    Raises:
+        ArgumentError: there are several labels, so that a row may be a negative of one and a positive of another.
+        DataError: no row with label 0 is left.
+    """
+    if len(schema.labels) > 1:
+        raise ArgumentError(
+            f"keep_negatives={share} goes with one label, and there are {list(schema.labels)}: a row without a click "
+            "of one may be a click of another; leave it out (--keep-negatives 1)"
+        )
+    found, num_kept = [], 0
+    for place, group in enumerate(groups):
+        labels = _plain(_read(group, list(schema.labels))[schema.labels[0]], schema.labels[0], group)
+        draw = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, place, len(groups)))))
+        negative = labels == 0
+        drawn = draw.random(len(labels)) < share
+        num_kept += int((negative & drawn).sum())
+        kept = np.flatnonzero(~negative | drawn)
+        if len(kept):
+            found.append(replace(group, kept=kept))
+    if not num_kept:
+        raise DataError(
+            f"{groups[0].path.parent}: keep_negatives={share} leaves no row with label 0 of {schema.labels[0]!r}: "
+            "expected some to learn from; keep more (--keep-negatives)"
+        )
+    return found
 
 
 def check_classes(groups: Sequence[RowGroup], schema: Schema) -> None:

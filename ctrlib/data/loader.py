@@ -26,8 +26,18 @@ import numpy as np
 
 from ctrlib.batch import Batch
 from ctrlib.data.collate import collate
-from ctrlib.data.columns import Array, Columns, RowGroup, check_classes, decode, find_row_groups, offsets_of
-from ctrlib.errors import ArgumentError, check_path, check_type
+from ctrlib.data.columns import (
+    Array,
+    Columns,
+    RowGroup,
+    check_classes,
+    decode,
+    decode_kept,
+    find_row_groups,
+    keep_some_negatives,
+    offsets_of,
+)
+from ctrlib.errors import ArgumentError, check_number, check_path, check_type
 from ctrlib.manifest import data_hash, load_schema
 
 _Span = tuple[int, int, int]  # window, first row in it, last row + 1
@@ -49,8 +59,10 @@ class Loader:
         window_rows: rows decoded, and shuffled, together. A split of no more rows is decoded once and kept; of a larger
             one, two windows are in memory at most. A row group is never divided: one with more rows is a window by
             itself. (A batch of more rows than a window holds needs as many windows as it touches.)
-        with_group: fill `Batch.group`.
+        with_group: fill `Batch.group`; None does so where the schema names a group and rows are not shuffled.
         drop_last: leave out the rows that do not fill a last global batch, for training with fixed shapes.
+        keep_negatives: the share of the rows with label 0 that is given, the same rows in every epoch; which, the seed
+            says. For training on rare clicks, with a loss that knows of it (`ctrlib.losses.after_sampling`).
 
     The last global batch may be short. With one rank it is given as it is. With more, it is sliced as evenly as
     possible and short slices are padded by repeating a row with weight 0 and labels 0, so that every rank sees equally
@@ -91,8 +103,9 @@ class Loader:
         world_size: int = 1,
         workers: int = 1,
         window_rows: int = 1 << 20,
-        with_group: bool = False,
+        with_group: bool | None = None,
         drop_last: bool = False,
+        keep_negatives: float = 1.0,
     ) -> None:
         check_path("a prepared folder", folder=folder)
         check_type("the name of a split", str, split=split)
@@ -109,6 +122,8 @@ class Loader:
         if not 0 <= rank < world_size:
             raise ArgumentError(f"rank must be in [0, world_size) = [0, {world_size}), got {rank}")
         self.folder, self.schema = Path(folder), load_schema(folder)
+        if with_group is None:
+            with_group = self.schema.group is not None and not shuffle
         if with_group and not self.schema.group:
             raise ArgumentError(f"with_group=True, but the schema of {folder} names no group: set Schema(group=...)")
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
@@ -116,7 +131,13 @@ class Loader:
         self.window_rows, self.with_group = window_rows, with_group
         self.data_hash = data_hash(folder)
         self._row_groups = find_row_groups(Path(folder), split, self.schema)
-        self.num_rows = sum(group.num_rows for group in self._row_groups)
+        check_number(0, keep_negatives=keep_negatives)
+        if not 0 < keep_negatives <= 1:
+            raise ArgumentError(f"keep_negatives must be above 0 and at most 1, got {keep_negatives}")
+        self.keep_negatives = keep_negatives
+        if keep_negatives < 1:
+            self._row_groups = keep_some_negatives(self._row_groups, self.schema, keep_negatives, seed)
+        self.num_rows = sum(group.size for group in self._row_groups)
         self._global_size = batch_size * world_size
         full, tail = divmod(self.num_rows, self._global_size)
         fold = shuffle and tail == 1 and full > 0
@@ -189,6 +210,7 @@ class Loader:
             "layout_hash": hashlib.sha256(json.dumps([self.data_hash, layout]).encode()).hexdigest()[:16],
             "shuffle": self.shuffle,
             "window_rows": self.window_rows,
+            **({"keep_negatives": self.keep_negatives} if self.keep_negatives < 1 else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -241,7 +263,7 @@ class Loader:
     def _stream(self, epoch: int, first: int, builders: Executor, decoder: Executor) -> Iterator[Batch]:
         """Batches from index `first` on, in order, built ahead in bounded number from at most two open windows."""
         plan = self._plan(epoch)
-        bounds = offsets_of(np.array([sum(group.num_rows for group in window) for window in plan]))
+        bounds = offsets_of(np.array([sum(group.size for group in window) for window in plan]))
         ahead = 1 if self.workers else 0
         depth = 2 * self.workers + 2 if self.workers else 1
         windows: dict[int, Future[tuple[Columns, Array]]] = {}
@@ -275,11 +297,11 @@ class Loader:
         plan: list[list[RowGroup]] = []
         num_rows = self.window_rows
         for group in groups:
-            if num_rows + group.num_rows > self.window_rows:
+            if num_rows + group.size > self.window_rows:
                 plan.append([])
                 num_rows = 0
             plan[-1].append(group)
-            num_rows += group.num_rows
+            num_rows += group.size
         return plan
 
     def _generator(self, epoch: int, purpose: int) -> np.random.Generator:
@@ -302,9 +324,9 @@ class Loader:
     def _open(self, groups: list[RowGroup], epoch: int, window: int) -> tuple[Columns, Array]:
         """A window's rows and the order in which the stream takes them."""
         if self.num_rows > self.window_rows:
-            columns = decode(groups, self.schema, self.with_group)
+            columns = decode_kept(groups, self.schema, self.with_group)
         else:
-            columns = self._kept = self._kept or decode(groups, self.schema, self.with_group)
+            columns = self._kept = self._kept or decode_kept(groups, self.schema, self.with_group)
         num_rows = len(columns.ids)
         order = self._generator(epoch, window + 1).permutation(num_rows) if self.shuffle else np.arange(num_rows)
         return columns, order

@@ -25,7 +25,13 @@ class Report:
         self, schema: Schema, reasons: Mapping[str, str], skipped: Mapping[str, Any], earlier: Earlier | None
     ) -> None:
         self._schema, self._reasons = schema, reasons
-        self.content: dict[str, Any] = {"rows": {}, "skipped": skipped, "label_mean": {}, "features": {}}
+        self.content: dict[str, Any] = {
+            "rows": {},
+            "skipped": skipped,
+            "label_mean": {},
+            "missing_labels": {},
+            "features": {},
+        }
         for feature in schema.features:
             entry: dict[str, Any] = {"kind": kind_of(feature), "reason": reasons[feature.name]}
             if isinstance(feature, Numeric):
@@ -62,6 +68,9 @@ class Report:
             name: counts["positive"] / counts["present"] if counts["present"] else None
             for name, counts in totals.labels.items()
         }
+        self.content["missing_labels"][split] = {
+            name: totals.rows - counts["present"] for name, counts in totals.labels.items()
+        }
         for name, counts in totals.ids.items():
             entry = self.content["features"][name]
             if entry["kind"] == "sequence":
@@ -96,7 +105,9 @@ class Report:
         for split, num_rows in self.content["rows"].items():
             found = self.content["label_mean"][split]
             means = ", ".join(f"{name} {'-' if mean is None else f'{mean:.4f}'}" for name, mean in found.items())
-            log(f"{split}: {num_rows:,} rows, mean of labels: {means}")
+            missing = {name: number for name, number in self.content["missing_labels"][split].items() if number}
+            without = ", ".join(f"{name} {number:,}" for name, number in missing.items())
+            log(f"{split}: {num_rows:,} rows, mean of labels: {means}{f'; missing: {without}' if without else ''}")
         if new := self.content.get("new_values"):
             log("new values: " + ", ".join(f"{name} {number:,}" for name, number in new.items()))
         for remark in self.remarks:

@@ -20,10 +20,12 @@ from ctrlib.errors import ArgumentError, check_type, shown
 from ctrlib.models.table import MODELS, PublishedModel
 from ctrlib.models.tree import complete_tree, make_tree
 
-# What a config may hold beside the arguments: parts of a compressed model, how it was trained, how it was searched.
-BESIDE = ("replaced", "training", "search")
+# What a config may hold beside the arguments: parts of a compressed model, how it was trained, how it was searched,
+# and the calibrator that was fitted when it was trained.
+BESIDE = ("replaced", "training", "search", "calibration")
 
 if TYPE_CHECKING:
+    from ctrlib.calibration import Calibration
     from ctrlib.model import Model
     from ctrlib.schema import Schema
 
@@ -40,8 +42,9 @@ def for_engine(config: dict[str, Any], engine: str) -> dict[str, Any]:
 def build(config: Mapping[str, Any], schema: Schema, *, modules: Sequence[str] = ()) -> Model:
     """The model that a saved `{"model": name, **arguments}` describes: arguments of `Inputs` and of the model.
 
-    `replaced` says which parts of a compressed model are not the published model's (`ctrlib.structure`). `training` and
-    `search`, which say how it came about (`ctrlib.run`), are of no concern here.
+    `replaced` says which parts of a compressed model are not the published model's (`ctrlib.structure`), `calibration`
+    what is done to its logits (`ctrlib.calibration`). `training` and `search`, which say how it came about
+    (`ctrlib.run`), are of no concern here.
 
     Args:
         config: plain data; in the place of the name, it may have a tree of constructors (`ctrlib.models.tree`).
@@ -55,6 +58,32 @@ def build(config: Mapping[str, Any], schema: Schema, *, modules: Sequence[str] =
 
     check_type('a dictionary {"model": name, **arguments}', Mapping, config=config)
     check_type("a ctrlib.Schema, as ctrlib.prepare returns it or Schema.load reads it", Schema, schema=schema)
+    from ctrlib.calibration import Calibration
+
+    model = _assembled(config, schema, modules)
+    if (described := config.get("calibration")) is not None:
+        set_calibration(model, Calibration.of(described, len(schema.labels)))
+    return model
+
+
+def set_calibration(model: Model, calibration: Calibration | None) -> None:
+    """Let a model's logits be calibrated from now on; None: only see whether they could be.
+
+    Raises:
+        ValueError: the model computes its logits in a way of its own, which would pass a calibrator over.
+    """
+    from ctrlib.model import Model
+
+    if type(model).forward is not Model.forward:
+        raise ArgumentError(
+            f"{type(model).__name__} has a forward of its own, which applies no calibrator: leave calibrate out, or "
+            "compose it from ctrlib.Model's parts"
+        )
+    if calibration is not None:
+        model.calibration = calibration
+
+
+def _assembled(config: Mapping[str, Any], schema: Schema, modules: Sequence[str]) -> Model:
     from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
     from ctrlib.structure import restructure

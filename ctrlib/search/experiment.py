@@ -15,6 +15,7 @@ from typing import Any
 from ctrlib import models
 from ctrlib._lazy import instead
 from ctrlib.errors import ArgumentError, WrongTypeError, check_type, shown
+from ctrlib.models.build import BESIDE
 from ctrlib.search.methods import SEARCHES
 from ctrlib.training.config import Training, training_of
 
@@ -106,5 +107,5 @@ def parts_of(experiment: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any, T
         )
     settings = {"learning_rate": training.learning_rate, "embedding_l2": training.embedding_l2, **said}
     method = settings.pop("method")
-    config = {name: value for name, value in experiment.items() if name not in ("training", "search", "replaced")}
+    config = {name: value for name, value in experiment.items() if name not in BESIDE}
     return method, config, settings_of(method, settings), training

@@ -86,17 +86,18 @@ class _DirectModel(nn.Module):
         self.network = nn.Sequential(model.tower, model.head)
         self.network.training = model.training
         self.flat = flat(self.network)
+        self.calibration = model.calibration
 
     def forward(self, rows: Rows) -> Tensor:
         with full_precision():
             fields = self.embedding(rows)
         network = self.network if self.flat is None or torch.is_autocast_enabled("cpu") else self.flat
         logits: Tensor = network(fields)
-        if self.wide is None:
-            return logits
-        with full_precision():
-            first_order: Tensor = self.wide(rows)
-        return logits + first_order
+        if self.wide is not None:
+            with full_precision():
+                first_order: Tensor = self.wide(rows)
+            logits = logits + first_order
+        return logits if self.calibration is None else self.calibration(logits)
 
 
 class _DirectTables:

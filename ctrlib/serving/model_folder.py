@@ -58,6 +58,7 @@ def save_model(
     check_type("a torch module", nn.Module, model=model)
     check_type('a dictionary {"model": name, **arguments}', dict, config=config)
     check_path("a prepared folder", data=data)
+    config = _with_calibration(config, model)
     with target(out, ("model", "run", "search", "compressed", "other"), inputs=[data], overwrite=True):
         _check_config(model, config, load_schema(data), modules)
         with model_in_the_making(model, config, data, out):
@@ -84,7 +85,8 @@ def model_in_the_making(
         schema.save(making / "schema.json", manifest=True)
         for part in parts:
             shutil.copytree(data / part, making / part)
-        (making / "model.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        content = json.dumps(_with_calibration(config, model), indent=1) + "\n"
+        (making / "model.json").write_text(content, encoding="utf-8")
         # Cloned, since tables of a model that has scored are views of one tensor (`ctrlib.serving.direct`).
         weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(weights, str(making / "model.safetensors"), metadata={"schema_hash": schema.hash})
@@ -96,6 +98,13 @@ def model_in_the_making(
             write_manifest(making, kind)
     if "numbers" not in parts:
         remove(out / "numbers")  # an older model's
+
+
+def _with_calibration(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The config with the model's own calibrator, if it has one, and with no other."""
+    config = {name: value for name, value in config.items() if name != "calibration"}
+    calibration = getattr(model, "calibration", None)
+    return config if calibration is None else {**config, "calibration": calibration.as_dict()}
 
 
 def _check_config(model: nn.Module, config: dict[str, Any], schema: Schema, modules: Sequence[str]) -> None:

@@ -35,7 +35,8 @@ from ctrlib.schema import Schema, SchemaError
 from ctrlib.serving.direct import Rows as DirectRows
 from ctrlib.serving.direct import direct
 from ctrlib.serving.model_folder import load_model
-from ctrlib.training.evaluate import evaluate
+from ctrlib.serving.slices import prepared_values, score_slices
+from ctrlib.training.evaluate import Scores, predict, score
 
 NOTHING = pl.DataFrame()  # made once: a frame costs a tenth of a millisecond
 
@@ -241,8 +242,12 @@ class Predictor:
     def _direct(self) -> nn.Module:
         return direct(self.model, self.schema)
 
-    def evaluate(self, data: Rows, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise") -> dict[str, Any]:
+    def evaluate(
+        self, data: Rows, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise", by: str | None = None
+    ) -> dict[str, Any]:
         """Metrics on raw rows with labels, as `ctrlib.evaluate` gives them, and the counts that `predict` gives.
+
+        `by` names a column: "by" then has metrics of the rows of each of its values (`ctrlib.serving.slices`).
 
         Raises:
             SchemaError, DataError: as in `predict`, labels included.
@@ -251,26 +256,37 @@ class Predictor:
         check_whole(1, batch_size=batch_size)
         groups: dict[str, int] = {}
         report = Report(self.encoder)
+        values: list[pl.Series] = []
 
         def batches() -> Iterator[Batch]:
-            for columns, _ in self._encoded(data, on_bad_row, (), report, groups=groups):
+            keep = () if by is None else (by,)
+            for columns, kept in self._encoded(data, on_bad_row, keep, report, groups=groups):
+                if by is not None:
+                    values.append(kept[by])
                 for start in range(0, len(columns.ids), batch_size):
                     part = columns.take(np.arange(start, min(start + batch_size, len(columns.ids))))
                     yield collate(part, self.schema, len(part.ids))
             report.check()
 
-        scores = evaluate(self.model, batches(), labels=self.schema.labels)
-        return {**report.as_dict(), **scores}
+        scores = predict(self.model, batches())
+        return {**report.as_dict(), **self._metrics(scores, pl.concat(values) if values else None)}
 
-    def evaluate_prepared(self, folder: str | Path, split: str, *, batch_size: int = 8192) -> dict[str, Any]:
-        """Metrics on a split of a prepared folder.
+    def evaluate_prepared(
+        self, folder: str | Path, split: str, *, batch_size: int = 8192, by: str | None = None
+    ) -> dict[str, Any]:
+        """Metrics on a split of a prepared folder; `by` as in `evaluate`, a feature with one id a row, or the group.
 
         Raises:
-            SchemaError: the folder was prepared differently from what the model was trained on.
+            SchemaError: the folder was prepared differently from what the model was trained on, or `by` is none of its
+                columns of single ids.
         """
         schema = self.check_prepared(folder)
-        loader = Loader(folder, split, batch_size=batch_size, with_group=schema.group is not None)
-        return evaluate(self.model, loader, labels=schema.labels)
+        values = None if by is None else prepared_values(Path(folder), split, schema, by)
+        return self._metrics(predict(self.model, Loader(folder, split, batch_size=batch_size)), values)
+
+    def _metrics(self, scores: Scores, values: pl.Series | None) -> dict[str, Any]:
+        found = score(scores, labels=self.schema.labels)
+        return found if values is None else {**found, "by": score_slices(scores, values, self.schema.labels)}
 
     def check_prepared(self, folder: str | Path) -> Schema:
         """The schema of a prepared folder, if the model can read it.

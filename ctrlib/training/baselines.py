@@ -77,7 +77,7 @@ def compare(
     train = _read(folder, "train", schema, most_rows, draw)
     valid = _read(folder, "valid", schema, most_rows // 4, draw)
     test = _read(folder, "test", schema, most_rows, draw)
-    lines = []
+    lines: list[dict[str, Any]] = []
     with threadpool_limits(1):  # threads that wait for each other on a busy machine take twenty times as long
         for task, label in enumerate(schema.labels):
             logits = scores.logits[test.places, task]
@@ -166,10 +166,11 @@ def _of_label(
     name: str,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
+    is_drawn, num_rows = len(train.places) < train.num_rows, train.num_rows
     train, valid, test_known = (_known(split, task) for split in (train, valid, test))
     logits = logits[_is_known(test, task)]
     y, w = test_known.labels[:, task], _weights(test_known)
-    common = {"label": label, "rows": len(y), "train_rows": train.num_rows}
+    common = {"label": label, "rows": len(y), "train_rows": num_rows if is_drawn else len(train.labels)}
 
     def measured(z: Array) -> dict[str, float]:
         probabilities = 1 / (1 + np.exp(-np.clip(z.astype(np.float64), -700, 700)))
@@ -341,10 +342,11 @@ def _rates(labels: Array, weights: Array, fold: Array, lists: Sequence[tuple[Arr
         means = [np.bincount(held, each, minlength=len(lengths)) / np.maximum(lengths, 1) for each in (rates, counts)]
         return [np.where(lengths > 0, means[0], mean), means[1]]
 
-    own = [all_of[places] - of_cell.ravel()[cell] for all_of, of_cell in ((all_clicks, clicks), (all_counts, counts))]
-    made = [of_rows(*own, offsets)]
+    cells = (clicks.ravel()[cell], counts.ravel()[cell])
+    made = [of_rows(all_clicks[places] - cells[0], all_counts[places] - cells[1], offsets)]
     for other_ids, other_offsets in lists[1:]:
         place, known = _places(values, other_ids)
-        others = [each[place] * known if len(each) else np.zeros(len(place)) for each in (all_clicks, all_counts)]
-        made.append(of_rows(*others, other_offsets))
+        if not len(values):
+            place, all_clicks, all_counts = np.zeros(len(other_ids), np.int64), np.zeros(1), np.zeros(1)
+        made.append(of_rows(all_clicks[place] * known, all_counts[place] * known, other_offsets))
     return made

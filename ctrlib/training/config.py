@@ -55,6 +55,10 @@ class Training:
     """Arithmetic of tower and head (bf16: fused engine)."""
     patience: int = 2
     """Passes without a better validation AUC before training stops."""
+    keep_negatives: float = 1.0
+    """Share of train's rows without a click that is trained on; logits are those of all rows (one label)."""
+    calibrate: bool = False
+    """Whether slope and intercept of the logits are fitted on validation in the end."""
     seed: int = 0
     """Of initial weights, the order of rows and dropout."""
     warm_start: str | None = None
@@ -77,6 +81,12 @@ class Training:
         check_whole(0, seed=self.seed, workers=self.workers)
         check_number(0, learning_rate=self.learning_rate, embedding_learning_rate=self.embedding_learning_rate)
         check_number(0, embedding_l2=self.embedding_l2)
+        check_number(0, keep_negatives=self.keep_negatives)
+        if not 0 < self.keep_negatives <= 1:
+            raise ArgumentError(
+                f"keep_negatives must be above 0 and at most 1, got {self.keep_negatives}: 0.1 keeps one of ten"
+            )
+        check_type("True or False", bool, calibrate=self.calibrate)
         if self.checkpoint_seconds is not None:
             check_number(0, checkpoint_seconds=self.checkpoint_seconds)
         check_type("a text", str, engine=self.engine, precision=self.precision, device=self.device)
@@ -105,6 +115,8 @@ def training_of(config: Mapping[str, Any]) -> Training:
 def complete(config: Mapping[str, Any], *, modules: Sequence[str] = ()) -> dict[str, Any]:
     """The experiment with every argument at its value: defaults are filled in, of the model and of the training.
 
+    The calibrator of a run that was, which model.json holds, is left out: each run fits its own.
+
     Raises:
         ValueError: an entry is unknown or no plain data, or there is no such model.
 
@@ -112,7 +124,8 @@ def complete(config: Mapping[str, Any], *, modules: Sequence[str] = ()) -> dict[
     2
     """
     training = dataclasses.asdict(training_of(config))
-    return {**complete_model({**config, "training": {}}, modules=modules), "training": plain(training)}
+    without = {name: value for name, value in config.items() if name != "calibration"}
+    return {**complete_model({**without, "training": {}}, modules=modules), "training": plain(training)}
 
 
 def name_of(config: Mapping[str, Any]) -> str:
@@ -128,10 +141,13 @@ def name_of(config: Mapping[str, Any]) -> str:
 def identity_of(config: Mapping[str, Any], data: str, rows: str) -> dict[str, Any]:
     """What of a complete experiment must be the same where it goes on: all but `MAY_CHANGE`, and the data.
 
+    A calibrator is what comes out of it.
+
     `data` is the hash of the schema, `rows` that of the rows (`Loader.data_hash`).
     """
     training = {name: value for name, value in config["training"].items() if name not in MAY_CHANGE}
-    return {**config, "training": training, "data": data, "rows": rows}
+    described = {name: value for name, value in config.items() if name != "calibration"}
+    return {**described, "training": training, "data": data, "rows": rows}
 
 
 def differences(saved: Any, now: Any, path: str = "") -> list[str]:

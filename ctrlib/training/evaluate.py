@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import nn
 
 from ctrlib import metrics
 from ctrlib.batch import Batch
+from ctrlib.calibration import Calibration
+from ctrlib.data.loader import Loader
 from ctrlib.distributed import broadcast, gather_to_first
 from ctrlib.errors import ArgumentError, check_batches, check_type
 
@@ -61,11 +63,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of a model on labelled batches, for one label those of `ctrlib.metrics.evaluate_binary`.
 
-    For several labels "auc" and "log_loss" are the means over labels and "tasks" lists each label's metrics in order;
-    with the names of the `labels` (the schema's) each says first which "label" it is of.
+    With the groups of rows (`Batch.group`, which a `Loader` that does not shuffle fills where the schema names a group)
+    GAUC is among them. For several labels "auc" and "log_loss" are the means over labels and "tasks" lists each label's
+    metrics in order; each says first which "label" it is of: by `labels`, or by the schema of a `Loader`.
     `quick` computes AUC and log-loss only. Rows of weight 0 and missing labels are left out. Of several processes, all
     get the metrics of all their rows.
     """
+    if labels is None and isinstance(batches, Loader):
+        labels = batches.schema.labels
     return score(predict(model, batches, device=device), quick=quick, labels=labels)
 
 
@@ -73,6 +78,27 @@ def score(scores: Scores, *, quick: bool = False, labels: Sequence[str] | None =
     """The metrics of `evaluate`, of rows that are scored already. Of several processes, every one must call it."""
     parts = gather_to_first(scores)
     return dict(broadcast(_score(_concatenate(parts), quick, labels) if parts else {}))
+
+
+def whole(scores: Scores) -> Scores | None:
+    """Those of all processes together, on the first one; elsewhere None. Every process must call it."""
+    parts = gather_to_first(scores)
+    return _concatenate(parts) if parts else None
+
+
+def calibrated(scores: Scores, calibration: Calibration) -> Scores:
+    """The same rows with calibrated logits, bit for bit those of a model that has this calibrator."""
+    return replace(scores, logits=calibration(torch.from_numpy(scores.logits)).numpy())
+
+
+def known(scores: Scores, task: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Of the rows with weight whose label is known: labels, logits, groups or None, weights (None if all are alike)."""
+    labels, logits = scores.labels[:, task], scores.logits[:, task]
+    keep = ~np.isnan(labels) & (scores.weights > 0)
+    weights = scores.weights[keep]
+    uniform = weights.size == 0 or bool((weights == weights[0]).all())
+    groups = None if scores.groups is None else scores.groups[keep]
+    return labels[keep], logits[keep], groups, None if uniform else weights
 
 
 def _concatenate(parts: list[Scores]) -> Scores:
@@ -96,12 +122,7 @@ def _score(scores: Scores, quick: bool, labels: Sequence[str] | None) -> dict[st
 
 
 def _evaluate_task(scores: Scores, task: int, quick: bool) -> dict[str, Any]:
-    labels, logits = scores.labels[:, task], scores.logits[:, task]
-    keep = ~np.isnan(labels) & (scores.weights > 0)
-    labels, logits, weights = labels[keep], logits[keep], scores.weights[keep]
-    groups = None if scores.groups is None else scores.groups[keep]
-    uniform = weights.size == 0 or bool((weights == weights[0]).all())
-    sample_weights = None if uniform else weights
+    labels, logits, groups, sample_weights = known(scores, task)
     if quick:
         return {
             "auc": metrics.auc(labels, logits, sample_weights),

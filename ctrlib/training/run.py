@@ -16,28 +16,33 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 
-from ctrlib import models, plots
+from ctrlib import metrics, models, plots
 from ctrlib._lock import holding
 from ctrlib._target import FINISHED, check_target
+from ctrlib.calibration import Calibration, fit_calibration
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import broadcast, init_process_group, rank, world_size
 from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
+from ctrlib.losses import after_sampling, binary_cross_entropy
 from ctrlib.making import new_file, write_text
 from ctrlib.manifest import check_folder
 from ctrlib.model import Model
+from ctrlib.models.build import set_calibration
 from ctrlib.schema import SchemaError
 from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
 from ctrlib.training.baselines import compare, remarks
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.config import Device, EngineName, Precision, Training, complete, identity_of, name_of, training_of
-from ctrlib.training.evaluate import Scores, evaluate, predict, score
+from ctrlib.training.evaluate import Scores, calibrated, known, predict, score, whole
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.finished import finish, finished
 from ctrlib.training.fused import FusedEngine
+from ctrlib.training.guard import Loss
 from ctrlib.training.loop import Engine, History, fit, to_json
 
 
@@ -75,6 +80,7 @@ def make_engine(
     sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
     plan: ShardingPlan | None = None,
     check_ids: bool = True,
+    loss: Loss = binary_cross_entropy,
     device: str | torch.device = "cpu",
 ) -> Engine:
     """The engine of that name, given the arguments that concern it.
@@ -100,7 +106,7 @@ def make_engine(
                 "the exact engine copies every table to every process: drop --sharding and --plan, or use "
                 "--engine fused"
             )
-        return ExactEngine(model, learning_rate=learning_rate, embedding_l2=embedding_l2, device=device)
+        return ExactEngine(model, learning_rate=learning_rate, embedding_l2=embedding_l2, loss=loss, device=device)
     if embedding_l2:
         raise ArgumentError(
             f"the fused engine has no L2 on tables (it leaves untouched rows alone), got embedding_l2={embedding_l2}: "
@@ -114,6 +120,7 @@ def make_engine(
         sharding=sharding,
         plan=plan,
         check_ids=check_ids,
+        loss=loss,
         device=device,
     )
 
@@ -128,7 +135,9 @@ def load_splits(data: str | Path, how: Training) -> tuple[Loader, Loader, Loader
     check_folder(data)  # all that is read after the training, too
     share: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "workers": how.workers}
     size = how.batch_size // world_size()
-    train = Loader(data, "train", batch_size=size, shuffle=True, seed=how.seed, **share)
+    train = Loader(
+        data, "train", batch_size=size, shuffle=True, seed=how.seed, keep_negatives=how.keep_negatives, **share
+    )
     share["with_group"] = train.schema.group is not None
     # Scoring needs no gradients: larger batches, so fewer calls.
     valid, test = (Loader(data, split, batch_size=2 * size, **share) for split in ("valid", "test"))
@@ -159,6 +168,9 @@ def train_model(
     """
     started = time.perf_counter()
     console = console or Console(stderr=True)
+    loss: Loss = binary_cross_entropy
+    if how.keep_negatives < 1:
+        loss = functools.partial(after_sampling, keep_negatives=how.keep_negatives)
     engine = make_engine(
         model,
         how.engine,
@@ -169,6 +181,7 @@ def train_model(
         sharding=cast(Any, how.sharding),  # `make_engine` looks at it
         plan=None if how.plan is None else load_plan(how.plan),
         check_ids=False,  # the loaders have
+        loss=loss,
         device=choose_device(how.device),
     )
     sharded = engine if isinstance(engine, FusedEngine) and world_size() > 1 else None
@@ -203,18 +216,26 @@ def train_model(
 
 
 def score_once(
-    model: nn.Module, valid: Loader, test: Loader, *, device: str | torch.device = "cpu"
+    model: nn.Module,
+    valid: Loader,
+    test: Loader,
+    *,
+    device: str | torch.device = "cpu",
+    calibration: Calibration | None = None,
 ) -> tuple[dict[str, Any], Scores]:
     """What is reported of a model that was chosen, and its predictions for test.
 
     That is valid_auc, valid_logloss, test_auc, test_logloss, every other metric of test as test_NAME, with several
-    labels those of each, and how many rows of test were scored a second, loading included.
+    labels those of each, and how many rows of test were scored a second, loading included. All is of the logits as
+    `calibration` leaves them.
     """
     labels = test.schema.labels
-    of_valid = evaluate(model, valid, device=device, labels=labels)
+    scored = predict(model, valid, device=device)
+    of_valid = score(scored if calibration is None else calibrated(scored, calibration), labels=labels)
     started = time.perf_counter()
     scored = predict(model, test, device=device)
     inference = test.num_rows / (time.perf_counter() - started)
+    scored = scored if calibration is None else calibrated(scored, calibration)
     of_test = score(scored, labels=labels)
     result = {
         "valid_auc": of_valid["auc"],
@@ -279,6 +300,9 @@ def run(
     workers, device, sharding, plan, checkpoint_seconds and the number of processes may be others; checkpoints of a run
     that differs in anything else are refused, and the entry is named.
 
+    With `calibrate` in `training`, slope and intercept of the logits are fitted on validation when the epoch is chosen,
+    and belong to the model (`ctrlib.calibration`); validation's own log-loss is then of rows that they were fitted on.
+
     `baselines`: set a constant, a logistic regression and a gradient boosting beside the model, on the same rows of
     test (`ctrlib.training.baselines.compare`). The result then has their numbers as "baselines", and as "warnings"
     sentences that say where the model is not better than they are. Its "seconds" are without them.
@@ -330,6 +354,8 @@ def run(
     schema, note = train.schema, _note(data)
     torch.manual_seed(how.seed)
     model = models.build(config, schema, modules=modules)
+    if how.calibrate:
+        set_calibration(model, None)
     if on_built is not None:
         on_built(model)
     sizes = sizes_of(model)
@@ -353,15 +379,19 @@ def run(
     weights = trainer.weights()
     with contextlib.nullcontext() if is_first else torch.device("meta"):
         plain = models.build(config, schema, modules=modules)
+    calibration = _fit_calibration(trainer.model, valid, chosen_device) if how.calibrate else None
+    if calibration is not None:
+        set_calibration(plain, calibration)
     if is_first:
         plain.load_state_dict(weights)
         if on_trained is not None:
             on_trained(plain)
-    scores, scored = score_once(trainer.model, valid, test, device=chosen_device)
+    scores, scored = score_once(trainer.model, valid, test, device=chosen_device, calibration=calibration)
     if math.isnan(scores["test_auc"]):
         console.print("warning: test holds one class only (or no known label), so its AUC is undefined (NaN)")
     result = {
         **scores,
+        **({} if calibration is None else {"calibrator": calibration.as_dict()}),
         **sizes,
         "samples_per_second": history.samples_per_second,
         "seconds": round(before_training + history.seconds + time.perf_counter() - trained, 2),
@@ -376,13 +406,33 @@ def run(
     }
     if baselines:
         result |= _beside(plain, scored, test, name_of(config))
+    all_scored = None if out is None else whole(scored)
     if out is not None and is_first:
-        draw = functools.partial(plots.learning_curve, history)
+        assert all_scored is not None
+        reliability = _reliability(all_scored, schema.labels)
+        draw = functools.partial(plots.learning_curve, history, reliability=reliability)
         with contextlib.nullcontext(out) if saving is None else saving(plain) as folder:
             write_result(folder, result, ("metrics.json", "curve.png"), draw)
         if how.checkpoint_seconds is not None:
             finish(out, identity, result, ["checkpoints"])  # it is over: started again, it begins anew
     return plain, result
+
+
+def _fit_calibration(model: nn.Module, valid: Loader, device: torch.device) -> Calibration:
+    """By all rows of validation; every process gets it."""
+    scored = whole(predict(model, valid, device=device))
+    found: dict[str, Any] = {}
+    if scored is not None:
+        found |= fit_calibration(scored.logits, scored.labels, scored.weights).as_dict()
+    return Calibration.of(broadcast(found), len(valid.schema.labels))
+
+
+def _reliability(scores: Scores, labels: Sequence[str]) -> dict[str, metrics.Reliability]:
+    found = {}
+    for task, label in enumerate(labels):
+        y, z, _, weights = known(scores, task)
+        found[label] = metrics.reliability(y, 1 / (1 + np.exp(-z.astype(np.float64))), weights)
+    return found
 
 
 def _beside(plain: Model, scored: Scores, test: Loader, name: str) -> dict[str, Any]:
