@@ -282,10 +282,9 @@ def test_predictions_have_the_base_rate_where_one_negative_of_ten_is_kept(
         scored.logits, plain * np.float32(saved["calibration"]["slope"]) + np.float32(saved["calibration"]["intercept"])
     )
     # It is not what a run is known by, nor carried into a new one.
-    assert (
-        identity_of(complete(saved), "a", "b")
-        == identity_of(saved, "a", "b")
-        == identity_of(complete(config), "a", "b")
+    assert complete(saved) == complete(config)
+    assert identity_of({**complete(config), "calibration": saved["calibration"]}, "a", "b") == identity_of(
+        complete(config), "a", "b"
     )
 
 
@@ -360,7 +359,7 @@ def test_metrics_by_the_values_of_a_column(
     assert all(line[name] == pytest.approx(alone[name]) for name in line if name not in ("value", "label"))
     assert cli.main(["evaluate", str(tmp_path / "run"), str(data), "--by", "C1"]) == 0
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 80
+    assert max(map(len, printed.splitlines()[1:])) <= 80
     assert "(others)" in printed
     with pytest.raises(ctr.SchemaError, match="no column 'I1' with one id"):
         predictor.evaluate_prepared(data, "test", by="I1")
