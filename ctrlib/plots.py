@@ -27,6 +27,7 @@ def learning_curve(history: Any, path: str | Path, *, reliability: Mapping[str, 
     left, right, *more = figure.subplots(1, 2 if reliability is None else 3)
     if reliability is not None:
         _draw_reliability(more[0], reliability)
+        more[0].set_title("Reliability on test")
     epochs = [line.epoch for line in history.epochs]
     left.plot(epochs, [line.valid_auc for line in history.epochs], marker="o", label="validation")
     best = next((line for line in history.epochs if line.epoch == history.best_epoch), None)
@@ -82,7 +83,7 @@ def _draw_reliability(axes: Any, found: Mapping[str, Any]) -> None:
         axes.plot([lowest, highest], [lowest, highest], color="grey", linestyle=":", linewidth=1)
         axes.set_xlim(0.8 * lowest, 1.2 * highest)
         axes.set_ylim(0.8 * lowest, 1.2 * highest)
-    axes.set(xlabel="mean predicted", ylabel="share of clicks", title="Reliability on test")
+    axes.set(xlabel="mean predicted", ylabel="share of clicks", title="Reliability")
     axes.errorbar([], [], yerr=[], fmt="none", ecolor="lightgrey", elinewidth=4, label="by chance")
     axes.grid(alpha=0.3)
     axes.legend()

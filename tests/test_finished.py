@@ -99,8 +99,8 @@ def test_the_same_command_finishes(
     killed_at: Any, left: Callable[[Path], None], flags: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     command = killed_at(left)
-    for module in (run, loop):
-        monkeypatch.setattr(module, "evaluate", not_reached)
+    for module, name in ((run, "predict"), (loop, "evaluate")):
+        monkeypatch.setattr(module, name, not_reached)
     assert cli.main((command + flags).split()) == 0
     printed, said = capsys.readouterr()
     assert "out was over; what was left of its clean-up is done" in " ".join(said.split())

@@ -105,8 +105,8 @@ def reached(*_: Any, **__: Any) -> Any:
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever takes time must not be reached."""
-    for module in (loop, run):
-        monkeypatch.setattr(module, "evaluate", reached)
+    monkeypatch.setattr(loop, "evaluate", reached)
+    monkeypatch.setattr(run, "predict", reached)
     monkeypatch.setattr("ctrlib.search.compression.evaluate", reached)
     monkeypatch.setattr("ctrlib.search.stages.search_epochs", reached)
     monkeypatch.setattr("ctrlib.ranking.run.rank", reached)
