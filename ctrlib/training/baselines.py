@@ -90,7 +90,8 @@ def remarks(lines: Sequence[dict[str, Any]]) -> list[str]:
 
     >>> model = {"label": "click", "name": "fm", "auc": 0.7, "log_loss": 0.5, "normalized_entropy": 0.9}
     >>> other = {**model, "name": "gradient boosting", "difference": -0.01, "difference_se": 0.002, "p_value": 1e-6}
-    >>> remarks([model, {**other, "name": "constant"}, other])
+    >>> constant = {**other, "name": "constant", "log_loss": 0.6, "difference": 0.2, "p_value": 0.0}
+    >>> remarks([model, constant, other])
     ['fm ranks worse than gradient boosting: AUC 0.0100 lower, with a standard error of 0.0020']
     """
     said = []
