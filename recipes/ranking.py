@@ -1,21 +1,27 @@
-"""AUC of models on the top K features of several rankings: Criteo's columns, and as many that tell nothing.
+"""AUC of models on the top K features of several rankings: real columns, and as many that tell nothing.
 
-    python recipes/ranking.py --raw DIR --out runs/ranking [--outrank PYTHON]
+    python recipes/ranking.py --data criteo --raw DIR --out runs/ranking [--outrank PYTHON] [--record]
 
-Beside each column of the first 10,000 rows of Criteo's train.txt stands a twin: the same values in another order.
-Features are ranked on train, then DCN V2 is trained on the first K of each ranking: of `ctr.rank` in the order of 3MR
-and by relevance, by mutual information as it is, by adjusted mutual information (scikit-learn), by permutation
-importance of a random forest (scikit-learn, by AUC on validation), by OutRank as it recommends itself (with the python
-of an environment that has `outrank` and `xxhash<4`), and at random. All see the same codes: ids, and 32 quantile bins
-of numbers. A seed draws twins, split, weights and what is random in a ranking. The epoch is chosen by validation AUC,
-and so is K, once for all seeds. OUT receives ranking.json and ranking.png.
+Beside each column stands a twin: the same values in another order. Features are ranked on train, then DCN V2 is trained
+on the first K of each ranking: of `ctr.rank` in the order of 3MR and by relevance, by mutual information as it is, by
+adjusted mutual information (scikit-learn), by permutation importance of a random forest (scikit-learn, by AUC on
+validation), by OutRank as it recommends itself (with the python of an environment that has `outrank` and `xxhash<4`),
+and at random. "clean" is the model of all real columns. All see the same codes: ids, and 32 quantile bins of numbers. A
+seed draws rows, twins, split, weights and what is random in a ranking. The epoch is chosen by validation AUC, and so is
+K, once for all seeds. OUT receives ranking.json and ranking.png.
 
-The test split has 1,000 rows, so an AUC is known to about .02: rankings are told apart by how many twins they take.
+`criteo`: the first 10,000 rows of Criteo's train.txt, 39 columns. `census_income`: 60,000 rows of Census-Income (KDD)
+and its 40 columns, by value; most of the twins share their few values with them. `movielens_1m`: 200,000 ratings, 4 and
+5 positive, 3 left out, with user, movie, gender, age, occupation and zip code. A tenth of the rows each is for
+validation and test, so an AUC is known to about .02, .008 and .003: it is the number of twins that tells rankings
+apart.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import statistics
 import subprocess
@@ -25,7 +31,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +42,78 @@ from tyro.conf import FlagCreatePairsOff
 import ctrlib as ctr
 from ctrlib.ranking import Source
 from ctrlib.training.allocator import keep_freed_memory
+from records import record
 
 NUMBERS = [f"I{number}" for number in range(1, 14)]
-CATEGORIES = [f"C{number}" for number in range(1, 27)]
+CENSUS = (
+    *("age", "class_of_worker", "industry", "occupation", "education", "wage_per_hour", "enrolled", "marital_status"),
+    *("major_industry", "major_occupation", "race", "hispanic_origin", "sex", "union_member", "unemployment_reason"),
+    *("employment_status", "capital_gains", "capital_losses", "dividends", "tax_filer", "previous_region"),
+    *("previous_state", "household_family", "household_summary", "instance_weight", "migration_msa"),
+    *("migration_region", "migration_within_region", "same_house", "migration_sunbelt", "num_employees"),
+    *("family_under_18", "birth_father", "birth_mother", "birth_self", "citizenship", "own_business"),
+    *("veteran_questionnaire", "veteran_benefits", "weeks_worked", "year", "label"),
+)
 TWIN = "_twin"
+CLEAN = "clean"
 CONFIG = {"model": "dcnv2", "embedding_dim": 8, "hidden": (64, 64), "dropout": 0.3, "num_cross_layers": 2}
-TRAINING = {"batch_size": 256, "embedding_l2": 1e-4, "max_epochs": 20}
+
+
+def criteo(raw: Path) -> pl.DataFrame:
+    """Its rows, numbers as numbers."""
+    path = raw / "train.txt"
+    names = ["label", *NUMBERS, *(f"C{number}" for number in range(1, 27))]
+    return pl.read_csv(
+        path if path.exists() else path.with_name("train.txt.gz"),
+        separator="\t",
+        has_header=False,
+        new_columns=names,
+        n_rows=10_000,
+        schema_overrides={name: pl.String for name in names if name.startswith("C")},
+    )
+
+
+def census_income(raw: Path) -> pl.DataFrame:
+    """The file for training."""
+    text = gzip.decompress((raw / "census-income.data.gz").read_bytes()).decode("ascii").replace(", ", ",")
+    frame = pl.read_csv(io.StringIO(text), has_header=False, new_columns=list(CENSUS), infer_schema=False)
+    label = (pl.col("label") == "50000+.").cast(pl.Int8)
+    return frame.drop("instance_weight").with_columns(label=label)
+
+
+def movielens_1m(raw: Path) -> pl.DataFrame:
+    """Ratings other than 3, with what is known of the user."""
+
+    def read(name: str, columns: list[str]) -> pl.DataFrame:
+        path = raw / name
+        content = path.read_bytes() if path.exists() else gzip.decompress((raw / f"{name}.gz").read_bytes())
+        lines = pl.Series("line", content.decode("iso-8859-1").splitlines())
+        return lines.str.split_exact("::", len(columns) - 1).struct.rename_fields(columns).struct.unnest()
+
+    ratings = read("ratings.dat", ["user", "movie", "rating", "time"]).filter(pl.col("rating") != "3")
+    users = read("users.dat", ["user", "gender", "age", "occupation", "zip"])
+    rows = ratings.join(users, on="user", how="left", maintain_order="left")
+    return rows.with_columns(label=pl.col("rating").is_in(["4", "5"]).cast(pl.Int8)).drop("rating", "time")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is done with a data set: how many of its rows, drawn anew by each seed, which K, and how it is trained."""
+
+    read: Callable[[Path], pl.DataFrame]
+    rows: int
+    top: tuple[int, ...]
+    min_count: int
+    training: dict[str, Any]
+
+
+PROTOCOLS = {
+    "criteo": Protocol(criteo, 10_000, (3, 6, 12, 24, 39), 2, {"batch_size": 256, "embedding_l2": 1e-4}),
+    "census_income": Protocol(
+        census_income, 60_000, (3, 6, 12, 24, 40), 3, {"batch_size": 1024, "embedding_l2": 1e-5, "learning_rate": 2e-3}
+    ),
+    "movielens_1m": Protocol(movielens_1m, 200_000, (1, 2, 3, 4, 6), 1, {"batch_size": 1024, "embedding_l2": 1e-4}),
+}
 
 Codes = dict[str, npt.NDArray[np.int64]]
 
@@ -50,18 +122,19 @@ Codes = dict[str, npt.NDArray[np.int64]]
 class Knobs:
     """Train a model on the top K of each ranking, and draw AUC against K."""
 
+    data: Literal[tuple(PROTOCOLS)]  # type: ignore[valid-type]
+    """Which data set."""
     raw: Path
-    """Folder that holds train.txt or train.txt.gz."""
+    """Folder that holds train.txt, census-income.data.gz, or ratings.dat and users.dat; .dat and .txt may be packed
+    (.gz)."""
     out: Path
     """For ranking.json and ranking.png."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Each of twins, split and weights."""
-    top: tuple[int, ...] = (3, 6, 12, 24, 39)
-    """Values of K."""
-    rows: int = 10_000
-    """The first so many."""
+    """Each of rows, twins, split and weights."""
     outrank: Path | None = None
     """Python of an environment with outrank; otherwise that ranking is left out."""
+    record: bool = False
+    """Append a row for each ranking and seed to results.csv."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +197,7 @@ def adjusted(data: Data) -> list[str]:
 
 
 def forest(data: Data) -> list[str]:
-    """What a forest's AUC on validation loses when a column is permuted."""
+    """What a forest's AUC on validation (10,000 rows at most) loses when a column is permuted."""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.inspection import permutation_importance
 
@@ -132,7 +205,7 @@ def forest(data: Data) -> list[str]:
     train, valid = (np.stack([codes[name] for name in names], axis=1) for codes in (data.train, data.valid))
     model = RandomForestClassifier(100, min_samples_leaf=5, random_state=data.seed).fit(train, data.train["label"])
     found = permutation_importance(
-        model, valid, data.valid["label"], scoring="roc_auc", n_repeats=3, random_state=data.seed
+        model, valid[:10_000], data.valid["label"][:10_000], scoring="roc_auc", n_repeats=3, random_state=data.seed
     )
     return ordered(dict(zip(names, found["importances_mean"])))
 
@@ -160,6 +233,11 @@ def outrank(data: Data) -> list[str]:
     )
 
 
+def clean(data: Data) -> list[str]:
+    """All that are real."""
+    return [name for name in data.names if not name.endswith(TWIN)]
+
+
 def drawn(data: Data) -> list[str]:
     """At random."""
     names: list[str] = np.random.default_rng(data.seed).permutation(data.names).tolist()
@@ -174,71 +252,71 @@ RANKINGS: dict[str, Callable[[Data], list[str]]] = {
     "permutation importance": forest,
     "outrank": outrank,
     "random": drawn,
+    CLEAN: clean,
 }
 
 
 def main(knobs: Knobs) -> None:
     """Rank, train, report."""
     keep_freed_memory()
-    path = knobs.raw / "train.txt"
-    names = ["label", *NUMBERS, *CATEGORIES]
-    frame = pl.read_csv(
-        path if path.exists() else path.with_name("train.txt.gz"),
-        separator="\t",
-        has_header=False,
-        new_columns=names,
-        n_rows=knobs.rows,
-        schema_overrides=dict.fromkeys(CATEGORIES, pl.String),
-    )
+    protocol = PROTOCOLS[knobs.data]
+    frame = protocol.read(knobs.raw)
     found: list[dict[str, Any]] = []
     for seed in knobs.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            found += run_seed(knobs, frame, seed, Path(folder))
-    report(knobs, found)
+            found += run_seed(protocol, frame, seed, Path(folder), knobs.outrank)
+    report(knobs, protocol, found)
 
 
-def run_seed(knobs: Knobs, frame: pl.DataFrame, seed: int, folder: Path) -> list[dict[str, Any]]:
+def run_seed(
+    protocol: Protocol, frame: pl.DataFrame, seed: int, folder: Path, outrank: Path | None
+) -> list[dict[str, Any]]:
     """A row for each ranking and K."""
     rng = np.random.default_rng(seed)
-    twins = {f"{name}{TWIN}": frame[name].gather(rng.permutation(len(frame))) for name in (*NUMBERS, *CATEGORIES)}
-    frame = frame.with_columns(**twins)[rng.permutation(len(frame))]
+    frame = frame[rng.permutation(len(frame))[: protocol.rows]]
+    real = [name for name in frame.columns if name != "label"]
+    twins = {f"{name}{TWIN}": frame[name].gather(rng.permutation(len(frame))) for name in real}
+    frame = frame.with_columns(**twins)
     tenth = len(frame) // 10
-    splits = {
-        "train": frame[: -2 * tenth],
-        "valid": frame[-2 * tenth : -tenth],
-        "test": frame[-tenth:],
-    }
+    splits = {"train": frame[: -2 * tenth], "valid": frame[-2 * tenth : -tenth], "test": frame[-tenth:]}
 
     def prepared(chosen: list[str], out: Path) -> Path:
         features = [
-            ctr.Numeric(name, "log") if name.startswith("I") else ctr.Categorical(name, min_count=2) for name in chosen
+            ctr.Numeric(name, "log")
+            if frame.schema[name].is_numeric()
+            else ctr.Categorical(name, min_count=protocol.min_count)
+            for name in chosen
         ]
         parts = {split: part.select("label", *chosen) for split, part in splits.items()}
         ctr.prepare(parts, out, labels="label", features=features, log=None)
         return out
 
-    everything = [*NUMBERS, *CATEGORIES, *twins]
-    data = Data.of(prepared(everything, folder / "all"), seed, knobs.outrank)
+    everything = [*real, *twins]
+    data = Data.of(prepared(everything, folder / "all"), seed, outrank)
     found: list[dict[str, Any]] = []
-    aucs: dict[tuple[str, ...], dict[str, float]] = {}
+    trained: dict[tuple[str, ...], dict[str, Any]] = {}
     for title, ranking in RANKINGS.items():
-        if title == "outrank" and knobs.outrank is None:
+        if title == "outrank" and outrank is None:
             continue
         start = time.perf_counter()
         order = ranking(data)
         seconds = time.perf_counter() - start
-        for number in knobs.top:
+        for number in [len(real)] if title == CLEAN else protocol.top:
             chosen = [name for name in everything if name in order[:number]]  # sets that are equal are trained once
             key = tuple(chosen)
-            if key not in aucs:
-                out = prepared(chosen, folder / f"{len(aucs)}")
-                _, result = ctr.run(out, {**CONFIG, "training": {"seed": seed, **TRAINING}})
-                aucs[key] = {"valid_auc": result["valid_auc"], "test_auc": result["test_auc"]}
-            twins_taken = sum(name.endswith(TWIN) for name in chosen)
-            row = {"ranking": title, "seed": seed, "top": number, "twins": twins_taken, "seconds": seconds}
-            found.append({**row, **aucs[key]})
+            if key not in trained:
+                out = prepared(chosen, folder / f"{len(trained)}")
+                training = {"seed": seed, "max_epochs": 20, **protocol.training}
+                _, trained[key] = ctr.run(out, {**CONFIG, "training": training})
+            row = {"ranking": title, "seed": seed, "top": number, "twins": num_twins(chosen), "seconds": seconds}
+            found.append({**row, **{name: trained[key][name] for name in ("valid_auc", "test_auc", "test_logloss")}})
             print(json.dumps(found[-1]), flush=True)
     return found
+
+
+def num_twins(names: list[str]) -> int:
+    """How many of the features tell nothing."""
+    return sum(name.endswith(TWIN) for name in names)
 
 
 def mean_of(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -248,20 +326,38 @@ def mean_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {**{name: statistics.fmean(row[name] for row in rows) for name in names}, "test_auc_sd": sd}
 
 
-def report(knobs: Knobs, found: list[dict[str, Any]]) -> None:
+def report(knobs: Knobs, protocol: Protocol, found: list[dict[str, Any]]) -> None:
     """Means over seeds, and, of each ranking, the K that is best on validation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     summary = {}
+    reference = {row["seed"]: row["test_auc"] for row in found if row["ranking"] == CLEAN}
     for title in dict.fromkeys(row["ranking"] for row in found):
-        means = [mean_of([row for row in found if (row["ranking"], row["top"]) == (title, k)]) for k in knobs.top]
-        best = max(range(len(means)), key=lambda at: means[at]["valid_auc"])
-        summary[title] = {"chosen": {"top": knobs.top[best], **means[best]}, "means": dict(zip(knobs.top, means))}
-        axes.plot(knobs.top, [one["test_auc"] for one in means], marker="o", label=title)
+        own = [row for row in found if row["ranking"] == title]
+        means = {k: mean_of([row for row in own if row["top"] == k]) for k in dict.fromkeys(row["top"] for row in own)}
+        best = max(means, key=lambda k: means[k]["valid_auc"])
+        summary[title] = {"chosen": {"top": best, **means[best]}, "means": means}
+        if title == CLEAN:
+            axes.axhline(means[best]["test_auc"], color="gray", linestyle="--", label=title)
+        else:
+            axes.plot(list(means), [one["test_auc"] for one in means.values()], marker="o", label=title)
         print(f"{title:<28} {json.dumps(summary[title]['chosen'])}", file=sys.stderr)
+        for seed in knobs.seeds if knobs.record else ():
+            rows = {row["top"]: row for row in own if row["seed"] == seed}
+            scores = {
+                "top": best,
+                "test_auc": rows[best]["test_auc"],
+                "test_auc_above_clean": rows[best]["test_auc"] - reference[seed],
+                "twins": rows[best]["twins"],
+                "twins_of_as_many_as_real": rows[max(rows)]["twins"],
+                "ranking_seconds": rows[best]["seconds"],
+            }
+            data, path = f"{knobs.data} with twins", Path(__file__).parent / "results.csv"
+            record({"seed": seed, "engine": "exact"}, path, data=data, model=title, task="ranking", scores=scores)
     axes.set(xlabel="number of features", ylabel=f"test AUC, mean of {len(knobs.seeds)} seeds")
+    axes.set_title(f"{knobs.data}: {max(protocol.top)} columns and as many twins that tell nothing")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     knobs.out.mkdir(parents=True, exist_ok=True)
