@@ -40,6 +40,7 @@ from ctrlib.search.optinter import (
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.structure import describe
 from ctrlib.testing import check_embedding
+from ctrlib.training import crossing
 from ctrlib.training.evaluate import evaluate
 
 QUIET = Console(quiet=True)
@@ -205,8 +206,8 @@ def test_crosses_are_those_of_train_often_enough(data: Path, monkeypatch: pytest
         columns = pl.read_parquet(data / "train" / "0.parquet")[[first, second]].rows()
         counts = Counter(a * ROWS[second] + b for a, b in columns)
         expected.append(sorted(code for code, count in counts.items() if count >= 2))
-    for merge_at in (optinter.MERGE_AT, 700):
-        monkeypatch.setattr(optinter, "MERGE_AT", merge_at)
+    for merge_at in (crossing.MERGE_AT, 700):
+        monkeypatch.setattr(crossing, "MERGE_AT", merge_at)
         assert [codes.tolist() for codes in count_crosses(train, PAIRS, ROWS, min_count=2)] == expected
     batch = next(iter(valid))
     batch.weights[5:] = 0

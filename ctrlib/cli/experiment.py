@@ -26,12 +26,15 @@ class Experiment:
     print_config: Switch = False
     """Print the experiment as JSON, every default filled in, and do nothing else."""
 
-    def read(self, given: frozenset[str], others: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    def read(
+        self, given: frozenset[str], others: tuple[str, ...] = (), *, crosses: bool = False
+    ) -> dict[str, Any] | None:
         """What --config holds; None if there is none.
 
         Args:
             given: the flags that were said. Those that say what the model is do not go with --config,
             others: and neither do these.
+            crosses: whether those of a model are counted anew by who reads this.
 
         Raises:
             ArgumentError, WrongTypeError: as said, or the file is none or holds no experiment.
@@ -58,7 +61,7 @@ class Experiment:
         for name in ("training", "search"):
             if not isinstance(said.get(name, {}), dict):
                 raise WrongTypeError(f"--config {path}: {name} is {said[name]!r}, expected a dictionary")
-        if "replaced" in said and "search" not in said:
+        if "replaced" in said and "search" not in said and not (crosses and said.get("crosses")):
             raise ArgumentError(
                 f"--config {path} describes a model that was made smaller (replaced): take the model.json of the one "
                 "that it came from"

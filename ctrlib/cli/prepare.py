@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, cast, get_args
@@ -30,6 +30,7 @@ from ctrlib.cli.kinds import (
     shown,
 )
 from ctrlib.cli.paths import check_raw
+from ctrlib.cli.usage import fill
 from ctrlib.errors import ArgumentError
 from ctrlib.schema import Categorical, Feature, MultiValued, Numeric, NumericTransform, Schema, Sequence
 
@@ -205,6 +206,15 @@ class Prepare(Command):
         others = [name for name in not_chosen(column.from_ranking, column.top) if name not in given]
         return tuple(dict.fromkeys([*column.ignore, *others]))
 
+    def _crosses(self, ignored: Collection[str]) -> list[tuple[str, str]]:
+        """Pairs that the ranking has found, of features that are taken and not said to be of another kind."""
+        if self.column.from_ranking is None:
+            return []
+        from ctrlib.ranking.chosen import crosses
+
+        others = {feature.name for feature in self.features() if not isinstance(feature, Categorical)}
+        return [pair for pair in crosses(self.column.from_ranking) if not {*pair} & {*ignored, *others}]
+
     def prepare(self, log: Callable[[Any], None] | None) -> Schema:
         """Write the folder, as the flags say.
 
@@ -237,6 +247,7 @@ class Prepare(Command):
 
         from ctrlib.data.prepare import prepare
 
+        ignored = self._ignored()
         splits: Any = {name: paths[0] if len(paths) == 1 else list(paths) for name, paths in given.items()}
         return prepare(
             splits if len(splits) > 1 else splits["train"],
@@ -251,7 +262,7 @@ class Prepare(Command):
             split_by=self.split.split_by,
             stratify=self.split.stratify,
             seed=self.split.seed,
-            ignore=self._ignored(),
+            ignore=ignored,
             separator=files.separator,
             columns=files.columns or None,
             missing_values=files.missing,
@@ -260,6 +271,7 @@ class Prepare(Command):
             on_bad_row=files.on_bad_row,
             like=self.kept.like,
             extend=self.kept.extend,
+            crosses=self._crosses(ignored),
             overwrite=self.output.overwrite,
             log=log,
         )
@@ -272,6 +284,9 @@ class Prepare(Command):
             print(json.dumps({"out": str(out), "hash": schema.hash, **report}))
         else:
             print(f"prepared {out}; train with: ctrlib train {out}")
+            report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+            if crosses := report.get("crosses"):
+                print(fill(f"--crosses ranked crosses {', '.join(map(':'.join, crosses))}"))
         return 0
 
 

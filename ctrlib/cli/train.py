@@ -6,14 +6,14 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from ctrlib._target import target
 from ctrlib.cli.experiment import Experiment, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
-from ctrlib.cli.kinds import OptionalPath, Switch
+from ctrlib.cli.kinds import OptionalPath, Switch, Texts, shown
 from ctrlib.cli.paths import check_model, check_prepared
 from ctrlib.cli.tables import print_beside, print_scores
 from ctrlib.errors import ArgumentError, check_number, check_whole
@@ -33,6 +33,54 @@ class Start(TrainingFlags):
     """Fit slope and intercept of the logits on validation in the end; they become part of the model."""
     warm_start: OptionalPath = None
     """Model folder to start from: its rows follow their values into the new vocabularies."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What is crossed beside the model's own interactions."""
+
+    crosses: Annotated[Texts, shown("NAME:NAME ...")] = ()
+    """Pairs of categorical features; each pair of values that two training rows have gets a row of its own. `ranked`
+    stands for the pairs that the ranking of `prepare --from-ranking` has found, `ranked:5` for the first five."""
+
+    def pairs(self, data: Path) -> list[list[str]]:
+        """What the flag means for a prepared folder.
+
+        Raises:
+            ArgumentError: it names no pair, or pairs that a ranking found where there is none.
+        """
+        from ctrlib.manifest import load_schema
+
+        known = {feature.name for feature in load_schema(data).features}
+        found: list[list[str]] = []
+        for text in self.crosses:
+            parts = text.split(":")
+            cuts = [(":".join(parts[:at]), ":".join(parts[at:])) for at in range(1, len(parts))]
+            fitting = [list(pair) for pair in cuts if {*pair} <= known]
+            if fitting:
+                found.append(fitting[0])
+            elif parts[0] == "ranked" and len(parts) < 3:
+                found += _ranked(data, text, parts[1:])
+            elif len(parts) == 2:
+                found.append(parts)  # and the names are looked at when they are counted
+            else:
+                raise ArgumentError(f"--crosses {text}: expected two features, such as user:item, or ranked")
+        return found
+
+
+def _ranked(data: Path, text: str, number: list[str]) -> list[list[str]]:
+    """The pairs that report.json has, or the first of them."""
+    report = data / "report.json"
+    listed = json.loads(report.read_text(encoding="utf-8")).get("crosses", []) if report.is_file() else []
+    if not listed:
+        raise ArgumentError(
+            f"--crosses {text}: {data} names none: prepare it with --from-ranking, from a ranking that has found some "
+            "among the features that are taken, or name pairs, such as user:item"
+        )
+    if number and not (number[0].isdecimal() and 1 <= int(number[0]) <= len(listed)):
+        raise ArgumentError(f"--crosses {text}: expected a number from 1 to {len(listed)}, the pairs of {data}")
+    pairs: list[list[str]] = listed[: int(number[0])] if number else listed
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -82,6 +130,7 @@ class Train(Command):
 
         ctrlib train data/clicks --model dcnv2 --dim 16 --out runs/clicks
         ctrlib train data/clicks --model mmoe --option num_experts=4
+        ctrlib train data/best --crosses ranked:3 left:right
         ctrlib train data/today --config runs/clicks/model.json
     """
 
@@ -90,6 +139,7 @@ class Train(Command):
     model: ModelFlags = field(default_factory=ModelFlags)
     training: Start = field(default_factory=Start)
     engine: EngineFlags = field(default_factory=EngineFlags)
+    crossing: Crossing = field(default_factory=Crossing)
     experiment: Experiment = field(default_factory=Experiment)
     output: Output = field(default_factory=Output)
 
@@ -117,11 +167,13 @@ class Train(Command):
         if engine.plan is not None and not engine.plan.is_file():
             raise ArgumentError(f"--plan {engine.plan}: there is no such file")
 
-        from ctrlib.training.config import complete
+        from ctrlib.training.config import complete, counted_anew
 
         if said is None:
             said = {**self.model.fitted(self.data, engine.engine), "training": self._training()}
-        config = complete(said)
+        if self.crossing.crosses:
+            said = {**said, "crosses": self.crossing.pairs(self.data)}
+        config = counted_anew(complete(said))
         if self.experiment.print_config:
             print(json.dumps(config, indent=1))
             return 0
@@ -171,7 +223,7 @@ class Train(Command):
         """
         from ctrlib.distributed import gather, init_process_group, rank, world_size
         from ctrlib.manifest import data_hash, load_schema
-        from ctrlib.training.config import identity_of
+        from ctrlib.training.config import counted_anew, identity_of
         from ctrlib.training.finished import clean_up, finished
         from ctrlib.training.run import choose_device
 
@@ -181,7 +233,7 @@ class Train(Command):
         if result is None or not (out / "model.json").is_file():
             return None
         saved = {"training": {}, **json.loads((out / "model.json").read_text(encoding="utf-8"))}
-        if identity_of(saved, *hashes) != identity:
+        if identity_of(counted_anew(saved), *hashes) != identity:
             return None  # somebody saved another model there
         if world_size() > 1:
             init_process_group(choose_device(config["training"]["device"]))
@@ -199,7 +251,7 @@ class Train(Command):
 
     def _read(self) -> dict[str, Any] | None:
         """The experiment in --config, with what the flags change."""
-        said = self.experiment.read(self.given, ("--engine",))
+        said = self.experiment.read(self.given, ("--engine",), crosses=True)
         if said is None:
             return None
         if "search" in said:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -33,7 +34,7 @@ from ctrlib.data.workers import ThisMachine, Workers
 from ctrlib.errors import ArgumentError, check_callable, check_path, check_type
 from ctrlib.making import new_folder, size_of
 from ctrlib.manifest import write_manifest
-from ctrlib.schema import Feature, Schema, SchemaError
+from ctrlib.schema import Feature, Schema, SchemaError, kind_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame as SparkFrame
@@ -63,6 +64,7 @@ def prepare(
     label_positive: Mapping[str, str] | None = None,
     like: str | Path | None = None,
     extend: bool = False,
+    crosses: Sequence[Sequence[str]] = (),
     note: str = "",
     overwrite: bool = False,
     spark: SparkSession | None = None,
@@ -101,6 +103,8 @@ def prepare(
             group are those of that folder, and so is what a cell means. What is said beside must agree. Nothing is
             fitted but the counts of the vocabularies.
         extend: values that `like` does not have, and that come up `min_count` times in train, get ids after its own.
+        crosses: pairs of categorical features that are worth a cross, as a ranking finds them; kept in report.json, for
+            `ctrlib train --crosses ranked`. Nothing is crossed here.
         note: kept in report.json and beside every number that `run` makes from this data.
         overwrite: replace an older prepared folder.
         spark: a Spark session whose executors do the work, with the same result bit for bit (`ctrlib.data.spark` says
@@ -190,6 +194,7 @@ def prepare(
             making.split(split, split_by=split_by, seed=seed, stratify=stratify)
         rare = {"min_count": 1 if min_count is None else min_count, "max_values": max_values}
         making.describe(given, split_by, ignore, rare)
+        _check_crosses(crosses, making.schema)
         making.leave_out_bad_rows()
         making.fit()
         making.leave_out_numbers_too_large()
@@ -202,7 +207,7 @@ def prepare(
         making.write()
         making.remark(split_by)
         making.write_points()
-        making.complete(note)
+        making.complete(note, crosses)
     if log is not None:
         making.report.show(out, log)
     return making.schema
@@ -344,12 +349,14 @@ class _Preparation:
         else:
             self.earlier.copy_points(self.folder)
 
-    def complete(self, note: str) -> None:
+    def complete(self, note: str, crosses: Sequence[Sequence[str]]) -> None:
         """Schema, report and, with which the folder is whole, the manifest."""
         self.schema.save(self.folder / "schema.json", manifest=True)
         for temporary in ("raw", "spark"):
             shutil.rmtree(self.folder / temporary, ignore_errors=True)
         content = {**self.report.content, "note": note}
+        if crosses:
+            content["crosses"] = [list(pair) for pair in crosses]
         (self.folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         write_manifest(self.folder, "prepared")
 
@@ -369,6 +376,21 @@ def _bytes_of(data: Any) -> int:
     if isinstance(data, str | os.PathLike):
         return size_of(Path(data))
     return int(data.estimated_size()) if isinstance(data, pl.DataFrame) else 0
+
+
+def _check_crosses(crosses: Sequence[Sequence[str]], schema: Schema) -> None:
+    """Refuse pairs that no model could cross.
+
+    Raises:
+        SchemaError: as said.
+    """
+    kinds = {feature.name: kind_of(feature) for feature in schema.features}
+    for name in itertools.chain.from_iterable(crosses):
+        if kinds.get(name) != "categorical":
+            raise SchemaError(
+                f"crosses: {name!r} is {kinds.get(name, 'no feature')}, expected a categorical feature, with one id "
+                "per row: declare it so (--categorical), or leave its pairs out"
+            )
 
 
 def _check_stratify(stratify: str | None, labels: Sequence[str], split_by: str | None, is_split: bool) -> None:

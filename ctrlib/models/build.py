@@ -20,9 +20,9 @@ from ctrlib.errors import ArgumentError, check_type, shown
 from ctrlib.models.table import MODELS, PublishedModel
 from ctrlib.models.tree import complete_tree, make_tree
 
-# What a config may hold beside the arguments: parts of a compressed model, how it was trained, how it was searched,
-# and the calibrator that was fitted when it was trained.
-BESIDE = ("replaced", "training", "search", "calibration")
+# What a config may hold beside the arguments: parts of a compressed model, pairs of features that are crossed, how it
+# was trained, how it was searched, and the calibrator that was fitted when it was trained.
+BESIDE = ("replaced", "crosses", "training", "search", "calibration")
 
 if TYPE_CHECKING:
     from ctrlib.calibration import Calibration
@@ -44,7 +44,8 @@ def build(config: Mapping[str, Any], schema: Schema, *, modules: Sequence[str] =
 
     `replaced` says which parts of a compressed model are not the published model's (`ctrlib.structure`), `calibration`
     what is done to its logits (`ctrlib.calibration`). `training` and `search`, which say how it came about
-    (`ctrlib.run`), are of no concern here.
+    (`ctrlib.run`), are of no concern here. Of `crosses`, which are counted on the data, `replaced` has what is to be
+    built.
 
     Args:
         config: plain data; in the place of the name, it may have a tree of constructors (`ctrlib.models.tree`).
@@ -52,7 +53,8 @@ def build(config: Mapping[str, Any], schema: Schema, *, modules: Sequence[str] =
         modules: where models of one's own may be imported from, such as "shop.models".
 
     Raises:
-        ValueError: there is no model of that name, or it does not take one of the arguments or its value.
+        ValueError: there is no model of that name, or it does not take one of the arguments or its value; or pairs are
+            to be crossed that were not counted yet.
     """
     from ctrlib.schema import Schema
 
@@ -89,6 +91,11 @@ def _assembled(config: Mapping[str, Any], schema: Schema, modules: Sequence[str]
     from ctrlib.structure import restructure
 
     arguments = {name: value for name, value in config.items() if name not in BESIDE}
+    if config.get("crosses") and not config.get("replaced"):
+        raise ArgumentError(
+            f"crosses {config['crosses']} are counted on the data before there is a model: train it with `ctr.run`, or "
+            "build the model without them and take `ctrlib.training.crossing.crossed(model, data, pairs)`"
+        )
     if replaced := config.get("replaced"):
         # Tables that are to give way need not be made in full first; if some stay, all are made again as they are.
         model = restructure(_build(arguments, _with_few_rows(schema), modules), replaced)

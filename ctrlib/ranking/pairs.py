@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
+from ctrlib.ranking.chosen import LEVEL
 from ctrlib.ranking.counts import Cells, JointCounts
 from ctrlib.ranking.null import Null, conditional_null, moments, null_table
 from ctrlib.ranking.overlap import chance_within, overlap
-from ctrlib.ranking.relevance import LEVEL, Counts, benjamini_hochberg
+from ctrlib.ranking.relevance import Counts, benjamini_hochberg
 from ctrlib.ranking.source import Source
 from ctrlib.ranking.store import Column, Store, pair_counts
 

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ctrlib.ranking.chosen import LEVEL
 from ctrlib.ranking.counts import Cells, JointCounts
 from ctrlib.ranking.null import null_table
 from ctrlib.ranking.pairs import PairScore
-from ctrlib.ranking.relevance import LEVEL, Score, benjamini_hochberg
+from ctrlib.ranking.relevance import Score, benjamini_hochberg
 from ctrlib.ranking.source import missing_key
 from ctrlib.schema import MISSING_ID, OOV_ID, Categorical, Feature, MultiValued, Numeric, Schema
 from ctrlib.schema import Sequence as History

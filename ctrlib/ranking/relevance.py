@@ -21,6 +21,7 @@ import numpy.typing as npt
 from ctrlib.data.columns import Ragged
 from ctrlib.data.scan import DataError
 from ctrlib.errors import ArgumentError
+from ctrlib.ranking.chosen import LEVEL
 from ctrlib.ranking.counts import JointCounts, Tally
 from ctrlib.ranking.null import Null, null_table
 from ctrlib.ranking.source import Source, labelled, missing_key
@@ -29,7 +30,6 @@ from ctrlib.schema import Categorical, Feature, kind_of
 Array = npt.NDArray[Any]
 NUM_DRAWS = 32  # permutations, where the null has no closed form: lists, and rows with weights
 UNIT = 1 << 20  # weights are counted in whole 2^-20, so that sums do not depend on their order
-LEVEL = 0.05
 LEAK = 0.8  # share of what can be told about the label, from which on a feature is taken for a copy of it
 
 

@@ -20,11 +20,11 @@ from ctrlib.data.prepare import prepare
 from ctrlib.data.raw import RawData
 from ctrlib.errors import ArgumentError, UnknownNameError, check_whole
 from ctrlib.making import new_folder
-from ctrlib.ranking.chosen import VERSION, Order, choose
+from ctrlib.ranking.chosen import LEVEL, VERSION, Order, choose
 from ctrlib.ranking.order import orders
 from ctrlib.ranking.pairs import PairScore, Screening, find_pairs
 from ctrlib.ranking.quality import Finding, drift, findings
-from ctrlib.ranking.relevance import LEVEL, Score, count, entropy_of, scores
+from ctrlib.ranking.relevance import Score, count, entropy_of, scores
 from ctrlib.ranking.source import Source
 from ctrlib.schema import MultiValued
 from ctrlib.schema import Sequence as History
@@ -202,7 +202,11 @@ def _left_out(folder: Path) -> dict[str, str]:
 
 
 def _orders(found: Sequence[Score], crosses: Sequence[PairScore]) -> dict[Order, list[str]]:
-    """What is within chance counts as nothing; among equals come first those with most synergy, then as ranked."""
+    """What is within chance counts as nothing; among equals come first those with most synergy, then as ranked.
+
+    In the two orders that look at pairs, features that tell nothing, neither alone nor in a pair, come after all
+    others: to a formula that only weighs relevance against overlap, noise is better than what is told already.
+    """
     synergy: dict[str, float] = {}
     for pair in crosses:
         for name in (pair.first, pair.second) if pair.found else ():
@@ -220,7 +224,10 @@ def _orders(found: Sequence[Score], crosses: Sequence[PairScore]) -> dict[Order,
         )
         for pair in crosses
     ]
-    return {**orders(relevance, relations), "relevance": list(told)}
+    telling = {name: told for name, told in relevance.items() if told > 0 or name in synergy}
+    silent = [name for name in told if name not in telling]
+    by_pairs = {order: [*names, *silent] for order, names in orders(telling, relations).items()}
+    return {**by_pairs, "relevance": list(told)}
 
 
 @contextlib.contextmanager

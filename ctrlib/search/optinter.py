@@ -20,7 +20,6 @@ Where this differs from the paper and its code:
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,29 +30,25 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
-from ctrlib.embeddings.crosses import CrossTables, Pair, PairVectors, add_crosses, cross_codes, projection, single_ids
-from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
-from ctrlib.embeddings.table import table_name
+from ctrlib.embeddings.crosses import Pair, PairVectors, add_crosses, projection
+from ctrlib.embeddings.narrow import NarrowTables
 from ctrlib.errors import ArgumentError
 from ctrlib.model import Model
 from ctrlib.schema import Categorical
 from ctrlib.search.plan import Plan
 from ctrlib.search.stages import identity_of, search_epochs, without_end
 from ctrlib.sharding.shards import State
-from ctrlib.structure import put, unstack
+from ctrlib.structure import put
+from ctrlib.training.crossing import PATH, count_crosses, cross_tables, rows_of, with_base
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.loop import NonFiniteLossError
 from ctrlib.training.state import make_adam, optimiser_state
 
-PATH = "embedding.tables"
 CHOICES = ("memorise", "factorise", "naive")
-MERGE_AT = 1 << 24  # codes held before they are counted, 128 MB
 
 
 @dataclass(frozen=True)
@@ -242,7 +237,7 @@ def search(
     features = _features(train, settings)
     pairs = list(itertools.combinations(features, 2))
     train.set_epoch(0)
-    crosses = count_crosses(train, pairs, _rows(train), min_count=settings.min_count)
+    crosses = count_crosses(train, pairs, rows_of(train.schema), min_count=settings.min_count)
     torch.manual_seed(seed)
     searched, lookup = soft_model(model, pairs, crosses, settings)
     engine = JointEngine(searched, lookup, valid, settings)
@@ -265,45 +260,6 @@ def _features(train: Loader, settings: OptInter) -> list[str]:
     if len(chosen) < 2 or len(set(chosen)) < len(chosen) or set(chosen) - set(able):
         raise ArgumentError(f"OptInter: expected two or more of the categorical features {able} to cross, got {chosen}")
     return chosen
-
-
-def _rows(train: Loader) -> dict[str, int]:
-    """Feature -> the number of its ids; the schema of a loader is fitted."""
-    categorical = [feature for feature in train.schema.sparse if isinstance(feature, Categorical)]
-    return {feature.name: feature.num_embeddings for feature in categorical if feature.num_embeddings is not None}
-
-
-def count_crosses(
-    batches: Iterable[Batch], pairs: Sequence[Pair], rows: dict[str, int], *, min_count: int
-) -> list[Tensor]:
-    """The `cross_codes` of each pair that occur `min_count` times or more, ascending. Rows of weight 0 do not count.
-
-    Memory: 16 bytes for each cross that occurs, and 128 MB.
-
-    >>> ids = KeyedJaggedTensor.from_lengths_sync(["a", "b"], torch.tensor([3, 3, 4, 5, 5, 6]), torch.ones(6).int())
-    >>> batch = Batch(ids, torch.zeros(3, 0), torch.zeros(3, 1), torch.ones(3))
-    >>> count_crosses([batch], [("a", "b")], {"a": 10, "b": 10}, min_count=2)
-    [tensor([35])]
-    """
-    names = list(dict.fromkeys(itertools.chain(*pairs)))
-    found: list[tuple[Tensor, Tensor]] = [(torch.empty(0, dtype=torch.int64),) * 2 for _ in pairs]
-    waiting: list[Tensor] = []
-
-    def merge() -> None:
-        for place, codes in enumerate(torch.cat(waiting).unbind(1)):
-            new, counts = torch.unique(codes, return_counts=True)
-            merged, where = torch.unique(torch.cat([found[place][0], new]), return_inverse=True)
-            totals = torch.zeros_like(merged).index_add(0, where, torch.cat([found[place][1], counts]))
-            found[place] = merged, totals
-        waiting.clear()
-
-    for batch in batches:
-        waiting.append(cross_codes(single_ids(batch.sparse, names), pairs, rows)[batch.weights != 0])
-        if sum(codes.numel() for codes in waiting) >= MERGE_AT:
-            merge()
-    if waiting:
-        merge()
-    return [codes[counts >= min_count] for codes, counts in found]
 
 
 def soft_model(
@@ -330,39 +286,6 @@ def soft_model(
     return searched, lookup
 
 
-def with_base(model: Model) -> tuple[Model, NarrowTables]:
-    """A copy of the model with a table per vocabulary, and the same tables as a look-up that knows its vocabularies.
-
-    Raises:
-        ValueError: the embedding has no plain tables.
-    """
-    model = copy.deepcopy(model)
-    unstack(model.embedding)
-    tables = getattr(model.embedding, "tables", None)
-    if not isinstance(tables, EmbeddingBagCollection):
-        raise ArgumentError(
-            f"OptInter searches beside the plain tables of a TableEmbedding, and {type(model.embedding).__name__} has "
-            f"{type(tables).__name__} there: build the model with pooled sequences and without other tables"
-        )
-    configs = tables.embedding_bag_configs()
-    stored = [
-        NarrowTable(
-            config.name,
-            tuple(config.feature_names),
-            rows=config.num_embeddings,
-            rank=config.embedding_dim,
-            pooling="mean" if config.pooling == PoolingType.MEAN else "sum",
-        )
-        for config in configs
-    ]
-    base = NarrowTables(stored, embedding_dim=configs[0].embedding_dim)
-    with torch.no_grad():
-        for table in stored:
-            weight = tables.embedding_bags[table.name].weight
-            base.tables.embedding_bags[table_name(table.name)].weight.copy_(weight)
-    return model, base
-
-
 def plan_of(
     model: Model,
     pairs: Sequence[Pair],
@@ -387,19 +310,13 @@ def plan_of(
     if set(choice) == {"naive"}:
         return Plan("optinter", {}, {}, summary)
     torch.manual_seed(seed)
-    base = with_base(model)[1]
-    chosen = [found for found, kind in zip(crosses, choice) if kind == "memorise"]
-    arguments = base.describe()
-    del arguments["is_weighted"]
-    lookup = CrossTables(
-        **arguments,
+    lookup = cross_tables(
+        with_base(model)[1],
+        [found for found, kind in zip(crosses, choice) if kind == "memorise"],
         memorised=[pair for pair, kind in zip(pairs, choice) if kind == "memorise"],
         factorised=[pair for pair, kind in zip(pairs, choice) if kind == "factorise"],
-        num_crosses=sum(map(len, chosen)),
         cross_dim=cross_dim,
     )
-    lookup.vectors.set_crosses(chosen)
-    lookup.base.load_state_dict(base.state_dict())
     weights = {f"{PATH}.{name}": tensor for name, tensor in lookup.state_dict().items()}
     return Plan("optinter", {PATH: {"kind": "crosses", **lookup.describe()}}, weights, summary)
 

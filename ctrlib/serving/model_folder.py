@@ -28,7 +28,7 @@ from ctrlib.errors import ArgumentError, check_path, check_type
 from ctrlib.making import new_folder, remove, size_of
 from ctrlib.manifest import load_schema, manifest_of, write_manifest
 from ctrlib.schema import Schema, SchemaError
-from ctrlib.structure import attributes
+from ctrlib.structure import attributes, describe
 from ctrlib.training.config import differences
 
 BESIDE = 1 << 16  # bytes of a model folder beside weights and vocabularies, and some to spare
@@ -58,7 +58,7 @@ def save_model(
     check_type("a torch module", nn.Module, model=model)
     check_type('a dictionary {"model": name, **arguments}', dict, config=config)
     check_path("a prepared folder", data=data)
-    config = _with_calibration(config, model)
+    config = _with_calibration(_counted(model, config), model)
     with target(out, ("model", "run", "search", "compressed", "other"), inputs=[data], overwrite=True):
         _check_config(model, config, load_schema(data), modules)
         with model_in_the_making(model, config, data, out):
@@ -74,6 +74,7 @@ def model_in_the_making(
     `kind` says what makes it again (`ctrlib.manifest.MENDS`).
     """
     data, out = Path(data), Path(out)
+    config = _counted(model, config)
     schema = load_schema(data)
     parts = ["vocab", "numbers"] if has_points(data) else ["vocab"]
     if (manifest := manifest_of(data)) is not None:
@@ -105,6 +106,11 @@ def _with_calibration(config: dict[str, Any], model: nn.Module) -> dict[str, Any
     config = {name: value for name, value in config.items() if name != "calibration"}
     calibration = getattr(model, "calibration", None)
     return config if calibration is None else {**config, "calibration": calibration.as_dict()}
+
+
+def _counted(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """The config with what counting its crosses has made of the model, without which it cannot be built."""
+    return config if not config.get("crosses") or config.get("replaced") else {**config, "replaced": describe(model)}
 
 
 def _check_config(model: nn.Module, config: dict[str, Any], schema: Schema, modules: Sequence[str]) -> None:

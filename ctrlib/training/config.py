@@ -138,6 +138,15 @@ def name_of(config: Mapping[str, Any]) -> str:
     return model if isinstance(model, str) else str(model.get("class")).rpartition(".")[2]
 
 
+def counted_anew(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without what counting its crosses on some data has made of it: they are counted again.
+
+    >>> counted_anew({"model": "fm", "crosses": [["user", "item"]], "replaced": {"embedding.tables": {}}})
+    {'model': 'fm', 'crosses': [['user', 'item']]}
+    """
+    return {name: value for name, value in config.items() if name != "replaced" or not config.get("crosses")}
+
+
 def identity_of(config: Mapping[str, Any], data: str, rows: str) -> dict[str, Any]:
     """What of a complete experiment must be the same where it goes on: all but `MAY_CHANGE`, and the data.
 

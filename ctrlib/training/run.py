@@ -35,9 +35,21 @@ from ctrlib.model import Model
 from ctrlib.models.build import set_calibration
 from ctrlib.schema import SchemaError
 from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
+from ctrlib.structure import describe
 from ctrlib.training.baselines import compare, remarks
 from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.config import Device, EngineName, Precision, Training, complete, identity_of, name_of, training_of
+from ctrlib.training.config import (
+    Device,
+    EngineName,
+    Precision,
+    Training,
+    complete,
+    counted_anew,
+    identity_of,
+    name_of,
+    training_of,
+)
+from ctrlib.training.crossing import crossed
 from ctrlib.training.evaluate import Scores, calibrated, known, predict, score, whole
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.finished import finish, finished
@@ -285,7 +297,9 @@ def run(
     """Train what `config` describes on a prepared folder with train, valid and test; returns the model and the result.
 
     `config` is one dictionary of plain data: the model's name, its arguments and those of `Inputs`, and `training`,
-    whose entries are those of `ctrlib.training.Training`. What it leaves out is at its default.
+    whose entries are those of `ctrlib.training.Training`. What it leaves out is at its default. It may have `crosses`,
+    pairs of categorical features as [["user", "item"]], each pair of whose values gets a row of its own
+    (`ctrlib.training.crossing`).
 
     The epoch is chosen by validation AUC, then validation and test are each scored once. The result has at least
     valid_auc, test_auc, test_logloss, parameters, embedding_bytes, samples_per_second (of training), the same of
@@ -330,7 +344,7 @@ def run(
             f'config must be a dictionary such as {{"model": "fm", "training": {{"seed": 1}}}}, got {shown(config)}: '
             "a model of your own is named by the import path of the function that makes it (see `ctrlib.models.build`)"
         )
-    config = complete(config, modules=modules)
+    config = counted_anew(complete(config, modules=modules))
     how = training_of(config)
     if out is not None:
         check_target(out, ("model", "run", "other"), inputs=(data, how.plan), overwrite=True)
@@ -353,7 +367,11 @@ def run(
     train, valid, test = load_splits(data, how)
     schema, note = train.schema, _note(data)
     torch.manual_seed(how.seed)
-    model = models.build(config, schema, modules=modules)
+    described = {name: value for name, value in config.items() if name != "crosses"}
+    model = models.build(described, schema, modules=modules)
+    if config.get("crosses"):
+        model = crossed(model, data, config["crosses"])
+        described["replaced"] = describe(model)
     if how.calibrate:
         set_calibration(model, None)
     if on_built is not None:
@@ -378,7 +396,7 @@ def run(
     # The engine may have wrapped the model or moved it: a plain one with the trained weights, for saving and serving.
     weights = trainer.weights()
     with contextlib.nullcontext() if is_first else torch.device("meta"):
-        plain = models.build(config, schema, modules=modules)
+        plain = models.build(described, schema, modules=modules)
     calibration = _fit_calibration(trainer.model, valid, chosen_device) if how.calibrate else None
     if calibration is not None:
         set_calibration(plain, calibration)
