@@ -34,6 +34,9 @@ from ctrlib.ranking import (
     scores,
     shift_null,
 )
+from ctrlib.ranking.quality import drift
+from ctrlib.ranking.report import report
+from ctrlib.ranking.spill import SpilledCounts, Tally, keep_within
 
 DATA = Path(os.environ.get("CTRLIB_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ROWS = 1 << 14
@@ -315,6 +318,90 @@ def test_t6_shards_merge_bit_for_bit(folder):
             np.testing.assert_array_equal(merged.by_label[label][name].keys, joint.keys)
             np.testing.assert_array_equal(merged.by_label[label][name].counts, joint.counts)
         assert scores(merged, source.schema.features, label) == scores(whole, source.schema.features, label)
+
+
+def shown(joint):
+    """Counts as they are in memory."""
+    parts = list(joint.ranges()) if isinstance(joint, SpilledCounts) else [joint]
+    order = np.argsort(np.concatenate([part.keys for part in parts]), kind="stable")
+    return [np.concatenate([getattr(part, what) for part in parts])[order].tolist() for what in ("keys", "counts")]
+
+
+@pytest.mark.parametrize("memory", [1, 40_000, 400_000])
+def test_counts_on_disk_are_the_same(folder, memory):
+    """With 1 byte all is on disk, with 40,000 the row ids, with 400,000 the list's draws; in one part or 8."""
+    source = Source(folder)
+    whole, on_disk = count(source), count(source, memory=memory)
+    shards = [count(source, shard=(part, 8), memory=memory // 8) for part in range(8)]
+    mixed = [count(source, shard=(0, 2)), count(source, shard=(1, 2), memory=1)]
+    for label in ("click", "buy"):
+        expected = scores(whole, source.schema.features, label)
+        for other in (on_disk, whole.merge(shards), whole.merge(mixed)):
+            assert "row" in other.spilled(label) or memory > 40_000
+            assert scores(other, source.schema.features, label) == expected
+            for name, joint in whole.by_label[label].items():
+                assert shown(other.by_label[label][name]) == shown(joint)
+
+
+def test_tallies_are_brought_to_disk_one_by_one_largest_first():
+    small, large, table = Tally(None), Tally(None), Tally(10)
+    small.add(np.arange(10), np.zeros(10, np.int8))
+    large.add(np.arange(1_000) * 2**40 - 2**50, np.ones(1_000, np.int8))
+    table.add(np.arange(10), np.zeros(10, np.int8))
+    keep_within([small, large, table], 1_010 * 24 * 4)
+    assert large.num_bytes == 24_000
+    keep_within([small, large, table], 1_010 * 24 * 4 - 1)
+    assert (small.num_bytes, large.num_bytes, table.num_bytes) == (240, 0, 0)
+    large.add(np.array([-(2**50), 5]), np.array([0, 1], np.int8))
+    assert large.counts().of_key(-(2**50)).tolist() == [1, 1]
+    assert large.counts().of_key(5).tolist() == [0, 1]
+    assert large.counts().of_key(6).tolist() == [0, 0]
+    assert large.counts().total().tolist() == [1, 1_001]
+    assert large.counts().cells().num_values == 1_001
+
+
+def test_files_of_counts_go_when_nobody_needs_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    tally = Tally(None)
+    tally.add(np.arange(1_000), np.zeros(1_000, np.int8))
+    tally.spill()
+    counts = tally.counts()
+    del tally
+    assert sum(1 for _ in tmp_path.rglob("*")) > 200
+    assert counts.cells().num_rows == 1_000
+    del counts
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_too_large_is_ranked_and_in_no_pair(folder, ranking):
+    small = ctr.rank(folder, memory=400_000)
+    assert small["click"].screening.too_large == ["row"]
+    assert small["click"].scores == ranking["click"].scores
+    assert {name for pair in small["click"].pairs for name in (pair.first, pair.second)} == {"item", "noise", "price"}
+    page = report(small.data, small.split, small.labels, small.findings, small.left_out)
+    assert "In no pair, since their values do not fit into memory: row." in page
+    assert small.findings == ranking.findings
+
+
+def test_drift_is_the_same_from_disk(tmp_path):
+    """Of raw ids that come once, and of others that come again and shift."""
+    rng = np.random.default_rng(2)
+    parts = {}
+    for split, most in (("train", 40), ("valid", 25)):
+        codes = np.minimum(rng.integers(0, most, 1_500), 30)
+        raw = {"once": rng.integers(-(2**62), 2**62, 1_500), "again": codes * 2**40 - 7}
+        parts[split] = pl.DataFrame({**raw, "item": [f"i{code}" for code in codes], "click": clicks(rng, 1_500)})
+    features = [ctr.RawId("once"), ctr.RawId("again"), ctr.Categorical("item")]
+    ctr.prepare(parts, tmp_path / "data", labels="click", features=features, log=None)
+    source = Source(tmp_path / "data")
+    before, after = (
+        [count(source, split, memory=memory).by_label["click"] for memory in (1 << 30, 1)] for split in parts
+    )
+    expected = drift(before[0], after[0], features, "valid")
+    found = {(one.kind, one.feature) for one in expected}
+    assert found == {("drift", "again"), ("drift", "item"), ("many_new_values", "once")}
+    for one, other in ((0, 1), (1, 0), (1, 1)):
+        assert drift(before[one], after[other], features, "valid") == expected
 
 
 def test_shards_of_other_columns_do_not_merge(folder):

@@ -21,6 +21,8 @@ from kinds import KINDS, WAYS, column_of, feature_of
 import ctrlib as ctr
 from ctrlib.data.fingerprint import fingerprint
 from ctrlib.data.prepare import prepare
+from ctrlib.ranking import Source, count, count_with_spark, scores
+from ctrlib.schema import Categorical, MultiValued, Numeric
 
 ROOT = Path(__file__).parent.parent
 WIDE = "12345678901234567890123456789012345678"
@@ -284,3 +286,28 @@ ctr.prepare({{"train": frame}}, {str(tmp_path / "p")!r}, features=[ctr.Categoric
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_counts_of_a_ranking_are_those_of_one_machine(spark: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frame = pl.DataFrame(
+        {
+            "item": [f"i{code}" for code in rng.integers(0, 40, 3_000)],
+            "row": [f"r{code}" for code in range(3_000)],
+            "price": rng.normal(size=3_000),
+            "tags": ["|".join(f"t{tag}" for tag in rng.integers(0, 9, 3)) for _ in range(3_000)],
+            "click": rng.integers(0, 2, 3_000),
+        }
+    )
+    features = [Categorical("item"), Categorical("row"), Numeric("price"), MultiValued("tags")]
+    folder = tmp_path / "prepared"
+    schema = prepare({"train": frame}, folder, features=features, labels="click", spark=spark, log=None)
+    whole, parts = count(Source(folder)), count_with_spark(spark, folder, num_parts=3)
+    assert len(list((folder / "train").glob("*.parquet"))) > 3  # so that all parts have rows
+    assert parts.rows == whole.rows
+    for name, joint in whole.by_label["click"].items():
+        assert parts.by_label["click"][name].keys.tolist() == joint.keys.tolist()
+        assert parts.by_label["click"][name].counts.tolist() == joint.counts.tolist()
+    assert scores(parts, schema.features, "click") == scores(whole, schema.features, "click")
+    with pytest.raises(ValueError, match=r"num_parts .*must be 1 or more, got 0"):
+        count_with_spark(spark, folder, num_parts=0)

@@ -26,8 +26,9 @@ from ctrlib.errors import ArgumentError, check_whole
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ctrlib.ranking.label import LabelRanking
     from ctrlib.ranking.pairs import Screening
-    from ctrlib.ranking.run import LabelRanking, Ranking
+    from ctrlib.ranking.run import Ranking
 
 SHOWN = 10  # pairs of a kind
 OVERLAP = 0.95
@@ -56,7 +57,7 @@ class How:
     singles: Switch = False
     """Rank features only, and no pairs: what those tell together, and about each other."""
     memory: int = 1024
-    """Mebibytes that pairs may take; what does not fit lies in a temporary file, or is counted in several passes."""
+    """Mebibytes that counting may take; what does not fit lies in temporary files, or is counted in several passes."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,8 @@ def _print_pairs(one: LabelRanking, screening: Screening) -> None:
             f"; they were looked for in {screening.sampled:,} rows, and {screening.kept} of them counted in all: a "
             f"synergy of {1000 * (screening.detectable or 0.0):.3f} is missed once in 20 times"
         )
+    if screening.too_large:
+        said += f"; in no pair is {', '.join(screening.too_large)}, of more values than --memory has room for"
     print(fill(said))
     if found:
         table = new_table("pair", "values", "once", "synergy", "relevance", "overlap", "q", numbers=6)

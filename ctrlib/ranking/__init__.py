@@ -5,7 +5,7 @@ from ctrlib import _lazy
 __getattr__, __dir__ = _lazy.named(
     __name__,
     {
-        "chosen": ("RankingError", "not_chosen"),
+        "chosen": ("RankingError", "crosses", "not_chosen"),
         "counts": ("Cells", "JointCounts"),
         "null": ("Null", "NullTable", "conditional_null"),
         "order": ("greedy",),
@@ -14,5 +14,7 @@ __getattr__, __dir__ = _lazy.named(
         "run": ("Ranking", "rank"),
         "relevance": ("Counts", "Score", "benjamini_hochberg", "count", "score_column", "scores", "shift_null"),
         "source": ("Source",),
+        "spark": ("count_with_spark",),
+        "spill": ("SpilledCounts",),
     },
 )

@@ -174,9 +174,19 @@ class JointCounts:
         return cls(keys[first], np.add.reduceat(counts, first, axis=0) if len(first) else counts)
 
     @property
-    def num_rows(self) -> int:
-        """Rows that were counted."""
-        return int(self.counts[:, :2].sum())
+    def width(self) -> int:
+        """Numbers that are counted for each key."""
+        return int(self.counts.shape[1])
+
+    def of_key(self, key: int) -> Array:
+        """Counts of one key. Shape: (width,)."""
+        found: Array = self.counts[self.keys == key].sum(axis=0)
+        return found
+
+    def total(self) -> Array:
+        """Counts of all keys. Shape: (width,)."""
+        found: Array = self.counts.sum(axis=0)
+        return found
 
     def cells(self) -> Cells:
         """How many values have how many rows and positives."""
@@ -184,43 +194,5 @@ class JointCounts:
 
     def drawn(self) -> list[Cells]:
         """The same of each permutation that was counted beside."""
-        both = self.counts.reshape(len(self.counts), -1, 2)[:, 1:]
+        both = self.counts.reshape(len(self.counts), self.width // 2, 2)[:, 1:]
         return [Cells.of(one.sum(axis=1), one[:, 1]) for one in both.transpose(1, 0, 2)]
-
-
-class Tally:
-    """Joint counts that grow block by block; of columns with few values as a table, of others sorted.
-
-    Args:
-        size: keys are in [0, size); None for any 64-bit ids.
-    """
-
-    def __init__(self, size: int | None) -> None:
-        self._size = size
-        self._table: Array | None = None
-        self._parts: list[JointCounts] = []
-
-    def add(self, keys: Array, positive: Array) -> None:
-        """Count a block of rows."""
-        size = self._size
-        if size is not None and (self._table is not None or 2 * size <= DENSE * len(keys) + 1024):
-            table = np.bincount(keys.astype(np.int64) * 2 + positive, minlength=2 * size)
-            if self._table is None:
-                self._table = table
-            else:
-                self._table += table
-            return
-        self._parts.append(JointCounts.of(keys, positive))
-        if sum(len(part.keys) for part in self._parts[1:]) > len(self._parts[0].keys):
-            self._parts = [JointCounts.merge(self._parts)]
-
-    def counts(self) -> JointCounts:
-        """Of all blocks."""
-        parts = list(self._parts)
-        if self._table is not None:
-            table = self._table.reshape(-1, 2)
-            kept = np.flatnonzero(table.any(axis=1))
-            parts.append(JointCounts(kept, table[kept]))
-        if not parts:
-            return JointCounts(np.empty(0, np.int64), np.empty((0, 2), np.int64))
-        return JointCounts.merge(parts)

@@ -189,7 +189,8 @@ class Screening:
 
     If these are not all `rows`, they are a stratified sample, `sampled` of them: the `kept` pairs with most synergy for
     their sd were counted on all rows. `detectable`, in nats, is the synergy of which a pair (with an sd as half of the
-    pairs have it) is kept in 95 % of samples.
+    pairs have it) is kept in 95 % of samples. `too_large`: features that are in no pair, since the counts of their
+    values do not fit into memory.
     """
 
     pairs: int
@@ -197,6 +198,7 @@ class Screening:
     sampled: int
     kept: int
     detectable: float | None
+    too_large: Sequence[str] = ()
 
 
 def find_pairs(

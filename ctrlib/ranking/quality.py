@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ctrlib.ranking.chosen import LEVEL
 from ctrlib.ranking.counts import Cells, JointCounts
@@ -15,9 +16,11 @@ from ctrlib.ranking.null import null_table
 from ctrlib.ranking.pairs import PairScore
 from ctrlib.ranking.relevance import Score, benjamini_hochberg
 from ctrlib.ranking.source import missing_key
+from ctrlib.ranking.spill import AnyCounts, side_by_side
 from ctrlib.schema import MISSING_ID, OOV_ID, Categorical, Feature, MultiValued, Numeric, Schema
 from ctrlib.schema import Sequence as History
 
+Array = npt.NDArray[Any]
 Kind = Literal["leak", "constant", "near_unique", "many_new_values", "duplicate", "drift", "missing"]
 NEAR_UNIQUE = 0.5  # share of the rows whose value no other row has
 NEW_VALUES = 0.2  # share of the ids of a later split that train does not have
@@ -30,7 +33,7 @@ SHARE = 0.5  # of what a feature tells that its missing cells tell alone
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing about one column (or two), with the numbers that show it, and what to do."""
+    """One thing about one column (or two), with the numbers that show it, and what to do, or what could be done."""
 
     kind: Kind
     feature: str
@@ -43,7 +46,7 @@ def findings(
     schema: Schema,
     found: Mapping[str, Sequence[Score]],
     pairs: Sequence[PairScore],
-    joints: Mapping[str, Mapping[str, JointCounts]],
+    joints: Mapping[str, Mapping[str, AnyCounts]],
     drifts: Sequence[Finding] = (),
 ) -> list[Finding]:
     """All of them, the gravest kind first.
@@ -125,7 +128,7 @@ def _duplicates(pairs: Sequence[PairScore], scores: Mapping[str, Score]) -> list
 
 def _missing(
     scores: Sequence[tuple[str, Score]],
-    joints: Mapping[str, Mapping[str, JointCounts]],
+    joints: Mapping[str, Mapping[str, AnyCounts]],
     features: Mapping[str, Feature],
 ) -> list[Finding]:
     """Columns whose missing cells tell at least half of what the column tells: that may be how the data was joined."""
@@ -134,8 +137,8 @@ def _missing(
         if not MISSING <= score.missing <= 1 - MISSING or score.drawn:
             continue
         joint = joints[label][score.feature]
-        is_missing = joint.keys == missing_key(features[score.feature])
-        both = np.stack([joint.counts[~is_missing].sum(axis=0), joint.counts[is_missing].sum(axis=0)])
+        gone = joint.of_key(missing_key(features[score.feature]))
+        both = np.stack([joint.total() - gone, gone])
         cells = Cells.of(both.sum(axis=1), both[:, 1])
         null = cells.null(null_table(cells.num_rows, cells.num_positives))
         told = cells.information() - null.mean
@@ -156,14 +159,14 @@ def _missing(
                         "relevance_of_missing": told,
                         "p": p,
                     },
-                    f"--ignore {score.feature}",
+                    f"--ignore {score.feature}, if cells will be missing for other reasons later",
                 )
             )
     return found
 
 
 def drift(
-    before: Mapping[str, JointCounts], after: Mapping[str, JointCounts], features: Sequence[Feature], later: str
+    before: Mapping[str, AnyCounts], after: Mapping[str, AnyCounts], features: Sequence[Feature], later: str
 ) -> list[Finding]:
     """How features are distributed otherwise in a later split, by the null that labels have.
 
@@ -180,22 +183,11 @@ def drift(
     for feature in features:
         if isinstance(feature, MultiValued | History):
             continue
-        joint = JointCounts.merge(
-            JointCounts(one.keys, np.stack(sides, axis=1))
-            for one, sides in (
-                (before[feature.name], (_rows(before[feature.name]), 0 * _rows(before[feature.name]))),
-                (after[feature.name], (0 * _rows(after[feature.name]), _rows(after[feature.name]))),
-            )
-        )
-        counts = joint.counts
-        is_new = (joint.keys == OOV_ID) if isinstance(feature, Categorical) else counts[:, 0] == 0
-        share = float(counts[is_new, 1].sum() / counts[:, 1].sum()) if not isinstance(feature, Numeric) else 0.0
-        if share >= NEW_VALUES and share > 2 * counts[is_new, 0].sum() / counts[:, 0].sum():
+        kept, fresh = _beside(before[feature.name], after[feature.name], feature)
+        rows, later_rows = kept[:, 0].sum(), kept[:, 1].sum()
+        share = float(fresh[1] / later_rows) if not isinstance(feature, Numeric) else 0.0
+        if share >= NEW_VALUES and share > 2 * fresh[0] / rows:
             new.append(_new_values(feature.name, later, share))
-        rare = (counts.sum(axis=1) < RARE) & (joint.keys != MISSING_ID)
-        if not isinstance(feature, Numeric):
-            rare |= is_new
-        kept = np.concatenate([counts[~rare], counts[rare].sum(axis=0, keepdims=True)])
         cells = Cells.of(kept.sum(axis=1), kept[:, 1])
         null = cells.null(null_table(cells.num_rows, cells.num_positives))
         p_values.append(null.p_value(cells.information()))
@@ -218,8 +210,24 @@ def drift(
     return [*sorted(drifted, key=lambda one: -one.evidence["relevance"]), *new]
 
 
-def _rows(joint: JointCounts) -> Any:
-    return joint.counts[:, 0] + joint.counts[:, 1]
+def _beside(before: AnyCounts, after: AnyCounts, feature: Feature) -> tuple[Array, Array]:
+    """Rows of each value in both splits, (V, 2), those that are one in the test of drift as one; and of new values."""
+    kept, together, fresh = [], np.zeros(2, np.int64), np.zeros(2, np.int64)
+    for some, others in side_by_side(before, after):
+        joint = JointCounts.merge(
+            JointCounts(one.keys, np.stack([rows * (side == 0), rows * (side == 1)], axis=1))
+            for side, one in enumerate((some, others))
+            for rows in [one.counts[:, 0] + one.counts[:, 1]]
+        )
+        counts = joint.counts
+        is_new = (joint.keys == OOV_ID) if isinstance(feature, Categorical) else counts[:, 0] == 0
+        rare = (counts.sum(axis=1) < RARE) & (joint.keys != MISSING_ID)
+        if not isinstance(feature, Numeric):
+            rare |= is_new
+        kept.append(counts[~rare])
+        together += counts[rare].sum(axis=0)
+        fresh += counts[is_new].sum(axis=0)
+    return np.concatenate([*kept, together[None]]), fresh
 
 
 def _new_values(name: str, later: str, share: float) -> Finding:

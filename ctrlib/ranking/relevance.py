@@ -22,9 +22,10 @@ from ctrlib.data.columns import Ragged
 from ctrlib.data.scan import DataError
 from ctrlib.errors import ArgumentError
 from ctrlib.ranking.chosen import LEVEL
-from ctrlib.ranking.counts import JointCounts, Tally
+from ctrlib.ranking.counts import JointCounts
 from ctrlib.ranking.null import Null, null_table
 from ctrlib.ranking.source import Source, labelled, missing_key
+from ctrlib.ranking.spill import AnyCounts, SpilledCounts, Tally, keep_within, merge
 from ctrlib.schema import Categorical, Feature, kind_of
 
 Array = npt.NDArray[Any]
@@ -40,8 +41,12 @@ class Counts:
     `rows`: label -> how many rows have it, negative and positive.
     """
 
-    by_label: dict[str, dict[str, JointCounts]]
+    by_label: dict[str, dict[str, AnyCounts]]
     rows: dict[str, tuple[int, int]]
+
+    def spilled(self, label: str) -> list[str]:
+        """Features of which not all counts are in memory."""
+        return [name for name, joint in self.by_label[label].items() if isinstance(joint, SpilledCounts)]
 
     @classmethod
     def merge(cls, parts: Iterable[Counts]) -> Counts:
@@ -56,7 +61,7 @@ class Counts:
             raise ArgumentError(f"counts of other labels or features cannot be merged: {named}")
         return cls(
             {
-                label: {name: JointCounts.merge(part.by_label[label][name] for part in parts) for name in features}
+                label: {name: merge(part.by_label[label][name] for part in parts) for name in features}
                 for label, features in named[0].items()
             },
             {label: _add(part.rows[label] for part in parts) for label in named[0]},
@@ -97,8 +102,10 @@ class Score:
     drawn: bool
 
 
-def count(source: Source, split: str = "train", *, shard: tuple[int, int] = (0, 1)) -> Counts:
+def count(source: Source, split: str = "train", *, shard: tuple[int, int] = (0, 1), memory: int = 1 << 30) -> Counts:
     """Count a split, a row group at a time, or a shard (i, n) of its row groups, to be merged with the others.
+
+    Counts that would take more than `memory` bytes go to temporary files, those of the columns with most values first.
 
     Of lists, each distinct value of a row counts as one. Where a row may have several values, or rows have weights that
     differ, the counts of `NUM_DRAWS` permutations of labels and weights within each row group are kept, too.
@@ -109,7 +116,6 @@ def count(source: Source, split: str = "train", *, shard: tuple[int, int] = (0, 
     features = source.schema.features
     tallies = {label: {f.name: Tally(source.size(f)) for f in features} for label in source.schema.labels}
     margins: dict[str, list[tuple[int, int]]] = {label: [] for label in source.schema.labels}
-    parts: dict[tuple[str, str], list[JointCounts]] = {}
     for block in source.blocks(split, shard):
         for at, label in enumerate(source.schema.labels):
             rows, positive = labelled(block, at)
@@ -125,15 +131,10 @@ def count(source: Source, split: str = "train", *, shard: tuple[int, int] = (0, 
                 else:
                     tallies[label][name].add(block.codes[name][rows], positive)
                     continue
-                parts.setdefault((label, name), []).append(part)
+                tallies[label][name].add_counts(part)
+        keep_within((tally for of_label in tallies.values() for tally in of_label.values()), memory)
     return Counts(
-        {
-            label: {
-                name: JointCounts.merge(parts[label, name]) if (label, name) in parts else tally.counts()
-                for name, tally in of_label.items()
-            }
-            for label, of_label in tallies.items()
-        },
+        {label: {name: tally.counts() for name, tally in of_label.items()} for label, of_label in tallies.items()},
         {label: _add(found) for label, found in margins.items()},
     )
 
@@ -210,8 +211,8 @@ def check_label(label: str, negatives: int, positives: int) -> None:
         )
 
 
-def _score(feature: Feature, joint: JointCounts) -> Score:
-    cells, drawn = joint.cells(), joint.counts.shape[1] > 2
+def _score(feature: Feature, joint: AnyCounts) -> Score:
+    cells, drawn = joint.cells(), joint.width > 2
     rows, weighed = cells.num_rows, cells
     if drawn:
         weighed, *others = joint.drawn()
@@ -227,7 +228,7 @@ def _score(feature: Feature, joint: JointCounts) -> Score:
     tellable, mutual = label_entropy - null.mean, (entropy + label_entropy) / 2 - null.mean
     half = 1.96 * math.hypot(null.sd, weighed.sampling_sd() * math.sqrt(weighed.num_rows / rows))
     share = relevance / tellable if not fixed and tellable > 0 else 0.0
-    missing = int(joint.counts[joint.keys == missing_key(feature), :2].sum())
+    missing = int(joint.of_key(missing_key(feature))[:2].sum())
     return Score(
         feature=feature.name,
         kind=kind_of(feature),

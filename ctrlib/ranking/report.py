@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from ctrlib.analysis.page import bars, heading, heat_map, page, table, text
+from ctrlib.ranking.label import LabelRanking
 from ctrlib.ranking.pairs import PairScore
+from ctrlib.ranking.quality import Finding
 from ctrlib.ranking.relevance import Score
-
-if TYPE_CHECKING:
-    from ctrlib.ranking.run import LabelRanking, Ranking
 
 MOST = 40  # features of a heat map
 UNIT = "thousandths of a nat"
@@ -27,23 +25,25 @@ PAIRS = (
 )
 
 
-def report(ranking: Ranking) -> str:
-    """The page."""
-    parts = [text(f"{ranking.data}, {ranking.split}.")]
-    if ranking.findings:
+def report(
+    data: str, split: str, labels: Sequence[LabelRanking], findings: Sequence[Finding], left_out: Mapping[str, str]
+) -> str:
+    """The page of a `Ranking`, from what that holds."""
+    parts = [text(f"{data}, {split}.")]
+    if findings:
         parts += [
             heading("What to look at"),
             table(
                 ["column", "kind", "finding", "prepare with"],
-                [[one.feature, one.kind.replace("_", " "), one.said, one.flag] for one in ranking.findings],
+                [[one.feature, one.kind.replace("_", " "), one.said, one.flag] for one in findings],
             ),
         ]
-    if ranking.left_out:
-        left_out = "; ".join(f"{name}, {why}" for name, why in ranking.left_out.items())
-        parts.append(text(f"Not ranked, since preparation left them out: {left_out}."))
-    for one in ranking.labels:
+    if left_out:
+        said = "; ".join(f"{name}, {why}" for name, why in left_out.items())
+        parts.append(text(f"Not ranked, since preparation left them out: {said}."))
+    for one in labels:
         parts += _of_label(one)
-    return page(f"Which features are worth it: {ranking.data}", parts)
+    return page(f"Which features are worth it: {data}", parts)
 
 
 def _of_label(one: LabelRanking) -> list[str]:
@@ -71,7 +71,9 @@ def _of_label(one: LabelRanking) -> list[str]:
             heading(f"What features tell about each other, the {len(names)} most relevant"),
             _overlaps(names, one.pairs),
         ]
-        parts += [heading(f"What pairs tell about {one.label}"), text(PAIRS), _pairs(one.pairs)]
+        large = one.screening.too_large if one.screening else ()
+        said = f" In no pair, since their values do not fit into memory: {', '.join(large)}." if large else ""
+        parts += [heading(f"What pairs tell about {one.label}"), text(PAIRS + said), _pairs(one.pairs)]
     return parts
 
 

@@ -21,37 +21,15 @@ from ctrlib.data.raw import RawData
 from ctrlib.errors import ArgumentError, UnknownNameError, check_whole
 from ctrlib.making import new_folder
 from ctrlib.ranking.chosen import LEVEL, VERSION, Order, choose
+from ctrlib.ranking.label import LabelRanking
 from ctrlib.ranking.order import orders
-from ctrlib.ranking.pairs import PairScore, Screening, find_pairs
+from ctrlib.ranking.pairs import PairScore, find_pairs
 from ctrlib.ranking.quality import Finding, drift, findings
 from ctrlib.ranking.relevance import Score, count, entropy_of, scores
+from ctrlib.ranking.report import report
 from ctrlib.ranking.source import Source
 from ctrlib.schema import MultiValued
 from ctrlib.schema import Sequence as History
-
-
-@dataclass(frozen=True)
-class LabelRanking:
-    """What the features tell about one label.
-
-    `entropy`, in nats, is all that there is to tell; `scores` in order of relevance, `pairs` in that of synergy, and
-    how they were `screening`ed. `orders`: features in the order in which they are worth adding, without copies of the
-    label.
-    """
-
-    label: str
-    rows: int
-    positive: float
-    entropy: float
-    scores: list[Score]
-    pairs: list[PairScore]
-    screening: Screening | None
-    orders: dict[Order, list[str]]
-
-    @property
-    def features(self) -> list[str]:
-        """Names, most relevant first; copies of the label are not among them."""
-        return self.orders["relevance"]
 
 
 @dataclass(frozen=True)
@@ -102,10 +80,9 @@ class Ranking:
             LockedError: somebody else writes into it; the message says who.
             OSError: the disk is full.
         """
-        from ctrlib.ranking.report import report
-
         with target(out, "ranking", overwrite=True), new_folder(out) as folder:
-            (folder / "ranking.html").write_text(report(self), encoding="utf-8")
+            page = report(self.data, self.split, self.labels, self.findings, self.left_out)
+            (folder / "ranking.html").write_text(page, encoding="utf-8")
             self.frame().write_parquet(folder / "ranking.parquet")
             if any(one.pairs for one in self.labels):
                 self.pair_frame().write_parquet(folder / "pairs.parquet")
@@ -132,7 +109,8 @@ def rank(
         split: which split of a prepared folder.
         num_bins: quantile bins of each number.
         pairs: whether pairs are ranked, too; those of features with one value per row.
-        memory: bytes that pairs may take; what does not fit lies in a temporary file, or is counted in several passes.
+        memory: bytes that counting may take; what does not fit lies in temporary files, or is counted in several
+            passes. Features of which single values do not fit are not combined in pairs, which the ranking says.
         threads: that count pairs at the same time; as many as the process may use by default.
         progress: is called with the number of pairs that are done.
         options: of `prepare`, for raw data, such as `features`, `ignore`, `missing_values`.
@@ -158,17 +136,23 @@ def rank(
         if split not in source.splits():
             raise ArgumentError(f"split {split!r}: {name} has {source.splits()}; name one of these")
         wanted = _labels(source, labels, name)
-        counts = count(source, split)
+        counts = count(source, split, memory=memory)
         found = []
         for label in wanted:
             ordered = scores(counts, source.schema.features, label)
             crosses: list[PairScore] = []
             screening = None
-            names = [f.name for f in source.schema.features if not isinstance(f, MultiValued | History)]
+            spilled = counts.spilled(label)
+            names = [
+                f.name
+                for f in source.schema.features
+                if not isinstance(f, MultiValued | History) and f.name not in spilled
+            ]
             if pairs and len(names) > 1:
                 crosses, screening = find_pairs(
                     source, split, counts, label, names, memory=memory, threads=threads, progress=progress
                 )
+                screening = dataclasses.replace(screening, too_large=spilled)
             negatives, positives = counts.rows[label]
             share = positives / (negatives + positives)
             found.append(
@@ -186,7 +170,7 @@ def rank(
         by_label = {one.label: one.scores for one in found}
         drifted = []
         for later in source.splits()[source.splits().index(split) + 1 :]:
-            after = count(source, later)
+            after = count(source, later, memory=memory)
             drifted += drift(counts.by_label[wanted[0]], after.by_label[wanted[0]], source.schema.features, later)
         said = findings(source.schema, by_label, found[0].pairs, counts.by_label, drifted)
         return Ranking(name, split, found, said, _left_out(folder))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ctrlib.ranking.counts import DENSE, JointCounts
 from ctrlib.ranking.relevance import Counts
 from ctrlib.ranking.source import Source, labelled
+from ctrlib.ranking.spill import AnyCounts
 
 Array = npt.NDArray[Any]
 BLOCK = 1 << 20  # rows that are combined at once
@@ -38,7 +39,7 @@ class Store:
         split: of it.
         counts: of the same split, which know the values that come up.
         label: rows that have it are kept.
-        names: of the features.
+        names: of the features, of which all counts are in memory.
         memory: bytes, above which columns lie in a temporary file instead of memory.
         every: of the rows of either class, each so many is taken: a stratified sample.
     """
@@ -56,7 +57,7 @@ class Store:
     ) -> None:
         self.num_rows = sum(-(-rows // every) for rows in counts.rows[label])
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        keys = {name: counts.by_label[label][name].keys for name in names}
+        keys = {name: keys_of(counts.by_label[label][name]) for name in names}
         kinds = {name: np.min_scalar_type(max(0, len(known) - 1)) for name, known in keys.items()}
         if self.num_rows * sum(kind.itemsize for kind in kinds.values()) > memory:
             self._folder = tempfile.TemporaryDirectory()
@@ -106,6 +107,17 @@ class Store:
         self.columns = []
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def keys_of(joint: AnyCounts) -> Array:
+    """The values that come up, ascending.
+
+    Raises:
+        TypeError: they are not in memory.
+    """
+    if not isinstance(joint, JointCounts):
+        raise TypeError("columns whose counts are on disk are not combined in pairs: leave them out")
+    return joint.keys
 
 
 def _places(keys: Array) -> Array | None:
