@@ -70,8 +70,8 @@ def test_flags_stand_in_groups_with_titles(capsys: pytest.CaptureFixture[str]) -
     cli.main(["train", "--help"])
     printed = capsys.readouterr().out
     titles = [line.split(" ─")[0].removeprefix("╭─ ") for line in printed.splitlines() if line.startswith("╭")]
-    groups = ["model options", "training options", "engine options", "experiment options", "output options"]
-    assert titles == ["positional arguments", "options", *groups]
+    groups = ("model", "training", "engine", "crossing", "experiment", "output")
+    assert titles == ["positional arguments", "options", *(f"{group} options" for group in groups)]
 
 
 def test_overview_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
