@@ -42,12 +42,13 @@ from ctrlib.search.counting import count_reads
 from ctrlib.search.experiment import settings_of
 from ctrlib.search.floors import keep_rows, row_norms
 from ctrlib.search.optembed import OptEmbed
-from ctrlib.search.optinter import OptInter, count_crosses, plan_of
+from ctrlib.search.optinter import OptInter, plan_of
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.run import search_and_retrain
 from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import Training
+from ctrlib.training.crossing import count_crosses
 from ctrlib.training.run import load_splits, score_once, sizes_of, train_model
 from records import record
 
