@@ -159,7 +159,7 @@ def test_search_takes_the_flags_of_model_and_training_that_train_takes() -> None
 
 @pytest.mark.parametrize("name", MODELS)
 def test_defaults_are_left_to_the_model(name: str) -> None:
-    assert ModelFlags(name).config() == {"model": name, "numeric": "vector", "sequence": "pooled"}
+    assert ModelFlags(name).config() == {"model": name, "sequence": "pooled"}
 
 
 def test_bins_are_quantiles_of_the_training_rows(data: Path) -> None:
@@ -183,7 +183,7 @@ def test_bins_are_quantiles_of_the_training_rows(data: Path) -> None:
             "--dropout: fm has no dropout; the closest are embedding_dim; expected some of embedding_dim: leave it "
             "out, or choose another --model",
         ),
-        ({"bins": 7}, "--bins 7: there are no bins in --numeric vector"),
+        ({"bins": 7, "numeric": "vector"}, "--bins 7: there are no bins in --numeric vector"),
         ({"dim": 8, "option": ("embedding_dim=4",)}, "--option embedding_dim: that is said already, by a flag or"),
         ({"option": ('model="mlp"',)}, "--option model: that is said already, by a flag or for the engine, as 'dcnv2'"),
         ({"option": ("edges=[]",), "numeric": "bucketised"}, "engine, as 'quantiles of the training rows'"),

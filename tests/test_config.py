@@ -52,6 +52,7 @@ OTHERS: dict[str, Any] = {
     "device": "cpu",
     "sharding": "row_wise",
     "plan": "plan.json",
+    "select_by": "log_loss",
 }
 
 

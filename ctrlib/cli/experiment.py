@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrlib.cli.flags import ModelFlags, TrainingFlags
+from ctrlib.cli.flags import ModelFlags
 from ctrlib.cli.kinds import OptionalPath, Switch
 from ctrlib.errors import ArgumentError, WrongTypeError
 
@@ -79,9 +79,9 @@ def flag_of(name: str) -> str:
 
 
 def training_entries(
-    groups: Iterable[Any], data: Path, *, leave_out: tuple[str, ...] = (), given: frozenset[str] | None = None
+    groups: Iterable[Any], *, leave_out: tuple[str, ...] = (), given: frozenset[str] | None = None
 ) -> dict[str, Any]:
-    """The entries of `training` that groups of flags say: all, or those of the flags that were given."""
+    """The entries of `training` that groups of flags say: all that have a value, or those of the flags given."""
     said: dict[str, Any] = {}
     entries = {name: entry for entry, name in FIELD_OF.items()}
     for group in groups:
@@ -89,7 +89,6 @@ def training_entries(
             if one.name in leave_out or (given is not None and flag_of(one.name) not in given):
                 continue
             value = getattr(group, one.name)
-            if isinstance(group, TrainingFlags) and one.name == "batch_size":
-                value = group.rows_per_step(data)
-            said[entries.get(one.name, one.name)] = str(value) if isinstance(value, Path) else value
+            if value is not None:
+                said[entries.get(one.name, one.name)] = str(value) if isinstance(value, Path) else value
     return said

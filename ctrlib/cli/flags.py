@@ -6,6 +6,7 @@ What stands below a field is its help: on one line, since tyro keeps the line br
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,13 +18,14 @@ from ctrlib.cli.kinds import (
     OptionalFloat,
     OptionalInt,
     OptionalInts,
+    OptionalNumeric,
     Settings,
     Switch,
 )
 from ctrlib.errors import ArgumentError, check_number, check_whole
 from ctrlib.models.build import for_engine
 from ctrlib.models.table import MODELS
-from ctrlib.schema import NumericFields, SequenceFields
+from ctrlib.schema import SequenceFields
 
 BINNED = ("bucketised", "piecewise_linear")
 # Flag of `ModelFlags` -> argument of a model, for those that only some models have.
@@ -49,21 +51,21 @@ class Command:
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Which model. What is not asked for is as its paper has it: see `ctrlib models NAME`."""
+    """Which model. What is not asked for, `train` chooses by the data; a search takes what `ctrlib models NAME` says."""
 
     model: ModelName = "dcnv2"
     """Name of a published model, such as dcnv2, deepfm, din or mmoe; `ctrlib models` lists all."""
     dim: OptionalInt = None
-    """Width of the embeddings, in numbers per field; otherwise 16. The fused engine wants a multiple of 4."""
+    """Width of the embeddings, in numbers per field. The fused engine wants a multiple of 4."""
     hidden: OptionalInts = None
-    """Widths of the hidden layers of the MLP, in units; otherwise the model's, mostly 400 400 400."""
+    """Widths of the hidden layers of the MLP, in units."""
     cross_layers: OptionalInt = None
-    """Number of cross layers of dcn, dcnv2, dcnv2_mix and gdcn; otherwise 3."""
+    """Number of cross layers of dcn, dcnv2, dcnv2_mix and gdcn."""
     dropout: OptionalFloat = None
-    """Share of the units of each hidden layer that a training step drops; otherwise 0."""
+    """Share of the units of each hidden layer that a training step drops."""
     batch_norm: OptionalBool = None
-    """Whether the MLP has batch normalisation; otherwise as the model has it, mostly False."""
-    numeric: NumericFields = "vector"
+    """Whether the MLP has batch normalisation."""
+    numeric: OptionalNumeric = None
     """How numbers become fields: vector is value times vector; the next two use quantiles of the training rows."""
     bins: OptionalInt = None
     """Quantile bins per number, for bucketised and piecewise_linear; otherwise 32."""
@@ -73,7 +75,7 @@ class ModelFlags:
     """Other arguments of the model, with values in JSON: num_heads=5 hidden_1=[400,400]"""
 
     def config(self, engine: str = "exact") -> dict[str, Any]:
-        """What `models.build` needs to make this model, but for what `fitted` adds.
+        """What the flags say of what `models.build` needs to make this model, but for what `fitted` adds.
 
         Raises:
             ValueError: the model has no such argument, or something is said twice.
@@ -84,9 +86,10 @@ class ModelFlags:
         if idle := [self._idle(name, ARGUMENT_OF[name], takes) for name in changed if ARGUMENT_OF[name] not in takes]:
             raise ArgumentError("\n".join(idle))
         config: dict[str, Any] = {"model": self.model, **{ARGUMENT_OF[name]: value for name, value in changed.items()}}
-        config |= {"numeric": self.numeric, "sequence": self.sequence}
+        config |= {} if self.numeric is None else {"numeric": self.numeric}
+        config["sequence"] = self.sequence
         if self.bins is not None:
-            if self.numeric not in BINNED:
+            if self.numeric not in (None, *BINNED):
                 raise ArgumentError(f"--bins {self.bins}: there are no bins in --numeric {self.numeric}")
             check_whole(1, bins=self.bins)
         for name, value in (("dim", self.dim), ("cross_layers", self.cross_layers)):
@@ -106,10 +109,25 @@ class ModelFlags:
             config[name] = value
         return config
 
-    def fitted(self, data: Path, engine: str = "exact") -> dict[str, Any]:
-        """`config` with the edges of bins, which are quantiles of the training rows of a prepared folder."""
+    def fitted(self, data: Path, engine: str = "exact", chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """`config` with the edges of bins, which are quantiles of the training rows of a prepared folder.
+
+        Args:
+            data: the folder.
+            engine: that will train it.
+            chosen: what holds where the flags say nothing, as far as the model takes it.
+
+        Raises:
+            ValueError: as `config`; or there are --bins and no number, or nothing that has bins.
+        """
         config = self.config(engine)
-        if self.numeric in BINNED:
+        of_numbers = ["numeric", "edges", "sigma"] if self.numeric is None and self.bins is None else []
+        takes = ["embedding_dim", "numeric", "tables", *of_numbers, *MODELS[self.model].arguments]
+        config = {name: value for name, value in (chosen or {}).items() if name in takes} | config
+        numeric = config.get("numeric", "vector")
+        if self.bins is not None and numeric not in BINNED:
+            raise ArgumentError(f"--bins {self.bins}: there are no bins in --numeric {numeric}")
+        if numeric in BINNED and config.get("edges") is None:
             from ctrlib.data.quantiles import quantile_edges
 
             config["edges"] = quantile_edges(data, 32 if self.bins is None else self.bins)
@@ -146,16 +164,16 @@ def parse_option(text: str) -> tuple[str, Any]:
 class TrainingFlags:
     """How it is trained: Adam, until validation AUC has stopped rising."""
 
-    learning_rate: float = 1e-3
+    learning_rate: OptionalFloat = None
     """Adam's step, per update of a weight."""
-    l2: float = 0.0
+    l2: OptionalFloat = None
     """Penalty on whole tables and what makes fields of numbers: l2 / 2 per squared weight (exact engine)."""
     batch_size: OptionalInt = None
-    """Rows per step; otherwise 4096, or fewer on small data, so that a pass over train has about 100 steps."""
-    epochs: int = 100
-    """Passes over train at most; training stops when validation AUC has stopped rising."""
-    patience: int = 2
-    """Passes without a better validation AUC before training stops."""
+    """Rows per step."""
+    epochs: OptionalInt = None
+    """Passes over train at most."""
+    patience: OptionalInt = None
+    """Passes without a better validation score before training stops."""
     seed: int = 0
     """Number that initial weights, the order of rows, dropout and searches are drawn from."""
 
@@ -165,21 +183,11 @@ class TrainingFlags:
         Raises:
             ArgumentError: as said.
         """
-        check_whole(1, max_epochs=self.epochs, patience=self.patience)
+        whole = {"max_epochs": self.epochs, "patience": self.patience, "batch_size": self.batch_size}
+        check_whole(1, **{name: value for name, value in whole.items() if value is not None})
         check_whole(0, seed=self.seed)
-        check_number(0, learning_rate=self.learning_rate, embedding_l2=self.l2)
-        if self.batch_size is not None:
-            check_whole(1, batch_size=self.batch_size)
-
-    def rows_per_step(self, data: Path) -> int:
-        """`batch_size`, or 4096, or the power of two, not below 64, that makes about 100 steps of smaller data."""
-        if self.batch_size is not None:
-            return self.batch_size
-        from ctrlib.data.loader import Loader
-
-        num_rows = Loader(data, "train", batch_size=1).num_rows
-        steps: int = num_rows // 100
-        return max(64, min(4096, 1 << max(0, steps.bit_length() - 1)))
+        rates = {"learning_rate": self.learning_rate, "embedding_l2": self.l2}
+        check_number(0, **{name: value for name, value in rates.items() if value is not None})
 
 
 @dataclass(frozen=True)

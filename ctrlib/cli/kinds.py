@@ -9,13 +9,14 @@ plain class, and several texts are a plain tuple.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_args
 
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ctrlib.errors import ArgumentError
 from ctrlib.models.table import MODELS
+from ctrlib.schema import NumericFields
 
 
 def shown(metavar: str, help: str | None = None) -> Any:
@@ -36,6 +37,8 @@ OptionalText = Annotated[Optional[str], shown("TEXT")]
 OptionalName = Annotated[Optional[str], shown("NAME")]
 Parts = Annotated[Union[None, tuple[float, float, float]], shown("FLOAT FLOAT FLOAT")]
 Switch = Annotated[bool, arg(help_behavior_hint="")]
+OptionalSelectBy = Annotated[Optional[Literal["auc", "log_loss", "gauc"]], shown("{auc,log_loss,gauc}")]
+OptionalNumeric = Annotated[Optional[NumericFields], shown(f"{{{','.join(get_args(NumericFields))}}}")]
 if TYPE_CHECKING:
     Model = str
     Texts = tuple[str, ...]

@@ -91,12 +91,15 @@ class Search(Command):
     def _search(self, out: Path, said: dict[str, Any] | None, settings: dict[str, Any]) -> int:
         how = self.training
 
+        from ctrlib.data.loader import Loader
         from ctrlib.search.experiment import HEEDED, experiment_of, parts_of
+        from ctrlib.training.defaults import rows_per_step
 
         if said is None:
+            rows = Loader(self.data, "train", batch_size=1).num_rows
             said = {
                 **self.model.fitted(self.data),
-                "training": training_entries([how], self.data),
+                "training": {"batch_size": rows_per_step(rows), **training_entries([how])},
                 "search": {"method": self.method, **settings},
             }
         method, config, chosen, training = parts_of(said)
@@ -133,7 +136,7 @@ class Search(Command):
         said = self.experiment.read(self.given)
         if said is None:
             return None
-        changed = training_entries([self.training], self.data, given=self.given)
+        changed = training_entries([self.training], given=self.given)
         search = {"method": self.method, **said.get("search", {})}
         if search["method"] != self.method:
             raise ArgumentError(

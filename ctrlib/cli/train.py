@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from ctrlib._target import target
 from ctrlib.cli.experiment import Experiment, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
-from ctrlib.cli.kinds import OptionalPath, Switch, Texts, shown
+from ctrlib.cli.kinds import OptionalFloat, OptionalPath, OptionalSelectBy, Switch, Texts, shown
 from ctrlib.cli.paths import check_model, check_prepared
 from ctrlib.cli.tables import print_beside, print_scores
 from ctrlib.errors import ArgumentError, check_number, check_whole
@@ -25,14 +25,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start(TrainingFlags):
-    """How it is trained: Adam, until validation AUC has stopped rising."""
+    """How it is trained: Adam, until the validation score has stopped rising. What is not said here is chosen by the
+    data: rows, rarer class, values; the log says how, and why."""
 
     keep_negatives: float = 1.0
     """Share of the training rows without a click to train on, such as 0.1; probabilities stay those of all rows."""
     calibrate: Switch = False
     """Fit slope and intercept of the logits on validation in the end; they become part of the model."""
+    select_by: OptionalSelectBy = None
+    """Validation score that chooses the epoch; gauc needs the groups that `prepare --group` makes."""
+    min_delta: OptionalFloat = None
+    """Smallest improvement of that score that counts; log-loss counts in nats."""
+    cut_factor: OptionalFloat = None
+    """Factor of the learning rates after a pass without a better score, at most 1."""
     warm_start: OptionalPath = None
     """Model folder to start from: its rows follow their values into the new vocabularies."""
+
+    def check_schedule(self) -> None:
+        """Refuse a score or a factor by which no epoch could be chosen.
+
+        Raises:
+            ArgumentError: as said.
+        """
+        if self.min_delta is not None:
+            check_number(0, min_delta=self.min_delta)
+        if self.cut_factor is not None:
+            check_number(0, cut_factor=self.cut_factor)
+            if self.cut_factor > 1:
+                raise ArgumentError(f"--cut-factor {self.cut_factor}: expected at most 1; it makes the rates smaller")
 
 
 @dataclass(frozen=True)
@@ -149,6 +169,7 @@ class Train(Command):
         self.model.config(engine.engine)
         how.check()
         check_number(0, embedding_learning_rate=engine.embedding_learning_rate)
+        how.check_schedule()
         check_number(0, checkpoint_seconds=self.output.checkpoint_seconds)
         check_whole(0, workers=engine.workers)
         check_prepared(self.data)
@@ -169,8 +190,9 @@ class Train(Command):
 
         from ctrlib.training.config import complete, counted_anew
 
+        reason = ""
         if said is None:
-            said = {**self.model.fitted(self.data, engine.engine), "training": self._training()}
+            said, reason = self._chosen()
         if self.crossing.crosses:
             said = {**said, "crosses": self.crossing.pairs(self.data)}
         config = counted_anew(complete(said))
@@ -179,6 +201,10 @@ class Train(Command):
             return 0
 
         from ctrlib.distributed import rank
+
+        if reason and rank() == 0:
+            print(reason, file=sys.stderr)
+
         from ctrlib.serving.model_folder import model_in_the_making
         from ctrlib.serving.warm_start import warm_start
         from ctrlib.training.allocator import keep_freed_memory
@@ -243,11 +269,26 @@ class Train(Command):
             print(f"the run in {out} was over; what was left of its clean-up is done", file=sys.stderr)
         return result
 
+    def _chosen(self) -> tuple[dict[str, Any], str]:
+        """The experiment that the flags say, with what they leave open as it suits the data; and why, in a line."""
+        from ctrlib.data.facts import facts_of
+        from ctrlib.training.defaults import settings_for
+
+        settings, engine = settings_for(facts_of(self.data), self.engine.engine), self.engine.engine
+        chosen = settings.model if self.training.warm_start is None else self._model_of(self.training.warm_start)
+        config = self.model.fitted(self.data, engine, chosen)
+        return {**config, "training": {**settings.training, **self._training()}}, settings.reason
+
+    def _model_of(self, folder: Path) -> dict[str, Any]:
+        """The arguments of the model to start from, which must stay as they are: none if it is another model."""
+        saved: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        if saved.get("model") != self.model.model:
+            return {}
+        return {name: value for name, value in saved.items() if name not in ("model", "training", "search")}
+
     def _training(self, given: frozenset[str] | None = None) -> dict[str, Any]:
         groups = (self.training, self.engine, self.output)
-        return training_entries(
-            groups, self.data, leave_out=("out", "overwrite", "tensorboard", "no_baselines"), given=given
-        )
+        return training_entries(groups, leave_out=("out", "overwrite", "tensorboard", "no_baselines"), given=given)
 
     def _read(self) -> dict[str, Any] | None:
         """The experiment in --config, with what the flags change."""

@@ -53,6 +53,10 @@ class AITM(nn.Module):
         self.transfers = nn.ModuleList(_Transfer(tower_hidden[-1]) for _ in range(num_tasks - 1))
         self.last = TaskTowers((num_tasks, tower_hidden[-1]), num_tasks=num_tasks)
 
+    def start_at(self, rates: Tensor) -> None:
+        """As `TaskTowers.start_at`."""
+        self.last.start_at(rates)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) or (T, B, H) -> (B, T) logits."""
         own = self.bottoms(x)

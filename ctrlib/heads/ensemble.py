@@ -49,6 +49,12 @@ class EnsembleHead(nn.Module):
         self.branches = nn.ModuleList(nn.Linear(width, num_tasks) for width in widths)
         init_linear(self)
 
+    def start_at(self, rates: Tensor) -> None:
+        """Set the biases of every branch to the logits of the labels' rates, (T,): what an input of 0 then gives."""
+        with torch.no_grad():
+            for branch in self.branches:
+                branch.bias.copy_(rates.logit())  # type: ignore[union-attr, operator]
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) -> (B, T) logits."""
         # One product with the branches' weights on the diagonal: the gradient of x is then made in one piece.

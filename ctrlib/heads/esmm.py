@@ -45,6 +45,14 @@ class ESMM(nn.Module):
         self.towers = TaskTowers(in_shape, num_tasks=num_tasks, hidden=hidden, dropout=dropout)
         self.in_shape, self.out_shape = self.towers.in_shape, self.towers.out_shape
 
+    def start_at(self, rates: Tensor) -> None:
+        """Set the biases of the steps such that h_t = 0 gives the labels' rates, (T,), each step's the quotient of two.
+
+        A label that is no rarer than the one before is no later step of a chain: its step then starts at .999.
+        """
+        steps = torch.cat([rates[:1], (rates[1:] / rates[:-1]).clamp(max=0.999)])
+        self.towers.start_at(steps)
+
     def conditional_logits(self, x: Tensor) -> Tensor:
         """The logit of each step given the one before (CTR, CVR): (B, H) or (T, B, H) -> (B, T)."""
         logits: Tensor = self.towers(x)

@@ -41,6 +41,11 @@ class LinearHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_tasks))
         init_linear(self)
 
+    def start_at(self, rates: Tensor) -> None:
+        """Set the biases b_t to the logits of the labels' rates, (T,): what an input of 0 then gives."""
+        with torch.no_grad():
+            self.bias.copy_(rates.logit())
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) -> (B, T) logits."""
         if self.linear is None:

@@ -58,6 +58,10 @@ class MMoE(nn.Module):
         gates: Tensor = self.gate(x).float().softmax(-1)
         return gates.expand(self.out_shape[0], -1, -1)
 
+    def start_at(self, rates: Tensor) -> None:
+        """As `TaskTowers.start_at`."""
+        self.towers.start_at(rates)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) or (T, B, H) -> (B, T) logits."""
         gates_TBE = self.gate_weights(x)

@@ -80,6 +80,10 @@ class PLE(nn.Module):
         weights: Tensor = levels[-1].weigh(tasks)
         return weights
 
+    def start_at(self, rates: Tensor) -> None:
+        """As `TaskTowers.start_at`."""
+        self.towers.start_at(rates)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) or (T + 1, B, H) -> (B, T) logits."""
         tasks, shared = self._streams(x)

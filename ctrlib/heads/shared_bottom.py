@@ -43,6 +43,10 @@ class SharedBottom(nn.Module):
         shape = (*in_shape[:-1], bottom_hidden[-1])
         self.towers = TaskTowers(shape, num_tasks=num_tasks, hidden=tower_hidden, dropout=dropout)
 
+    def start_at(self, rates: Tensor) -> None:
+        """As `TaskTowers.start_at`."""
+        self.towers.start_at(rates)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) or (T, B, H) -> (B, T) logits."""
         logits: Tensor = self.towers(self.bottom(x))

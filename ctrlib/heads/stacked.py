@@ -110,6 +110,11 @@ class TaskTowers(nn.Module):
             self.hidden = StackedHidden(num_tasks, width, hidden, dropout=dropout, one_input=one_input)
         self.last = StackedLinear(num_tasks, hidden[-1] if hidden else width, 1, one_input=one_input and not hidden)
 
+    def start_at(self, rates: Tensor) -> None:
+        """Set the biases b_t to the logits of the labels' rates, (T,): what h_t = 0 then gives."""
+        with torch.no_grad():
+            self.last.bias.copy_(rates.logit().view(-1, 1, 1))
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) or (T, B, H) -> (B, T) logits."""
         x = self.hidden(x)

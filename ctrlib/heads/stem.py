@@ -67,6 +67,10 @@ class STEM(nn.Module):
         weights: Tensor = self.gates(x[:-1] + x[-1]).float().softmax(-1)
         return weights
 
+    def start_at(self, rates: Tensor) -> None:
+        """As `TaskTowers.start_at`."""
+        self.towers.start_at(rates)
+
     def forward(self, x: Tensor) -> Tensor:
         """(T + 1, B, H) -> (B, T) logits."""
         gates_TBE = self.gate_weights(x)

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ctrlib._lazy import instead
 from ctrlib.errors import ArgumentError, WrongTypeError, check_number, check_type, check_whole
@@ -22,6 +22,7 @@ from ctrlib.models.build import plain
 EngineName = Literal["exact", "fused"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+SelectBy = Literal["auc", "log_loss", "gauc"]
 SHOWN = 100  # characters of a value in a message
 
 # All that may differ when a run or a search goes on, beside the number of processes. They decide where it is computed
@@ -54,11 +55,19 @@ class Training:
     precision: Precision = "fp32"
     """Arithmetic of tower and head (bf16: fused engine)."""
     patience: int = 2
-    """Passes without a better validation AUC before training stops."""
+    """Passes without a better validation score before training stops."""
     keep_negatives: float = 1.0
     """Share of train's rows without a click that is trained on; logits are those of all rows (one label)."""
     calibrate: bool = False
     """Whether slope and intercept of the logits are fitted on validation in the end."""
+    select_by: SelectBy = "auc"
+    """The validation score that chooses the epoch: AUC, log-loss, or GAUC (of several labels their mean)."""
+    min_delta: float = 1e-6
+    """Smallest improvement of that score that counts."""
+    cut_factor: float = 0.1
+    """Factor of the learning rates after a pass without a better score."""
+    start_at_base_rate: bool = False
+    """Whether the head's biases start at the labels' rates in train, rather than at a probability of one half."""
     seed: int = 0
     """Of initial weights, the order of rows and dropout."""
     warm_start: str | None = None
@@ -77,7 +86,7 @@ class Training:
     """Seconds of work that a kill may cost; None for no checkpoints."""
 
     def __post_init__(self) -> None:
-        check_whole(1, batch_size=self.batch_size, max_epochs=self.max_epochs, patience=self.patience)
+        check_whole(1, batch_size=self.batch_size)
         check_whole(0, seed=self.seed, workers=self.workers)
         check_number(0, learning_rate=self.learning_rate, embedding_learning_rate=self.embedding_learning_rate)
         check_number(0, embedding_l2=self.embedding_l2)
@@ -87,11 +96,28 @@ class Training:
                 f"keep_negatives must be above 0 and at most 1, got {self.keep_negatives}: 0.1 keeps one of ten"
             )
         check_type("True or False", bool, calibrate=self.calibrate)
+        check_schedule(self.max_epochs, self.patience, self.select_by, self.min_delta, self.cut_factor)
+        check_type("True or False", bool, start_at_base_rate=self.start_at_base_rate)
         if self.checkpoint_seconds is not None:
             check_number(0, checkpoint_seconds=self.checkpoint_seconds)
         check_type("a text", str, engine=self.engine, precision=self.precision, device=self.device)
         check_type("a text or None", (str, NoneType), warm_start=self.warm_start, plan=self.plan)
         check_type("a text, or one for each table", (str, Mapping), sharding=self.sharding)
+
+
+def check_schedule(max_epochs: int, patience: int, select_by: str, min_delta: float, cut_factor: float) -> None:
+    """Refuse a schedule by which nothing would be trained, or no epoch be chosen.
+
+    Raises:
+        ArgumentError, WrongTypeError: as said.
+    """
+    check_whole(1, max_epochs=max_epochs, patience=patience)
+    check_type("a text", str, select_by=select_by)
+    if select_by not in get_args(SelectBy):
+        raise ArgumentError(f"unknown select_by {select_by!r}; {instead([select_by], get_args(SelectBy))}")
+    check_number(0, min_delta=min_delta, cut_factor=cut_factor)
+    if cut_factor > 1:
+        raise ArgumentError(f"cut_factor must be at most 1, got {cut_factor}: it makes learning rates smaller")
 
 
 def training_of(config: Mapping[str, Any]) -> Training:

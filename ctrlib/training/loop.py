@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from ctrlib._lock import locked
 from ctrlib.batch import Batch
 from ctrlib.distributed import any_rank, rank, total, world_size
-from ctrlib.errors import ArgumentError, CtrlibError, WrongTypeError, check_batches, check_has, check_type, check_whole
+from ctrlib.errors import ArgumentError, CtrlibError, WrongTypeError, check_batches, check_has, check_type
 from ctrlib.making import write_text
 from ctrlib.sharding.shards import State
 from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.config import refuse_another
+from ctrlib.training.config import SelectBy, check_schedule, refuse_another
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.progress import Epoch, Progress, known_weight, random_state, set_random_state
 from ctrlib.training.state import copy_state, restore_state
@@ -100,6 +100,7 @@ def fit(
     patience: int = 2,
     cut_factor: float = 0.1,
     min_delta: float = 1e-6,
+    select_by: SelectBy = "auc",
     out: str | Path | None = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 300.0,
@@ -107,12 +108,12 @@ def fit(
     tensorboard: bool = False,
     console: Console | None = None,
 ) -> History:
-    """Train until validation AUC stops rising, and leave the best epoch's weights in the model.
+    """Train until the validation score stops rising, and leave the best epoch's weights in the model.
 
-    The schedule is BARS': validate after every epoch; an epoch that does not beat the best AUC by more than `min_delta`
-    multiplies the learning rate by `cut_factor`, and `patience` such epochs in a row end the run. With several labels
-    the mean of their AUCs decides. Ctrl-C ends the run, and the best epoch so far is kept. `out` receives log.jsonl, a
-    line an epoch (and, with `tensorboard`, event files).
+    The schedule is BARS': validate after every epoch; an epoch that does not beat the best score (AUC) by more than
+    `min_delta` multiplies the learning rate by `cut_factor`, and `patience` such epochs in a row end the run. With
+    several labels the mean of their scores decides. Ctrl-C ends the run, and the best epoch so far is kept. `out`
+    receives log.jsonl, a line an epoch (and, with `tensorboard`, event files).
 
     With `checkpoints`, everything that the rest of the run depends on is saved after every epoch and every
     `checkpoint_seconds` in between: weights, optimisers, the batches trained on, random generators, schedule, metrics.
@@ -125,9 +126,10 @@ def fit(
         train: training batches; iterated once an epoch. A `Loader`, if there are checkpoints.
         valid: validation batches. Their labels choose the epoch, so never pass test data here.
         max_epochs: upper limit.
-        patience: epochs in a row without a better AUC before stopping.
-        cut_factor: factor of the learning rate at each such epoch.
-        min_delta: smallest rise of AUC that counts.
+        patience: epochs in a row without a better score before stopping.
+        cut_factor: factor of the learning rate at each such epoch, at most 1.
+        min_delta: smallest improvement of the score that counts; log-loss counts in nats.
+        select_by: the score: "auc", "log_loss", or "gauc", for which the batches of `valid` must have groups.
         out: folder for the log; made if missing.
         checkpoints: where to save and to go on from.
         checkpoint_seconds: at most so much work is lost, plus a step.
@@ -139,12 +141,12 @@ def fit(
         NonFiniteLossError: a loss is NaN or infinite; the batch is saved under `out` and no weight has seen it.
         LostProcessError: another process died or hangs; start again to go on.
         LockedError: somebody else trains into `out`, or with these checkpoints; the message says who.
-        ValueError: max_epochs or patience is below 1; validation holds one class only, so that no epoch can be chosen;
-            or the checkpoint is of another run.
+        ValueError: an argument is out of range; validation holds one class only, so that no epoch can be chosen, or no
+            groups where they choose it; or the checkpoint is of another run.
     """
     check_has("an engine, such as ctrlib.ExactEngine(model)", ("train", "model", "state"), engine=engine)
     check_batches(("__iter__", "__len__"), train=train, valid=valid)
-    check_schedule(max_epochs, patience)
+    check_schedule(max_epochs, patience, select_by, min_delta, cut_factor)
     out = None if out is None else Path(out)
     console = console or Console(stderr=True)
     keeper = Keeper(engine, train, checkpoints, identity or {}, console, seconds=checkpoint_seconds)
@@ -164,7 +166,7 @@ def fit(
                     keep = functools.partial(_save_batch, out)
                     train_epoch(engine, train, progress, keeper, f"epoch {number}", console, keep)
                 validating = time.perf_counter()
-                scored = evaluate(engine.model, valid, device=engine.device, quick=True)
+                scored = evaluate(engine.model, valid, device=engine.device, quick=select_by != "gauc")
             except KeyboardInterrupt:
                 if not progress.best_epoch:
                     raise
@@ -174,6 +176,7 @@ def fit(
                 raise ArgumentError(
                     "validation holds one class only (or no known label), so AUC is undefined: use more rows"
                 )
+            score = _score_of(scored, select_by)
             line = Epoch(
                 epoch=number,
                 train_loss=progress.train_loss,
@@ -182,13 +185,15 @@ def fit(
                 learning_rate=engine.learning_rates[0],
                 seconds=round(progress.seconds + time.perf_counter() - validating, 3),
                 samples_per_second=round(progress.rows / progress.seconds, 1),
+                valid_gauc=score if select_by == "gauc" else None,
             )
-            better = line.valid_auc > progress.best_auc + min_delta
-            progress.end_epoch(line, better)
+            better = score > progress.best_score + min_delta
+            progress.end_epoch(line, score, better)
             log.write(line)
             console.print(
                 f"epoch {number:3d}  loss {line.train_loss:.5f}  valid AUC {line.valid_auc:.6f}  "
-                f"log-loss {line.valid_log_loss:.5f}  lr {line.learning_rate:.0e}  "
+                f"log-loss {line.valid_log_loss:.5f}  "
+                f"{'' if line.valid_gauc is None else f'GAUC {line.valid_gauc:.6f}  '}lr {line.learning_rate:.0e}  "
                 f"{line.samples_per_second:,.0f} samples/s{'  *' if better else ''}",
                 highlight=False,
                 soft_wrap=True,
@@ -205,13 +210,21 @@ def fit(
     return history
 
 
-def check_schedule(max_epochs: int, patience: int) -> None:
-    """Refuse numbers of epochs with which nothing would be trained.
+def _score_of(scored: dict[str, Any], select_by: SelectBy) -> float:
+    """The score that chooses the epoch, the higher the better.
 
     Raises:
-        ArgumentError, WrongTypeError: as said.
+        ArgumentError: it is GAUC, and validation has no groups, or none with both classes.
     """
-    check_whole(1, max_epochs=max_epochs, patience=patience)
+    if select_by != "gauc":
+        return float(scored["auc"] if select_by == "auc" else -scored["log_loss"])
+    score = float(np.mean([task.get("gauc", math.nan) for task in scored.get("tasks", [scored])]))
+    if math.isnan(score):
+        raise ArgumentError(
+            "select_by='gauc' (--select-by gauc) needs groups with both classes in validation, and there are none: "
+            "prepare with group=... (--group), or choose by auc or log_loss"
+        )
+    return score
 
 
 def train_epoch(

@@ -26,6 +26,7 @@ class Epoch:
     learning_rate: float
     seconds: float
     samples_per_second: float
+    valid_gauc: float | None = None  # where the epoch is chosen by it
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Progress:
     step: int = 0
     epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
-    best_auc: float = float("-inf")
+    best_score: float = float("-inf")  # of what the epoch is chosen by, the higher the better
     best_checkpoint: str | None = None  # which holds the best weights
     stale: int = 0  # epochs since the best one
     batches: int = 0  # of the epoch at work, as the next four
@@ -70,14 +71,14 @@ class Progress:
         self._looked = now
         return self.all_seconds
 
-    def end_epoch(self, line: Epoch, better: bool) -> None:
+    def end_epoch(self, line: Epoch, score: float, better: bool) -> None:
         """The epoch at work is over, and validated."""
         self.epochs.append(line)
         self.total_rows += self.rows
         self.total_seconds += self.seconds
         self.batches, self.rows, self.weight, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0, 0.0
         if better:
-            self.best_epoch, self.best_auc, self.stale = line.epoch, line.valid_auc, 0
+            self.best_epoch, self.best_score, self.stale = line.epoch, score, 0
         else:
             self.stale += 1
 

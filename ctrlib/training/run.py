@@ -25,6 +25,7 @@ from ctrlib import metrics, models, plots
 from ctrlib._lock import holding
 from ctrlib._target import FINISHED, check_target
 from ctrlib.calibration import Calibration, fit_calibration
+from ctrlib.data.facts import facts_of
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import broadcast, init_process_group, rank, world_size
 from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
@@ -137,6 +138,23 @@ def make_engine(
     )
 
 
+def start_at_base_rate(model: Model, data: str | Path) -> None:
+    """Let a new model's head start at the labels' rates in the train split of a prepared folder.
+
+    Otherwise the first steps, of a rare label many, do little else than bring all scores down to its rate.
+
+    Raises:
+        ValueError: the head has no such start.
+    """
+    start_at = getattr(model.head, "start_at", None)
+    if start_at is None:
+        raise ArgumentError(
+            f"start_at_base_rate: {type(model.head).__name__} has no method start_at(rates), which sets its biases: "
+            "give it one, as LinearHead has it, or leave start_at_base_rate out"
+        )
+    start_at(torch.tensor(facts_of(data).rates, dtype=torch.float32))
+
+
 def load_splits(data: str | Path, how: Training) -> tuple[Loader, Loader, Loader]:
     """This process's share of train, shuffled, and of valid and test, of a prepared folder that is looked through.
 
@@ -214,6 +232,9 @@ def train_model(
             valid,
             max_epochs=how.max_epochs,
             patience=how.patience,
+            select_by=how.select_by,
+            min_delta=how.min_delta,
+            cut_factor=how.cut_factor,
             out=out,
             checkpoints=checkpoints,
             checkpoint_seconds=how.checkpoint_seconds or 0.0,
@@ -374,6 +395,8 @@ def run(
         described["replaced"] = describe(model)
     if how.calibrate:
         set_calibration(model, None)
+    if how.start_at_base_rate:
+        start_at_base_rate(model, data)
     if on_built is not None:
         on_built(model)
     sizes = sizes_of(model)
