@@ -51,7 +51,7 @@ class Command:
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Which model. What is not asked for, `train` chooses by the data; a search takes what `ctrlib models NAME` says."""
+    """Which model. What is not said, `train` chooses by the data, and a search takes as `ctrlib models NAME` has it."""
 
     model: ModelName = "dcnv2"
     """Name of a published model, such as dcnv2, deepfm, din or mmoe; `ctrlib models` lists all."""

@@ -19,8 +19,9 @@ class Facts:
     `rates`: of each label the share of positives among rows with that label, each by its weight. `positives`: rows of
     the rarer class, of several labels those of the label that has fewest.
 
-    >>> Facts(rows=100, rates=(0.02,), positives=2, values=40, fields=3, numbers=1).rarity
-    0.02
+    >>> facts = Facts(rows=100, rates=(0.02,), positives=2, values=40, fields=3, numbers=1)
+    >>> facts.rarity, facts.values_per_field
+    (0.02, 20.0)
     """
 
     rows: int
@@ -37,6 +38,11 @@ class Facts:
     def rarity(self) -> float:
         """The share of the rarer class, of several labels the smallest."""
         return min(min(rate, 1 - rate) for rate in self.rates)
+
+    @property
+    def values_per_field(self) -> float:
+        """Values of the vocabularies, for each feature that is no number."""
+        return self.values / max(1, self.fields - self.numbers)
 
 
 def facts_of(data: str | Path) -> Facts:

@@ -1,39 +1,108 @@
 """What `ctrlib train` does where nothing is said: settings that follow from a few counts of the data.
 
-The rules were chosen on validation over data of several kinds (docs/defaults.md names them, with what was reached).
+The rules were chosen on validation over data of several kinds; docs/defaults.md names them, and says what was reached.
 `Training`, `Inputs` and the models in Python keep defaults of their own, which do not depend on data.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ctrlib.data.facts import Facts
 
+L2_TIMES_ROWS = 1000.0  # the penalty on tables stands beside a mean over rows, so it weighs as much as so many of them
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of `Inputs` and of the model, as far as it takes them; entries of `training`; and why, in a line."""
+    """What is chosen: arguments of `Inputs` and of models, which each takes as far as it has them; entries of
+    `training`; and all of it with the reasons, in a line."""
 
     model: dict[str, Any]
     training: dict[str, Any]
     reason: str
 
 
-def rows_per_step(rows: int, least: int = 64, most: int = 4096) -> int:
-    """The power of two, from `least` to `most`, that gives a pass over so many rows 100 steps or some more.
+def settings_for(facts: Facts, engine: str = "exact") -> Settings:
+    """The settings for data of these counts.
+
+    >>> facts = Facts(rows=40_000, rates=(0.24,), positives=9_600, values=100, fields=14, numbers=6)
+    >>> settings = settings_for(facts)
+    >>> settings.model["hidden"], settings.training["batch_size"], settings.training["embedding_l2"]
+    ([128, 64], 512, 0.025)
+    """
+    dim = 16 if facts.values_per_field >= 100 else 8
+    hidden = hidden_for(facts.rows)
+    batch = rows_per_step(facts.rows, steps=50, least=128)
+    model: dict[str, Any] = {
+        "embedding_dim": dim,
+        "hidden": hidden,
+        "dropout": 0.2,
+        "num_cross_layers": 2,
+        "batch_norm": True,
+    }
+    if facts.numbers:
+        model["numeric"] = "piecewise_linear"
+    training: dict[str, Any] = {
+        "batch_size": batch,
+        "learning_rate": 2e-3,
+        "max_epochs": 30,
+        "patience": 3,
+        "select_by": "log_loss",
+        "min_delta": min_delta_for(facts),
+        "cut_factor": 0.5,
+        "start_at_base_rate": True,
+    }
+    said = [
+        f"{facts.rows:,} rows ({facts.positives:,} of the rarer class), so layers of {'-'.join(map(str, hidden))}, "
+        f"batches of {batch:,}",
+        f"{facts.values_per_field:,.0f} values per id field, so width {dim}",
+    ]
+    if engine == "exact":  # the fused one has no L2 on tables
+        training["embedding_l2"] = two_digits(L2_TIMES_ROWS / facts.rows)
+        said[0] += f", and L2 of {training['embedding_l2']:g}"
+    if facts.numbers:
+        said.append(f"{facts.numbers} numbers, piecewise linear")
+    said.append("the epoch by log-loss")
+    return Settings(model, training, f"settings by the data: {'; '.join(said)} (flags change them)")
+
+
+def hidden_for(rows: int) -> list[int]:
+    """Widths of the hidden layers for so many rows of train.
+
+    >>> hidden_for(40_000), hidden_for(500_000), hidden_for(5_000_000)
+    ([128, 64], [256, 128], [400, 200])
+    """
+    if rows < 250_000:
+        return [128, 64]
+    return [256, 128] if rows < 2_500_000 else [400, 200]
+
+
+def rows_per_step(rows: int, *, steps: int = 100, least: int = 64, most: int = 4096) -> int:
+    """The largest power of two that gives a pass over so many rows `steps` steps or more, from `least` to `most`.
 
     >>> [rows_per_step(rows) for rows in (1_000, 40_000, 80_000, 10_000_000)]
     [64, 256, 512, 4096]
     """
-    return max(least, min(most, 1 << max(0, (rows // 100).bit_length() - 1)))
+    return max(least, min(most, 1 << max(0, (rows // steps).bit_length() - 1)))
 
 
-def settings_for(facts: Facts, engine: str = "exact") -> Settings:
-    l2 = 4.0 / facts.rows
-    model = {"embedding_dim": 16, "hidden": [128, 64], "dropout": 0.1}
-    if facts.numbers:
-        model["numeric"] = "piecewise_linear"
-    training = {"batch_size": rows_per_step(facts.rows), "learning_rate": 1e-3, "embedding_l2": l2}
-    return Settings(model, training, "")
+def min_delta_for(facts: Facts) -> float:
+    """The smallest improvement of log-loss that counts, in nats: 1 / 2,000 of what a constant has.
+
+    >>> min_delta_for(Facts(rows=9, rates=(0.5,), positives=4, values=0, fields=1, numbers=1))
+    0.00035
+    """
+    entropy = sum(-rate * math.log(rate) - (1 - rate) * math.log1p(-rate) for rate in facts.rates) / len(facts.rates)
+    return two_digits(entropy / 2_000)
+
+
+def two_digits(number: float) -> float:
+    """Rounded to two digits, for people to read.
+
+    >>> two_digits(0.0037512)
+    0.0038
+    """
+    return float(f"{number:.2g}")
