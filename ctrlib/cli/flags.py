@@ -186,8 +186,10 @@ class TrainingFlags:
         whole = {"max_epochs": self.epochs, "patience": self.patience, "batch_size": self.batch_size}
         check_whole(1, **{name: value for name, value in whole.items() if value is not None})
         check_whole(0, seed=self.seed)
-        rates = {"learning_rate": self.learning_rate, "embedding_l2": self.l2}
-        check_number(0, **{name: value for name, value in rates.items() if value is not None})
+        if self.learning_rate is not None:
+            check_number(0, learning_rate=self.learning_rate)
+        if self.l2 is not None:
+            check_number(0, embedding_l2=self.l2)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class EnsembleHead(nn.Module):
         """Set the biases of every branch to the logits of the labels' rates, (T,): what an input of 0 then gives."""
         with torch.no_grad():
             for branch in self.branches:
-                branch.bias.copy_(rates.logit())  # type: ignore[union-attr, operator]
+                branch.bias.copy_(rates.logit())  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) -> (B, T) logits."""

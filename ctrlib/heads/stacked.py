@@ -112,6 +112,7 @@ class TaskTowers(nn.Module):
 
     def start_at(self, rates: Tensor) -> None:
         """Set the biases b_t to the logits of the labels' rates, (T,): what h_t = 0 then gives."""
+        assert self.last.bias is not None
         with torch.no_grad():
             self.last.bias.copy_(rates.logit().view(-1, 1, 1))
 
