@@ -12,7 +12,7 @@ from typing import Any
 
 from ctrlib.data.facts import Facts
 
-L2_TIMES_ROWS = 1000.0  # the penalty on tables stands beside a mean over rows, so it weighs as much as so many of them
+PRIOR = 4000.0  # of L2 on tables, in units of what a row tells of a logit, rate (1 - rate)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
     >>> facts = Facts(rows=40_000, rates=(0.24,), positives=9_600, values=100, fields=14, numbers=6)
     >>> settings = settings_for(facts)
     >>> settings.model["hidden"], settings.training["batch_size"], settings.training["embedding_l2"]
-    ([128, 64], 512, 0.025)
+    ([128, 64], 512, 0.018)
     """
     dim = 16 if facts.values_per_field >= 100 else 8
     hidden = hidden_for(facts.rows)
@@ -61,7 +61,7 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
         f"{facts.values_per_field:,.0f} values per id field, so width {dim}",
     ]
     if engine == "exact":  # the fused one has no L2 on tables
-        training["embedding_l2"] = two_digits(L2_TIMES_ROWS / facts.rows)
+        training["embedding_l2"] = l2_for(facts)
         said[0] += f", and L2 of {training['embedding_l2']:g}"
     if facts.numbers:
         said.append(f"{facts.numbers} numbers, piecewise linear")
@@ -78,6 +78,20 @@ def hidden_for(rows: int) -> list[int]:
     if rows < 250_000:
         return [128, 64]
     return [256, 128] if rows < 2_500_000 else [400, 200]
+
+
+def l2_for(facts: Facts) -> float:
+    """`PRIOR` times rate (1 - rate) by rows: the penalty stands beside a mean over rows, each of which tells as much of
+    a logit as the variance of its label, so that a row of a table is drawn to 0 as strongly whatever the data's size
+    and rate are.
+
+    >>> l2_for(Facts(rows=40_000, rates=(0.5,), positives=20_000, values=100, fields=3, numbers=0))
+    0.025
+    >>> l2_for(Facts(rows=40_000, rates=(0.005,), positives=200, values=100, fields=3, numbers=0))
+    0.0005
+    """
+    told = sum(rate * (1 - rate) for rate in facts.rates) / len(facts.rates)
+    return two_digits(PRIOR * told / facts.rows)
 
 
 def rows_per_step(rows: int, *, steps: int = 100, least: int = 64, most: int = 4096) -> int:
