@@ -47,8 +47,8 @@ NAMES = {"gowalla": "Gowalla, LightGCN's split", "movielens_1m": "MovieLens-1M, 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "movielens_1m": {
         "ultragcn": {
-            **{"w1": 0, "w3": 0, "negative_weight": 800, "neighbour_weight": 1e-3, "l2": 1e-4, "batch_size": 1024},
-            **{"embedding_dim": 128, "epochs": 20, "learning_rate": 5e-3, "user_learning_rate": 2e-2},
+            **{"w1": 0, "w3": 0, "negative_weight": 400, "neighbour_weight": 1e-3, "l2": 1e-4, "batch_size": 1024},
+            **{"embedding_dim": 128, "epochs": 8, "step_share": 0.3},
             **{"ials_alpha": 0.3, "ials_l2": 0.01, "ials_epochs": 6},
         },
         "ials": {"embedding_dim": 128, "alpha": 0.3, "l2": 0.01, "epochs": 12},
@@ -58,8 +58,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gowalla": {
         "ultragcn": {
-            **{"w1": 0, "w3": 0, "negative_weight": 300, "neighbour_weight": 5e-4, "l2": 1e-4, "batch_size": 512},
-            **{"embedding_dim": 64, "epochs": 60, "learning_rate": 5e-3, "user_learning_rate": 2e-2},
+            **{"w1": 0, "w3": 0, "negative_weight": 400, "neighbour_weight": 0.03, "l2": 1e-4, "batch_size": 512},
+            **{"embedding_dim": 64, "epochs": 6},
             **{"ials_alpha": 0.003, "ials_l2": 0.03, "ials_epochs": 6},
         },
         "ials": {"embedding_dim": 128, "alpha": 0.003, "l2": 0.03, "epochs": 12},
@@ -87,7 +87,7 @@ class Knobs:
     """Other settings of the methods, NAME=VALUE with values in JSON: epochs=60 l2=2e-4"""
     valid_only: bool = False
     """Report validation alone, of a fit on the rest: for choosing settings."""
-    every: int = 5
+    every: int = 1
     """Epochs from one look at validation to the next."""
     select_on_test: bool = False
     """Choose the epoch on test, as published numbers do."""

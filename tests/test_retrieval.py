@@ -27,11 +27,11 @@ from ctrlib.retrieval.evaluate import entries, evaluate, evaluate_lists, list_me
 from ctrlib.retrieval.graph import ItemGraph, item_factor, user_factor
 from ctrlib.retrieval.interactions import Aligned, Interactions, Log, read_log
 from ctrlib.retrieval.methods import Retriever, Vectors
+from ctrlib.retrieval.newton import Half
 from ctrlib.retrieval.objective import Objective, Weights
 from ctrlib.retrieval.recommend import as_frame, recommend, recommend_new, search
 from ctrlib.retrieval.run import evaluate_trained, train
 from ctrlib.retrieval.sampled import Draws, Sampler, make_tables
-from ctrlib.retrieval.sweep import Rows, Sweeper, gradients
 from ctrlib.retrieval.table import METHODS, arguments_of, build
 from ctrlib.retrieval.topk import top_k
 from ctrlib.retrieval.ultragcn import UltraGCN, official
@@ -140,7 +140,7 @@ def test_beta_cancels_at_the_optimum_where_both_sides_have_it() -> None:
     torch.testing.assert_close(objective.optimum(users, items), torch.log(30 / (30 * objective.degrees[users])))
 
 
-# ------------------------------------------------------------------------------------------------ negatives and sweeps
+# ----------------------------------------------------------------------------------------- negatives, drawn and all
 
 WEIGHTS = Weights(
     0.1, 1.0, 0.2, 0.8, negative_weight=7.0, neighbour_weight=0.3, l2=1e-2, batch_size=64, num_neighbours=3
@@ -189,37 +189,50 @@ def test_sifted_negatives_are_no_pairs_of_training() -> None:
         Sampler(objective, make_tables(30, 20, 4, init_std=1, seed=0), Draws(3, True, True), learning_rate=1e-3, seed=0)
 
 
+def l2_of(objective: Objective, *tables: torch.Tensor) -> float:
+    l2 = objective.weights.l2 * math.ceil(objective.matrix.nnz / objective.weights.batch_size) / 2
+    return l2 * sum(float(table.square().sum()) for table in tables)
+
+
 @pytest.mark.parametrize("w3", [0.0, 0.2])
-@pytest.mark.parametrize("tile", [4096, 7])
-def test_the_sweep_is_the_gradient_of_the_loss(w3: float, tile: int) -> None:
-    matrix = random_matrix(40, 30)
-    objective = Objective(matrix, Weights(0.1, 1.0, w3, 0.8, 7.0, 0.3, num_neighbours=3))
-    users, items = (part.requires_grad_() for part in vectors(40, 30))
-    some = np.array([3, 4, 11, 39])
-    loss = objective.exact_loss(users[torch.from_numpy(some)] @ items.T, some)
+@pytest.mark.parametrize("tile", [2048, 7])
+def test_gradients_of_both_halves_are_those_of_the_loss(w3: float, tile: int) -> None:
+    objective = Objective(random_matrix(300, 30), Weights(0.1, 1.0, w3, 0.8, 7.0, 0.3, l2=1e-2, num_neighbours=3))
+    users, items = (part.requires_grad_() for part in vectors(300, 30))
+    loss = objective.exact_loss(users @ items.T, np.arange(300))
+    loss = loss + objective.weights.l2 * objective.num_batches / 2 * (users.square().sum() + items.square().sum())
     loss.backward()
-    rows = Rows.of(objective, tile=tile)
+    of_users, of_items = Half.of_users(objective, tile=tile), Half.of_items(objective, tile=tile)
     with torch.no_grad():
-        of_items = torch.zeros(30, 8)
-        found = gradients(
-            rows, objective.item_factor.float(), some, users[torch.from_numpy(some)].float(), items.float(), of_items
-        )
-    torch.testing.assert_close(found.double(), users.grad[torch.from_numpy(some)], atol=1e-5, rtol=1e-4)  # type: ignore[index]
-    torch.testing.assert_close(of_items.double(), items.grad, atol=1e-5, rtol=1e-4)
+        rows, columns = users.float(), items.float()
+        found = of_users.gradient(rows, columns), of_items.gradient(columns, rows)
+    for mine, exact in zip(found, (users.grad, items.grad)):
+        assert exact is not None
+        torch.testing.assert_close(mine.double(), exact, atol=1e-4, rtol=1e-4)
+    assert of_users.loss(rows, columns) + l2_of(objective, columns) == pytest.approx(loss.item(), rel=1e-5)
+    assert of_items.loss(columns, rows) + l2_of(objective, rows) == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_sweeps_lower_the_loss_l2_included() -> None:
-    log, _ = blocks_log(80, 40, 4)
-    objective = Objective(log.matrix, WEIGHTS)
-    users, items = vectors(80, 40, kind=torch.float32)
-    sweeper = Sweeper(objective, users, items, users_per_step=32, seed=0)
-    scores = (users @ items.T).double()
-    l2 = WEIGHTS.l2 * math.ceil(log.matrix.nnz / 64) / 2 * float(users.square().sum() + items.square().sum())
-    before = sweeper.loss()
-    assert before == pytest.approx(float(objective.exact_loss(scores, np.arange(80))) + l2, rel=1e-5)
-    for _ in range(30):
-        sweeper.sweep(0.05, 0.02)
-    assert sweeper.loss() < 0.5 * before
+@pytest.mark.parametrize("neighbour_weight", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("w3", [0.0, 0.2])
+@pytest.mark.parametrize("scale", [0.01, 0.5, 2.0])
+def test_newton_steps_lower_the_loss_each_time_and_end_at_a_minimum(
+    neighbour_weight: float, w3: float, scale: float
+) -> None:
+    log, _ = blocks_log(120, 60, 4)
+    weights = Weights(0.1, 1.0, w3, 0.8, 20.0, neighbour_weight, l2=1e-2, batch_size=64, num_neighbours=3)
+    objective = Objective(log.matrix, weights)
+    users, items = (part * scale for part in vectors(120, 60, kind=torch.float32))
+    of_users, of_items = Half.of_users(objective), Half.of_items(objective)
+    generator = torch.Generator().manual_seed(0)
+    losses = [of_users.loss(users, items) + l2_of(objective, items)]
+    for _ in range(60):
+        of_users.step(users, items, generator)
+        of_items.step(items, users, generator)
+        losses.append(of_users.loss(users, items) + l2_of(objective, items))
+    assert (np.diff(losses) < 1e-4 * losses[0]).all()
+    slope = of_users.gradient(users, items).norm() + of_items.gradient(items, users).norm()
+    assert slope < 0.01 * of_users.gradient(torch.zeros_like(users), items).norm()
 
 
 def test_row_by_row_l2_adds_up_to_that_of_whole_tables() -> None:
@@ -348,7 +361,7 @@ def test_a_new_user_with_the_items_of_a_known_one_is_that_user() -> None:
 def test_a_new_user_of_ultragcn_is_at_the_minimum_for_their_items() -> None:
     log, _ = blocks_log(60, 40, 4)
     weights = Weights(0, 1, 0, 1, negative_weight=30, l2=2e-2, batch_size=64)
-    method = UltraGCN(weights, embedding_dim=8, epochs=5, ials=IALS(l2=0.05, epochs=4), users_per_step=16).fit(log)
+    method = UltraGCN(weights, embedding_dim=8, epochs=5, ials=IALS(l2=0.05, epochs=4)).fit(log)
     found = method.vectors_of(log.matrix[:20]).double().requires_grad_()
     objective, items = Objective(log.matrix, weights), method.item_vectors.double()
 

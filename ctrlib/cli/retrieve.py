@@ -57,7 +57,7 @@ class TrainFlags:
     method: Method = "ultragcn"
     """What learns: UltraGCN, or what it is to be measured against."""
     option: Settings = ()
-    """Settings of the method, with values in JSON: embedding_dim=128 l2=1e-4 epochs=30"""
+    """Settings of the method, with values in JSON: embedding_dim=128 l2=1e-4 epochs=10"""
     test: OptionalPath = None
     """A log to report on once."""
     valid_share: float = 0.1

@@ -257,13 +257,9 @@ class IALS(Vectors):
         scale = torch.from_numpy((degrees + self.alpha * num_columns) ** self.nu * self.l2).to(others.dtype)
         padded = torch.cat([others, others.new_zeros(1, others.shape[1])])
         found = torch.empty(num_rows, others.shape[1], dtype=others.dtype)
-        for rows in _blocks(degrees, others.shape[1]):
-            places, columns = entries(matrix, rows)
-            longest = max(int(degrees[rows].max()), 1)
-            table = np.full((len(rows), longest), num_columns)
-            first = np.concatenate([[0], np.cumsum(degrees[rows])[:-1]])
-            table[places, np.arange(len(places)) - first[places]] = columns
-            seen = padded[torch.from_numpy(table)]
+        for rows in blocks_of_rows(degrees, others.shape[1]):
+            table, _ = padded_columns(matrix, rows)
+            seen = padded[table]
             chosen = torch.from_numpy(rows)
             system = torch.baddbmm(common.expand(len(rows), -1, -1), seen.mT, seen)
             system.diagonal(dim1=1, dim2=2).add_(scale[chosen][:, None])
@@ -272,7 +268,27 @@ class IALS(Vectors):
         return found
 
 
-def _blocks(degrees: Ints, width: int, budget: int = 1 << 22) -> Iterator[Ints]:
+def padded_columns(matrix: sparse.csr_matrix, rows: Ints) -> tuple[Tensor, Tensor]:
+    """The columns of the entries of some rows and their values, both (B, L) with L the longest row's.
+
+    Places left empty are one above the last column, and 0.
+
+    >>> columns, values = padded_columns(sparse.csr_matrix([[0, 2, 0], [3, 0, 4]]), np.array([0, 1]))
+    >>> columns.tolist(), values.tolist()
+    ([[1, 3], [0, 2]], [[2.0, 0.0], [3.0, 4.0]])
+    """
+    places, columns = entries(matrix, rows)
+    starts, degrees = matrix.indptr[rows].astype(np.int64), np.diff(matrix.indptr)[rows]
+    first = np.concatenate([[0], np.cumsum(degrees)[:-1]])
+    ranks = np.arange(len(places)) - first[places]
+    shape = len(rows), max(int(degrees.max()), 1)
+    table, values = np.full(shape, matrix.shape[1]), np.zeros(shape, np.float32)
+    table[places, ranks] = columns
+    values[places, ranks] = matrix.data[starts[places] + ranks]
+    return torch.from_numpy(table), torch.from_numpy(values)
+
+
+def blocks_of_rows(degrees: Ints, width: int, budget: int = 1 << 22) -> Iterator[Ints]:
     """Rows of about equal length together, so many that their padded vectors and systems are `budget` numbers."""
     order = np.argsort(degrees, kind="stable")
     start = 0

@@ -12,7 +12,7 @@ as often. Negatives are drawn uniformly from all items, so their expectation is 
 
     N_w d_u / I  sum over j (w3 + w4 beta_uj) softplus(s_uj),
 
-in which each user occurs once and the weights are of rank one (`exact_loss`; `ctrlib.retrieval.sweep` computes it in
+in which each user occurs once and the weights are of rank one (`exact_loss`; `ctrlib.retrieval.newton` computes it in
 blocks, by matrix products). With free logits, lambda = gamma = 0, the minimum is `optimum`.
 """
 

@@ -3,11 +3,11 @@
 Mao, Zhu, Xiao, Lu, Wang, He, CIKM 2021, https://arxiv.org/abs/2110.15114; the authors' program is at
 https://github.com/xue-pai/UltraGCN. `ctrlib.retrieval.objective` has the loss. What differs from the program:
 
-* `negatives="all"` takes the expectation over its negatives (`ctrlib.retrieval.sweep`), with steps of Adam after each
-  block of users; "per_pair" is the program's way, "shared" draws for a whole batch (`ctrlib.retrieval.sampled`).
+* `negatives="all"` takes the expectation over its negatives, with Newton steps of all users and all items in turn
+  (`ctrlib.retrieval.newton`); "per_pair" is the program's way, "shared" draws for a whole batch
+  (`ctrlib.retrieval.sampled`), both with steps of Adam.
 * `start="ials"` begins with vectors of `IALS`, scaled to be logits. From small random vectors, the program's way, the
   first hundreds of steps learn that most pairs are none, and only then who likes what.
-* The learning rate falls to 0 along a cosine, and the number of epochs is a setting, chosen by validation.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ctrlib.errors import ArgumentError, check_number, check_whole
 from ctrlib.retrieval.baselines import IALS
 from ctrlib.retrieval.interactions import Interactions
 from ctrlib.retrieval.methods import Vectors, Watch, check_history, dense
+from ctrlib.retrieval.newton import Half
 from ctrlib.retrieval.objective import Objective, Weights
 from ctrlib.retrieval.sampled import Draws, Engine, Sampler, make_tables
-from ctrlib.retrieval.sweep import Adam, Rows, Sweeper, gradients
 
 Negatives = Literal["all", "per_pair", "shared"]
 Start = Literal["ials", "normal"]
-FOLD_STEPS, FOLD_RATE = 100, 0.1  # of Adam, for a new user
+FOLD_STEPS = 10  # of Newton, for a new user
 
 
 class UltraGCN(Vectors):
@@ -46,10 +46,9 @@ class UltraGCN(Vectors):
         start: where the vectors begin: a solution of `ials`, or N(0, init_std^2).
         ials: settings of that solution, but for its width, which is D - 1 with one column for the constant.
         init_std: of a normal start.
-        epochs: passes over all pairs, or sweeps.
-        learning_rate: of item vectors, or of all where negatives are drawn.
-        user_learning_rate: of user vectors in sweeps, in which each sees one step.
-        users_per_step: of sweeps.
+        epochs: passes over all pairs where negatives are drawn, or Newton steps of both sides.
+        step_share: how much of each Newton step is taken, up to 1.
+        learning_rate: of Adam, where negatives are drawn.
         engine: of drawn negatives, as in `ctrlib.retrieval.sampled`.
         sharding: of the fused engine.
 
@@ -69,9 +68,8 @@ class UltraGCN(Vectors):
         ials: IALS | None = None,
         init_std: float = 1e-4,
         epochs: int = 20,
-        learning_rate: float = 5e-3,
-        user_learning_rate: float = 2e-2,
-        users_per_step: int = 256,
+        step_share: float = 1.0,
+        learning_rate: float = 1e-3,
         engine: Engine = "exact",
         sharding: Literal["table_wise", "row_wise"] = "table_wise",
     ) -> None:
@@ -83,16 +81,14 @@ class UltraGCN(Vectors):
             if value not in known:
                 raise ArgumentError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         check_whole(2, embedding_dim=embedding_dim)
-        check_whole(1, num_negatives=num_negatives, epochs=epochs, users_per_step=users_per_step)
-        check_number(0, above=True, init_std=init_std, learning_rate=learning_rate)
-        check_number(0, above=True, user_learning_rate=user_learning_rate)
+        check_whole(1, num_negatives=num_negatives, epochs=epochs)
+        check_number(0, above=True, init_std=init_std, learning_rate=learning_rate, step_share=step_share)
         if sift and negatives != "per_pair":
             raise ArgumentError('sift goes with negatives="per_pair" only')
         self.weights, self.embedding_dim, self.negatives = weights or Weights(), embedding_dim, negatives
         self.draws = Draws(num_negatives, negatives == "shared", sift)
         self.start, self.ials, self.init_std, self.epochs = start, ials or IALS(epochs=4), init_std, epochs
-        self.learning_rate, self.user_learning_rate = learning_rate, user_learning_rate
-        self.users_per_step, self.engine, self.sharding = users_per_step, engine, sharding
+        self.step_share, self.learning_rate, self.engine, self.sharding = step_share, learning_rate, engine, sharding
 
     def fit(self, log: Interactions, *, seed: int = 0, watch: Watch | None = None) -> UltraGCN:
         """Train for `epochs`, or until `watch` says so."""
@@ -100,10 +96,11 @@ class UltraGCN(Vectors):
         users, items = self._first_vectors(log, seed)
         if self.negatives == "all":
             self.user_vectors, self.item_vectors = users, items
-            sweeper = Sweeper(self._objective, users, items, users_per_step=self.users_per_step, seed=seed)
+            of_users, of_items = Half.of_users(self._objective), Half.of_items(self._objective)
+            generator = torch.Generator().manual_seed(seed)
             for epoch in range(1, self.epochs + 1):
-                part = math.cos(math.pi / 2 * (epoch - 1) / self.epochs)
-                sweeper.sweep(self.user_learning_rate * part, self.learning_rate * part)
+                of_users.step(users, items, generator, self.step_share)
+                of_items.step(items, users, generator, self.step_share)
                 if watch is not None and watch(epoch):
                     break
             return self
@@ -151,20 +148,14 @@ class UltraGCN(Vectors):
     def vectors_of(self, histories: sparse.csr_matrix) -> Tensor:
         """Vectors of users of whom only items are known: they minimise the loss of those, with L2, item vectors fixed.
 
-        (B, I) ones -> (B, D). The problem is convex; Adam takes 100 steps, whose rate falls to 0.
+        (B, I) ones -> (B, D). The problem is convex; from the mean of known users ten Newton steps are taken.
         """
         check_history(histories, len(self.item_vectors))
-        objective = self._objective
-        rows, factor = Rows.of(objective, histories), objective.item_factor.float()
+        half = Half.of_users(self._objective, histories)
         vectors = self.user_vectors.mean(0).repeat(histories.shape[0], 1)
-        adam, l2 = Adam(vectors), objective.weights.l2 * objective.num_batches
-        for number in range(1, FOLD_STEPS + 1):
-            rate = FOLD_RATE * math.cos(math.pi / 2 * (number - 1) / FOLD_STEPS)
-            for start in range(0, len(vectors), self.users_per_step):
-                users = np.arange(start, min(start + self.users_per_step, len(vectors)))
-                chosen = torch.from_numpy(users)
-                gradient = gradients(rows, factor, users, vectors[chosen], self.item_vectors, None)
-                adam.step(gradient.add_(vectors[chosen], alpha=l2), number, rate, chosen)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(FOLD_STEPS):
+            half.step(vectors, self.item_vectors, generator)
         return vectors
 
 
