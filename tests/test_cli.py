@@ -219,7 +219,7 @@ TRAIN_FLAGS = ", ".join(flag.name for flag in usage.flags_of(CLASSES["train"]) i
     [
         (
             "train d --modle dcnv2",
-            "ctrlib train: there is no flag --modle; the closest are --model, --debug, --hidden\n"
+            "ctrlib train: there is no flag --modle; the closest are --model, --min-delta, --debug\n"
             "`ctrlib train --help` says more.",
         ),
         (
@@ -568,7 +568,7 @@ def test_labels_are_named_everywhere(raw: Path, data: Path, tmp_path: Path, caps
         return {words[0]: words[1:] for words in reversed(rows)}
 
     out, small = tmp_path / "model", tmp_path / "small"
-    flags = ["--model", "mlp", "--dim", 4, "--hidden", 8, "--batch-size", 256, "--epochs", 1]
+    flags = ["--model", "mlp", "--dim", 4, "--hidden", 8, "--batch-size", 256, "--epochs", 1, "--numeric", "vector"]
     result = json.loads(run("train", data, "--out", out, *flags, "--json"))
     test = named(result["test_tasks"])
     valid = named(result["valid_tasks"])
