@@ -214,12 +214,20 @@ def facts(**changed: Any) -> Facts:
 @pytest.mark.parametrize(
     ("changed", "model", "training"),
     [
-        ({}, {"embedding_dim": 8, "hidden": [128, 64]}, {"batch_size": 512, "embedding_l2": 0.021}),
+        (
+            {},
+            {"embedding_dim": 8, "hidden": [128, 64]},
+            {"batch_size": 512, "learning_rate": 2e-3, "embedding_l2": 0.021},
+        ),
         ({"values": 7_000, "numbers": 0}, {"embedding_dim": 16}, {"embedding_l2": 0.021}),
         ({"rows": 5_000}, {"hidden": [128, 64]}, {"batch_size": 128, "embedding_l2": 0.17}),
         ({"rows": 1_000_000}, {"hidden": [256, 128]}, {"batch_size": 4096, "embedding_l2": 0.00085}),
         ({"rows": 100_000_000}, {"hidden": [400, 200]}, {"batch_size": 4096, "embedding_l2": 8.5e-6}),
-        ({"rates": (0.005,), "positives": 200}, {}, {"min_delta": 1.6e-05, "embedding_l2": 0.0035}),
+        (
+            {"rates": (0.005,), "positives": 200},
+            {},
+            {"min_delta": 1.6e-05, "learning_rate": 5e-4, "embedding_l2": 0.0035},
+        ),
         ({"rates": (0.5, 0.005), "positives": 200}, {}, {"min_delta": 0.00018, "embedding_l2": 0.014}),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 from ctrlib.data.facts import Facts
 
 PRIOR = 2000.0  # of L2 on tables, in rows, each counted by the standard deviation of its label
+FEW_POSITIVES = 1000
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
         model["numeric"] = "piecewise_linear"
     training: dict[str, Any] = {
         "batch_size": batch,
-        "learning_rate": 2e-3,
+        # Of few positives a pass learns the noise, so passes are to be small ones.
+        "learning_rate": 2e-3 if facts.positives >= FEW_POSITIVES else 5e-4,
         "max_epochs": 30,
         "patience": 3,
         "select_by": "log_loss",
