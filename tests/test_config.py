@@ -522,7 +522,7 @@ def test_the_command_line_makes_prints_reads_and_saves_one_dictionary(
     config = printed(*flags)
     assert config == complete(config)
     assert (config["model"], config["num_blocks"], config["hidden"]) == ("masknet", 2, [8])
-    assert config["training"]["batch_size"] == 64 and config["training"]["embedding_l2"] == 1e-6
+    assert config["training"]["batch_size"] == 128 and config["training"]["embedding_l2"] == 1e-6
     assert not (tmp_path / "one").exists()
     path = tmp_path / "experiment.json"
     path.write_text(json.dumps(config))
