@@ -386,7 +386,7 @@ def test_resume_with_other_ranks(folder: Path) -> None:
 def test_resume_reads_no_skipped_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = plain(tmp_path, 100)
     opened: list[int] = []
-    monkeypatch.setattr(loader_module, "decode", recording(opened))
+    monkeypatch.setattr(loader_module, "decode_kept", recording(opened))
     loader = Loader(path, "train", batch_size=10, shuffle=True, window_rows=20)
     for count, _ in enumerate(loader, 1):
         if count == 8:
@@ -402,7 +402,7 @@ def test_resume_reads_no_skipped_window(tmp_path: Path, monkeypatch: pytest.Monk
 def recording(opened: list[int]) -> Any:
     def decode(groups: Any, *arguments: Any) -> Any:
         opened.append(sum(group.num_rows for group in groups))
-        return columns_module.decode(groups, *arguments)
+        return columns_module.decode_kept(groups, *arguments)
 
     return decode
 
@@ -457,11 +457,11 @@ def test_two_windows_at_most(folder: Path, monkeypatch: pytest.MonkeyPatch, work
         nonlocal most
         time.sleep(0.005)  # a builder thread drops its reference just after it hands over the batch
         most = max(most, 1 + sum(reference() is not None for reference in alive))
-        columns = columns_module.decode(*arguments)
+        columns = columns_module.decode_kept(*arguments)
         alive.append(weakref.ref(columns))
         return columns
 
-    monkeypatch.setattr(loader_module, "decode", decode)
+    monkeypatch.setattr(loader_module, "decode_kept", decode)
     loader = Loader(folder, "train", batch_size=4, shuffle=True, workers=workers, window_rows=10)
     for batch in loader:
         time.sleep(0.001 * (rows_of(batch)[0] % 3))
@@ -471,7 +471,7 @@ def test_two_windows_at_most(folder: Path, monkeypatch: pytest.MonkeyPatch, work
 
 def test_one_window_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
-    monkeypatch.setattr(loader_module, "decode", recording(opened))
+    monkeypatch.setattr(loader_module, "decode_kept", recording(opened))
     loader = Loader(folder, "train", batch_size=10, shuffle=True, window_rows=103)
     assert [len(list(loader)) for _ in range(3)] == [11] * 3
     assert opened == [103]

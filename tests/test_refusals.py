@@ -700,7 +700,7 @@ def test_the_loss_of_nothing_is_not_a_number() -> None:
     progress.add(0.5, rows=4, weight=3.0)
     progress.add(0.75, rows=4, weight=1.0)
     assert (progress.train_loss, progress.rows) == (0.5625, 12)
-    progress.end_epoch(Epoch(1, 0.5, 0.7, 0.4, 1e-3, 2.0, 100.0), better=True)
+    progress.end_epoch(Epoch(1, 0.5, 0.7, 0.4, 1e-3, 2.0, 100.0), 0.7, better=True)
     assert np.isnan(progress.train_loss)
 
 

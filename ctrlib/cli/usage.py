@@ -147,7 +147,7 @@ def flags_of(command: type) -> list[Flag]:
 
     >>> from ctrlib.cli.evaluate import Evaluate
     >>> [flag.name for flag in flags_of(Evaluate)]
-    ['--json', '--debug', 'MODEL', 'DATA', '--split', '--batch-size', '--on-bad-row']
+    ['--json', '--debug', 'MODEL', 'DATA', '--split', '--by', '--batch-size', '--on-bad-row']
     """
     return list(_flags(command))
 

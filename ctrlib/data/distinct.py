@@ -18,8 +18,10 @@ import pyarrow as pa
 from llvmlite import ir
 from numba.extending import intrinsic
 
+from ctrlib.errors import UnsupportedError
+
 if numba.config.DISABLE_JIT:
-    raise ImportError("NUMBA_DISABLE_JIT is set")
+    raise UnsupportedError("NUMBA_DISABLE_JIT is set, so that loops would not be compiled")
 
 _TOGETHER = 512  # lines whose slots are fetched together
 _NEWLINE = np.uint8(10)

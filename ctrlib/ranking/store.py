@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ctrlib.errors import ArgumentError
 from ctrlib.ranking.counts import DENSE, JointCounts
 from ctrlib.ranking.relevance import Counts
 from ctrlib.ranking.source import Source, labelled
@@ -113,10 +114,10 @@ def keys_of(joint: AnyCounts) -> Array:
     """The values that come up, ascending.
 
     Raises:
-        TypeError: they are not in memory.
+        ArgumentError: they are not in memory.
     """
     if not isinstance(joint, JointCounts):
-        raise TypeError("columns whose counts are on disk are not combined in pairs: leave them out")
+        raise ArgumentError("columns whose counts are on disk are not combined in pairs: leave them out")
     return joint.keys
 
 

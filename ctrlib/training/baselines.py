@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -315,10 +316,7 @@ def _gradient_boosting(train: Split, valid: Split, test: Split, schema: Schema, 
     y, w = valid.labels[:, task], _weights(valid)
     losses = [metrics.log_loss(y, z.ravel(), w) for z in model.staged_decision_function(x_valid)]
     best = int(np.argmin(losses))
-    for number, z in enumerate(model.staged_decision_function(x_test)):
-        if number == best:
-            return np.asarray(z).ravel()
-    raise AssertionError("there are as many stages for test as for validation")
+    return np.asarray(next(islice(model.staged_decision_function(x_test), best, None))).ravel()
 
 
 def _rates(labels: Array, weights: Array, fold: Array, lists: Sequence[tuple[Array, Array]]) -> list[list[Array]]:
