@@ -583,6 +583,7 @@ def test_the_command_line_makes_prints_reads_and_saves_one_dictionary_of_a_searc
         ('{"model": "fm", "search": []}', [], "search is [], expected a dictionary"),
         ('{"model": "fm", "search": {"method": "dnis"}}', [], "describes a search by dnis, and METHOD is optfs"),
         ('{"model": "fm", "search": {"penalti": 1}}', [], "optfs has no setting ['penalti']"),
+        ('{"model": "fm", "crosses": [["a", "b"]]}', [], "a search has plain tables and no crosses beside them"),
         ('{"model": "fm", "replaced": {}}', [], "was made smaller (replaced)"),
         ('{"model": "fm", "training": {"engine": "fused"}}', [], "training says {'engine': 'fused'}, which no search"),
         (None, [], "there is no such file"),

@@ -93,6 +93,11 @@ def parts_of(experiment: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any, T
     said = experiment.get("search")
     if not isinstance(said, Mapping) or not isinstance(said.get("method"), str):
         raise WrongTypeError(f'search is {shown(said)}, expected a dictionary {{"method": name, **settings}}')
+    if experiment.get("crosses"):
+        raise ArgumentError(
+            f"crosses {experiment['crosses']}: a search has plain tables and no crosses beside them, so they would be "
+            "dropped; leave them out, or search by optinter, which chooses crosses itself"
+        )
     training = training_of(experiment)
     defaults = dataclasses.asdict(Training(device="cpu"))  # which is where a search runs
     idle = {
