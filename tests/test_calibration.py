@@ -18,7 +18,7 @@ from ctrlib import cli, metrics, models, plots
 from ctrlib.calibration import Calibration, fit_calibration
 from ctrlib.data.scan import DataError
 from ctrlib.data.synthetic import Teacher, generate
-from ctrlib.models.build import set_calibration
+from ctrlib.models.build import check_calibratable
 from ctrlib.serving.slices import slices_of
 from ctrlib.training.config import complete, identity_of
 
@@ -313,7 +313,7 @@ def test_a_model_with_a_forward_of_its_own_is_refused() -> None:
     made = ctr.models.fm(ctr.Inputs(schema, embedding_dim=4))
     own = Own(made.embedding, made.tower, made.head)
     with pytest.raises(ValueError, match="Own has a forward of its own, which applies no calibrator"):
-        set_calibration(own, None)
+        check_calibratable(own)
 
 
 # Slices.

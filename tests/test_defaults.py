@@ -389,7 +389,7 @@ def test_defaults_are_better_than_a_constant_at_half_a_percent_of_positives(
     label = (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(int)
     frame = pl.DataFrame({"a": [f"a{i}" for i in a], "b": [f"b{i}" for i in b], "label": label})
     data = prepared(tmp_path / "data", frame, split=(8, 4, 4), stratify="label")
-    assert facts_of(data).rarity == pytest.approx(0.005, abs=0.002)
+    assert facts_of(data).rates[0] == pytest.approx(0.005, abs=0.002)
     assert cli.main(["train", str(data), "--out", str(tmp_path / "out"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["test_normalized_entropy"] < 1

@@ -282,9 +282,7 @@ class Train(Command):
     def _model_of(self, folder: Path) -> dict[str, Any]:
         """The arguments of the model to start from, which must stay as they are: none if it is another model."""
         saved: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        if saved.get("model") != self.model.model:
-            return {}
-        return {name: value for name, value in saved.items() if name not in ("model", "training", "search")}
+        return saved if saved.get("model") == self.model.model else {}
 
     def _training(self, given: frozenset[str] | None = None) -> dict[str, Any]:
         groups = (self.training, self.engine, self.output)

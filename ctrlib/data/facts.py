@@ -19,9 +19,8 @@ class Facts:
     `rates`: of each label the share of positives among rows with that label, each by its weight. `positives`: rows of
     the rarer class, of several labels those of the label that has fewest.
 
-    >>> facts = Facts(rows=100, rates=(0.02,), positives=2, values=40, fields=3, numbers=1)
-    >>> facts.rarity, facts.values_per_field
-    (0.02, 20.0)
+    >>> Facts(rows=100, rates=(0.02,), positives=2, values=40, fields=3, numbers=1).values_per_field
+    20.0
     """
 
     rows: int
@@ -33,11 +32,6 @@ class Facts:
     """Features, each of which becomes a field."""
     numbers: int
     """Those of them that are numbers."""
-
-    @property
-    def rarity(self) -> float:
-        """The share of the rarer class, of several labels the smallest."""
-        return min(min(rate, 1 - rate) for rate in self.rates)
 
     @property
     def values_per_field(self) -> float:

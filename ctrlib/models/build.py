@@ -25,7 +25,6 @@ from ctrlib.models.tree import complete_tree, make_tree
 BESIDE = ("replaced", "crosses", "training", "search", "calibration")
 
 if TYPE_CHECKING:
-    from ctrlib.calibration import Calibration
     from ctrlib.model import Model
     from ctrlib.schema import Schema
 
@@ -64,12 +63,13 @@ def build(config: Mapping[str, Any], schema: Schema, *, modules: Sequence[str] =
 
     model = _assembled(config, schema, modules)
     if (described := config.get("calibration")) is not None:
-        set_calibration(model, Calibration.of(described, len(schema.labels)))
+        check_calibratable(model)
+        model.calibration = Calibration.of(described, len(schema.labels))
     return model
 
 
-def set_calibration(model: Model, calibration: Calibration | None) -> None:
-    """Let a model's logits be calibrated from now on; None: only see whether they could be.
+def check_calibratable(model: Model) -> None:
+    """Refuse a model that has no use for `Model.calibration`.
 
     Raises:
         ValueError: the model computes its logits in a way of its own, which would pass a calibrator over.
@@ -81,8 +81,6 @@ def set_calibration(model: Model, calibration: Calibration | None) -> None:
             f"{type(model).__name__} has a forward of its own, which applies no calibrator: leave calibrate out, or "
             "compose it from ctrlib.Model's parts"
         )
-    if calibration is not None:
-        model.calibration = calibration
 
 
 def _assembled(config: Mapping[str, Any], schema: Schema, modules: Sequence[str]) -> Model:

@@ -29,8 +29,9 @@ import numpy.typing as npt
 from ctrlib import metrics
 from ctrlib.data.columns import Columns, RowGroup, decode, find_row_groups
 from ctrlib.manifest import load_schema
+from ctrlib.metrics.probability import sigmoid
 from ctrlib.schema import Categorical, RawId, Schema
-from ctrlib.training.evaluate import Scores
+from ctrlib.training.evaluate import Scores, are_known, unless_uniform
 
 MOST_ROWS = 200_000  # of train, and of test; of validation a quarter
 NUM_PARTS = 16  # row groups that a sample is taken from
@@ -170,17 +171,16 @@ def _of_label(
 ) -> Iterator[dict[str, Any]]:
     is_drawn, num_rows = len(train.places) < train.num_rows, train.num_rows
     train, valid, test_known = (_known(split, task) for split in (train, valid, test))
-    logits = logits[_is_known(test, task)]
+    logits = logits[are_known(test.labels[:, task], test.weights)]
     y, w = test_known.labels[:, task], _weights(test_known)
     common = {"label": label, "rows": len(y), "train_rows": num_rows if is_drawn else len(train.labels)}
 
     def measured(z: Array) -> dict[str, float]:
-        probabilities = 1 / (1 + np.exp(-np.clip(z.astype(np.float64), -700, 700)))
         return {
             "auc": metrics.auc(y, z, w),
             "log_loss": metrics.log_loss(y, z, w),
             "normalized_entropy": metrics.normalized_entropy(y, z, w),
-            "calibration": metrics.calibration(y, probabilities, w),
+            "calibration": metrics.calibration(y, sigmoid(z), w),
         }
 
     of_model = measured(logits)
@@ -205,13 +205,9 @@ def _of_label(
         }
 
 
-def _is_known(split: Split, task: int) -> npt.NDArray[np.bool_]:
-    return ~np.isnan(split.labels[:, task]) & (split.weights > 0)
-
-
 def _known(split: Split, task: int) -> Split:
     """Its rows with weight whose label is known."""
-    known = _is_known(split, task)
+    known = are_known(split.labels[:, task], split.weights)
     if known.all():
         return split
     rows = np.flatnonzero(known)
@@ -219,9 +215,9 @@ def _known(split: Split, task: int) -> Split:
 
 
 def _weights(split: Split) -> Array | None:
-    """None where all are alike."""
-    uniform = len(split.weights) == 0 or bool((split.weights == split.weights[0]).all())
-    return None if uniform else split.weights.astype(np.float64)
+    """In float64; None where all are alike."""
+    weights = unless_uniform(split.weights)
+    return None if weights is None else weights.astype(np.float64)
 
 
 def _constant(train: Split, valid: Split, test: Split, schema: Schema, task: int, seed: int) -> Array:

@@ -94,11 +94,27 @@ def calibrated(scores: Scores, calibration: Calibration) -> Scores:
 def known(scores: Scores, task: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Of the rows with weight whose label is known: labels, logits, groups or None, weights (None if all are alike)."""
     labels, logits = scores.labels[:, task], scores.logits[:, task]
-    keep = ~np.isnan(labels) & (scores.weights > 0)
-    weights = scores.weights[keep]
-    uniform = weights.size == 0 or bool((weights == weights[0]).all())
+    keep = are_known(labels, scores.weights)
     groups = None if scores.groups is None else scores.groups[keep]
-    return labels[keep], logits[keep], groups, None if uniform else weights
+    return labels[keep], logits[keep], groups, unless_uniform(scores.weights[keep])
+
+
+def are_known(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Which rows of one label count: those that have it, and weight.
+
+    >>> are_known(np.array([1.0, np.nan, 0.0]), np.array([1.0, 1.0, 0.0]))
+    array([ True, False, False])
+    """
+    return np.asarray(~np.isnan(labels) & (weights > 0))
+
+
+def unless_uniform(weights: np.ndarray) -> np.ndarray | None:
+    """None where all are alike, as metrics want it.
+
+    >>> unless_uniform(np.array([2.0, 2.0])), unless_uniform(np.array([1.0, 2.0]))
+    (None, array([1., 2.]))
+    """
+    return None if len(weights) == 0 or bool((weights == weights[0]).all()) else weights
 
 
 def _concatenate(parts: list[Scores]) -> Scores:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
@@ -32,8 +31,9 @@ from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
 from ctrlib.losses import after_sampling, binary_cross_entropy
 from ctrlib.making import new_file, write_text
 from ctrlib.manifest import check_folder
+from ctrlib.metrics.probability import sigmoid
 from ctrlib.model import Model
-from ctrlib.models.build import set_calibration
+from ctrlib.models.build import check_calibratable
 from ctrlib.schema import SchemaError
 from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
 from ctrlib.structure import describe
@@ -250,7 +250,7 @@ def train_model(
 
 def score_once(
     model: nn.Module,
-    valid: Loader,
+    valid: Loader | Scores,
     test: Loader,
     *,
     device: str | torch.device = "cpu",
@@ -260,10 +260,10 @@ def score_once(
 
     That is valid_auc, valid_logloss, test_auc, test_logloss, every other metric of test as test_NAME, with several
     labels those of each, and how many rows of test were scored a second, loading included. All is of the logits as
-    `calibration` leaves them.
+    `calibration` leaves them. `valid` may be what was predicted for it already.
     """
     labels = test.schema.labels
-    scored = predict(model, valid, device=device)
+    scored = valid if isinstance(valid, Scores) else predict(model, valid, device=device)
     of_valid = score(scored if calibration is None else calibrated(scored, calibration), labels=labels)
     started = time.perf_counter()
     scored = predict(model, test, device=device)
@@ -394,7 +394,7 @@ def run(
         model = crossed(model, data, config["crosses"])
         described["replaced"] = describe(model)
     if how.calibrate:
-        set_calibration(model, None)
+        check_calibratable(model)
     if how.start_at_base_rate:
         start_at_base_rate(model, data)
     if on_built is not None:
@@ -420,14 +420,14 @@ def run(
     weights = trainer.weights()
     with contextlib.nullcontext() if is_first else torch.device("meta"):
         plain = models.build(described, schema, modules=modules)
-    calibration = _fit_calibration(trainer.model, valid, chosen_device) if how.calibrate else None
-    if calibration is not None:
-        set_calibration(plain, calibration)
+    of_valid = predict(trainer.model, valid, device=chosen_device)
+    calibration = _fit_calibration(of_valid, len(schema.labels)) if how.calibrate else None
+    plain.calibration = calibration
     if is_first:
         plain.load_state_dict(weights)
         if on_trained is not None:
             on_trained(plain)
-    scores, scored = score_once(trainer.model, valid, test, device=chosen_device, calibration=calibration)
+    scores, scored = score_once(trainer.model, of_valid, test, device=chosen_device, calibration=calibration)
     if math.isnan(scores["test_auc"]):
         console.print("warning: test holds one class only (or no known label), so its AUC is undefined (NaN)")
     result = {
@@ -459,20 +459,20 @@ def run(
     return plain, result
 
 
-def _fit_calibration(model: nn.Module, valid: Loader, device: torch.device) -> Calibration:
+def _fit_calibration(of_valid: Scores, num_labels: int) -> Calibration:
     """By all rows of validation; every process gets it."""
-    scored = whole(predict(model, valid, device=device))
+    scored = whole(of_valid)
     found: dict[str, Any] = {}
     if scored is not None:
         found |= fit_calibration(scored.logits, scored.labels, scored.weights).as_dict()
-    return Calibration.of(broadcast(found), len(valid.schema.labels))
+    return Calibration.of(broadcast(found), num_labels)
 
 
 def _reliability(scores: Scores, labels: Sequence[str]) -> dict[str, metrics.Reliability]:
     found = {}
     for task, label in enumerate(labels):
         y, z, _, weights = known(scores, task)
-        found[label] = metrics.reliability(y, 1 / (1 + np.exp(-z.astype(np.float64))), weights)
+        found[label] = metrics.reliability(y, sigmoid(z), weights)
     return found
 
 
