@@ -6,6 +6,7 @@ linear layers to pairs of thin ones. `restructure` does that to a freshly built 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,23 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(parent, name, module)
     if getattr(parent, "first_rows", None) is not None:
         parent.first_rows = None  # type: ignore[assignment]
+
+
+def with_plain_tables(model: Model, what: str) -> tuple[Model, EmbeddingBagCollection]:
+    """A copy of a model with a table per vocabulary, and these tables.
+
+    Raises:
+        ValueError: its embedding has no plain tables; `what` says who needs some.
+    """
+    model = copy.deepcopy(model)
+    unstack(model.embedding)
+    tables = getattr(model.embedding, "tables", None)
+    if not isinstance(tables, EmbeddingBagCollection):
+        raise ArgumentError(
+            f"{what} the plain tables of a TableEmbedding, and {type(model.embedding).__name__} has "
+            f"{type(tables).__name__} there: build the model with pooled sequences and without other tables"
+        )
+    return model, tables
 
 
 def unstack(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ ALLOWED = {
     ("_lazy.py", "ImportError"),
     ("models/__init__.py", "AttributeError"),
     ("cli/__main__.py", "SystemExit"),
-    ("training/loop.py", "KeyboardInterrupt"),
+    ("training/keeper.py", "KeyboardInterrupt"),
     ("training/loop.py", "ImportError"),
     # Checks of a contract, for the tests of whoever writes a part.
     ("testing.py", "AssertionError"),

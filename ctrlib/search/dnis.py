@@ -23,7 +23,6 @@ Where this differs from the paper and its code:
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,7 +49,7 @@ from ctrlib.search.bytes import bytes_of
 from ctrlib.search.counting import count_reads
 from ctrlib.search.plan import Plan
 from ctrlib.search.stages import identity_of, refuse_several_processes, search_epochs, without_end
-from ctrlib.structure import put, unstack
+from ctrlib.structure import put, with_plain_tables
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.loop import NonFiniteLossError, fit
@@ -309,14 +308,7 @@ def soft_model(model: Model, train: Loader, settings: DNIS) -> tuple[Model, Soft
         SchemaError: ids are not in order of frequency, since the data was prepared like other data.
     """
     check_order(train.folder, train.schema, "DNIS")
-    searched = copy.deepcopy(model)
-    unstack(searched.embedding)
-    tables = getattr(searched.embedding, "tables", None)
-    if not isinstance(tables, EmbeddingBagCollection):
-        raise ArgumentError(
-            f"DNIS searches the plain tables of a TableEmbedding, and {type(searched.embedding).__name__} has "
-            f"{type(tables).__name__} there: build the model with pooled sequences and without other tables"
-        )
+    searched, tables = with_plain_tables(model, "DNIS searches")
     vocabulary = {feature.name: vocabulary_of(feature) for feature in train.schema.sparse}
     train.set_epoch(0)
     found = count_reads(train.schema, train)

@@ -24,7 +24,8 @@ from ctrlib.models.build import plain
 from ctrlib.sharding.shards import State
 from ctrlib.structure import attributes
 from ctrlib.training.checkpoint import Checkpoints
-from ctrlib.training.loop import Engine, Keeper, train_epoch
+from ctrlib.training.keeper import Engine, Keeper
+from ctrlib.training.loop import train_epoch
 from ctrlib.training.progress import Progress
 
 

@@ -7,7 +7,8 @@ __getattr__, __dir__ = _lazy.named(
     {
         "config": ("MAY_CHANGE", "Training", "complete", "differences"),
         "run": ("choose_device", "make_engine"),
-        "loop": ("Engine", "History", "LostProcessError", "NonFiniteLossError", "Terminated", "to_json"),
+        "keeper": ("Engine", "Terminated"),
+        "loop": ("History", "LostProcessError", "NonFiniteLossError", "to_json"),
         "evaluate": ("Scores", "score"),
         "allocator": ("keep_freed_memory",),
         "batch_norm": ("synchronise_batch_norm",),

@@ -5,7 +5,6 @@ Which pairs, somebody says: a ranking (`ctrlib.ranking`), a search (`ctrlib.sear
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ctrlib._lazy import instead
 from ctrlib.batch import Batch
@@ -24,7 +22,7 @@ from ctrlib.embeddings.table import table_name
 from ctrlib.errors import ArgumentError
 from ctrlib.model import Model
 from ctrlib.schema import Categorical, Schema
-from ctrlib.structure import put, unstack
+from ctrlib.structure import put, with_plain_tables
 
 PATH = "embedding.tables"
 MERGE_AT = 1 << 24  # codes held before they are counted, 128 MB
@@ -127,14 +125,7 @@ def with_base(model: Model) -> tuple[Model, NarrowTables]:
     Raises:
         ValueError: the embedding has no plain tables.
     """
-    model = copy.deepcopy(model)
-    unstack(model.embedding)
-    tables = getattr(model.embedding, "tables", None)
-    if not isinstance(tables, EmbeddingBagCollection):
-        raise ArgumentError(
-            f"pairs are crossed beside the plain tables of a TableEmbedding, and {type(model.embedding).__name__} has "
-            f"{type(tables).__name__} there: build the model with pooled sequences and without other tables"
-        )
+    model, tables = with_plain_tables(model, "pairs are crossed beside")
     configs = tables.embedding_bag_configs()
     stored = [
         NarrowTable(

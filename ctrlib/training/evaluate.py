@@ -12,10 +12,11 @@ from torch import nn
 
 from ctrlib import metrics
 from ctrlib.batch import Batch
-from ctrlib.calibration import Calibration
+from ctrlib.calibration import Calibration, fit_calibration
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import broadcast, gather_to_first
 from ctrlib.errors import ArgumentError, check_batches, check_type
+from ctrlib.metrics.probability import sigmoid
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,23 @@ def whole(scores: Scores) -> Scores | None:
 def calibrated(scores: Scores, calibration: Calibration) -> Scores:
     """The same rows with calibrated logits, bit for bit those of a model that has this calibrator."""
     return replace(scores, logits=calibration(torch.from_numpy(scores.logits)).numpy())
+
+
+def calibration_of(scores: Scores, num_labels: int) -> Calibration:
+    """The calibrator that fits the predictions of all processes together; every process must call it, and gets it."""
+    found: dict[str, Any] = {}
+    if (together := whole(scores)) is not None:
+        found |= fit_calibration(together.logits, together.labels, together.weights).as_dict()
+    return Calibration.of(broadcast(found), num_labels)
+
+
+def reliability_of(scores: Scores, labels: Sequence[str]) -> dict[str, metrics.Reliability]:
+    """What was predicted and what came, of each label."""
+    found = {}
+    for task, label in enumerate(labels):
+        y, z, _, weights = known(scores, task)
+        found[label] = metrics.reliability(y, sigmoid(z), weights)
+    return found
 
 
 def known(scores: Scores, task: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:

@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ctrlib import metrics, models, plots
+from ctrlib import models, plots
 from ctrlib._lock import holding
 from ctrlib._target import FINISHED, check_target
-from ctrlib.calibration import Calibration, fit_calibration
+from ctrlib.calibration import Calibration
 from ctrlib.data.facts import facts_of
 from ctrlib.data.loader import Loader
 from ctrlib.distributed import broadcast, init_process_group, rank, world_size
@@ -31,7 +31,6 @@ from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
 from ctrlib.losses import after_sampling, binary_cross_entropy
 from ctrlib.making import new_file, write_text
 from ctrlib.manifest import check_folder
-from ctrlib.metrics.probability import sigmoid
 from ctrlib.model import Model
 from ctrlib.models.build import check_calibratable
 from ctrlib.schema import SchemaError
@@ -51,12 +50,13 @@ from ctrlib.training.config import (
     training_of,
 )
 from ctrlib.training.crossing import crossed
-from ctrlib.training.evaluate import Scores, calibrated, known, predict, score, whole
+from ctrlib.training.evaluate import Scores, calibrated, calibration_of, predict, reliability_of, score, whole
 from ctrlib.training.exact import ExactEngine
 from ctrlib.training.finished import finish, finished
 from ctrlib.training.fused import FusedEngine
 from ctrlib.training.guard import Loss
-from ctrlib.training.loop import Engine, History, fit, to_json
+from ctrlib.training.keeper import Engine
+from ctrlib.training.loop import History, fit, to_json
 
 
 def choose_device(device: Device) -> torch.device:
@@ -420,9 +420,11 @@ def run(
     weights = trainer.weights()
     with contextlib.nullcontext() if is_first else torch.device("meta"):
         plain = models.build(described, schema, modules=modules)
-    of_valid = predict(trainer.model, valid, device=chosen_device)
-    calibration = _fit_calibration(of_valid, len(schema.labels)) if how.calibrate else None
-    plain.calibration = calibration
+    of_valid: Loader | Scores = valid
+    calibration: Calibration | None = None
+    if how.calibrate:
+        of_valid = predict(trainer.model, valid, device=chosen_device)
+        plain.calibration = calibration = calibration_of(of_valid, len(schema.labels))
     if is_first:
         plain.load_state_dict(weights)
         if on_trained is not None:
@@ -450,30 +452,13 @@ def run(
     all_scored = None if out is None else whole(scored)
     if out is not None and is_first:
         assert all_scored is not None
-        reliability = _reliability(all_scored, schema.labels)
+        reliability = reliability_of(all_scored, schema.labels)
         draw = functools.partial(plots.learning_curve, history, reliability=reliability)
         with contextlib.nullcontext(out) if saving is None else saving(plain) as folder:
             write_result(folder, result, ("metrics.json", "curve.png"), draw)
         if how.checkpoint_seconds is not None:
             finish(out, identity, result, ["checkpoints"])  # it is over: started again, it begins anew
     return plain, result
-
-
-def _fit_calibration(of_valid: Scores, num_labels: int) -> Calibration:
-    """By all rows of validation; every process gets it."""
-    scored = whole(of_valid)
-    found: dict[str, Any] = {}
-    if scored is not None:
-        found |= fit_calibration(scored.logits, scored.labels, scored.weights).as_dict()
-    return Calibration.of(broadcast(found), num_labels)
-
-
-def _reliability(scores: Scores, labels: Sequence[str]) -> dict[str, metrics.Reliability]:
-    found = {}
-    for task, label in enumerate(labels):
-        y, z, _, weights = known(scores, task)
-        found[label] = metrics.reliability(y, sigmoid(z), weights)
-    return found
 
 
 def _beside(plain: Model, scored: Scores, test: Loader, name: str) -> dict[str, Any]:
