@@ -235,6 +235,20 @@ def test_newton_steps_lower_the_loss_each_time_and_end_at_a_minimum(
     assert slope < 0.01 * of_users.gradient(torch.zeros_like(users), items).norm()
 
 
+def test_a_share_of_a_newton_step_lies_on_the_way_to_the_whole() -> None:
+    log, _ = blocks_log(60, 40, 4)
+    half = Half.of_users(Objective(log.matrix, WEIGHTS))
+    first, items = vectors(60, 40, kind=torch.float32)
+    whole, part = first.clone(), first.clone()
+    half.step(whole, items, torch.Generator().manual_seed(0))
+    half.step(part, items, torch.Generator().manual_seed(0), 0.25)
+    torch.testing.assert_close(part, first + 0.25 * (whole - first), atol=1e-5, rtol=1e-5)
+    assert UltraGCN(step_share=1.0).step_share == 1
+    for wrong in (0.0, 1.5, float("nan")):
+        with pytest.raises(ArgumentError, match="step_share"):
+            UltraGCN(step_share=wrong)
+
+
 def test_row_by_row_l2_adds_up_to_that_of_whole_tables() -> None:
     matrix = random_matrix(40, 30)
     objective = Objective(matrix, WEIGHTS)

@@ -10,10 +10,10 @@ whose negative weights are of rank one (or two, with w3), n_j = left * right_j. 
 of rows are left * (T (right * Y)) with T = sigmoid(S) + (sigmoid(S) - 1) w / n: two products of matrices and a sigmoid
 in between, over tiles that stay in the cache.
 
-A Newton step needs each row's curvature, a D x D matrix. What the positives add to it is worked out for each row; what
-all the others add has nearly the same shape for all rows, and is taken to be one matrix, scaled for each row, both from
-a sample of columns. Positives count with the curvature of the quadratic that touches softplus from above (Jaakkola and
-Jordan, 2000), lest a step go too far where softplus is straight.
+A Newton step needs each row's curvature, a D x D matrix. What positives add to it, and negatives whose chance is not
+small, is worked out for each row. What all the others add has nearly the same shape for all rows, and is taken to be
+one matrix, scaled for each row, both from a sample of columns. The near ones count with the curvature of the quadratic
+that touches softplus from above (Jaakkola and Jordan, 2000), lest a step go too far where softplus is straight.
 
 From vectors of iALS about ten steps of both sides are enough; Adam takes ten times as many passes.
 """

@@ -83,6 +83,8 @@ class UltraGCN(Vectors):
         check_whole(2, embedding_dim=embedding_dim)
         check_whole(1, num_negatives=num_negatives, epochs=epochs)
         check_number(0, above=True, init_std=init_std, learning_rate=learning_rate, step_share=step_share)
+        if step_share > 1:
+            raise ArgumentError(f"step_share is {step_share}, expected at most 1, a whole Newton step")
         if sift and negatives != "per_pair":
             raise ArgumentError('sift goes with negatives="per_pair" only')
         self.weights, self.embedding_dim, self.negatives = weights or Weights(), embedding_dim, negatives
