@@ -6,9 +6,10 @@ Beside each column stands a twin: the same values in another order. Features are
 on the first K of each ranking: of `ctr.rank` in the order of 3MR and by relevance, by mutual information as it is, by
 adjusted mutual information (scikit-learn), by permutation importance of a random forest (scikit-learn, by AUC on
 validation), by OutRank as it recommends itself (with the python of an environment that has `outrank` and `xxhash<4`),
-and at random. "clean" is the model of all real columns. All see the same codes: ids, and 32 quantile bins of numbers. A
-seed draws rows, twins, split, weights and what is random in a ranking. The epoch is chosen by validation AUC, and so is
-K, once for all seeds. OUT receives ranking.json and ranking.png.
+and at random. "ctr.rank, found" takes no K: all features of which q is below 0.05. "clean" is the model of all real
+columns. All see the same codes: ids, and 32 quantile bins of numbers. A seed draws rows, twins, split, weights and what
+is random in a ranking. The epoch is chosen by validation AUC, and so is K, once for all seeds. OUT receives
+ranking.json, ranking.png, and for each seed a folder with the page of `ctr.rank`.
 
 `criteo`: the first 10,000 rows of Criteo's train.txt, 39 columns. `census_income`: 30,000 rows of Census-Income (KDD)
 and its 40 columns, by value. `movielens_1m`: 100,000 ratings, 4 and 5 positive and 3 left out, with user, movie,
@@ -19,6 +20,7 @@ gender, age, occupation and zip code. A tenth of the rows each is for validation
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -55,6 +57,7 @@ CENSUS = (
 )
 TWIN = "_twin"
 CLEAN = "clean"
+FOUND = "ctr.rank, found"
 CONFIG = {"model": "dcnv2", "embedding_dim": 8, "hidden": (64, 64), "dropout": 0.3, "num_cross_layers": 2}
 
 
@@ -130,6 +133,8 @@ class Knobs:
     """For ranking.json and ranking.png."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Each of rows, twins, split and weights."""
+    top: tuple[int, ...] = ()
+    """Numbers of features to train with; those of the data set by default."""
     outrank: Path | None = None
     """Python of an environment with outrank; otherwise that ranking is left out."""
     record: bool = False
@@ -138,18 +143,22 @@ class Knobs:
 
 @dataclass(frozen=True)
 class Data:
-    """What a ranking may look at: a prepared folder, codes of its train and valid splits, and their labels."""
+    """What a ranking may look at: a prepared folder, codes of its train and valid splits, and their labels; and a
+    folder for the page of it.
+    """
 
     folder: Path
+    page: Path
+    title: str
     seed: int
     train: Codes
     valid: Codes
     outrank: Path | None
 
     @classmethod
-    def of(cls, folder: Path, seed: int, outrank: Path | None) -> Data:
+    def of(cls, folder: Path, page: Path, title: str, seed: int, outrank: Path | None) -> Data:
         """Read the codes."""
-        return cls(folder, seed, codes_of(folder, "train"), codes_of(folder, "valid"), outrank)
+        return cls(folder, page, title, seed, codes_of(folder, "train"), codes_of(folder, "valid"), outrank)
 
     @property
     def names(self) -> list[str]:
@@ -171,7 +180,9 @@ def ordered(scores: dict[str, float]) -> list[str]:
 
 def three_mr(data: Data) -> list[str]:
     """Relevance, less overlap, and synergy."""
-    order: list[str] = ctr.rank(data.folder)["label"].orders["3mr"]
+    ranking = ctr.rank(data.folder)
+    dataclasses.replace(ranking, data=data.title).save(data.page)
+    order: list[str] = ranking["label"].orders["3mr"]
     return order
 
 
@@ -181,10 +192,16 @@ def relevance(data: Data) -> list[str]:
     return order
 
 
+def found(data: Data) -> list[str]:
+    """Those of which q is below 0.05."""
+    scores = ctr.rank(data.folder, pairs=False)["label"].scores
+    return [score.feature for score in scores if score.q < 0.05]
+
+
 def information(data: Data) -> list[str]:
     """Mutual information as it is."""
-    found = ctr.rank(data.folder, pairs=False)["label"].scores
-    return ordered({score.feature: score.information for score in found})
+    scores = ctr.rank(data.folder, pairs=False)["label"].scores
+    return ordered({score.feature: score.information for score in scores})
 
 
 def adjusted(data: Data) -> list[str]:
@@ -208,10 +225,10 @@ def forest(data: Data) -> list[str]:
     rows = min(20_000, len(train))
     model = RandomForestClassifier(100, min_samples_leaf=5, max_samples=rows, random_state=data.seed)
     model.fit(train, data.train["label"])
-    found = permutation_importance(
+    lost = permutation_importance(
         model, valid[:5_000], data.valid["label"][:5_000], scoring="roc_auc", n_repeats=3, random_state=data.seed
     )
-    return ordered(dict(zip(names, found["importances_mean"])))
+    return ordered(dict(zip(names, lost["importances_mean"])))
 
 
 def outrank(data: Data) -> list[str]:
@@ -251,6 +268,7 @@ def drawn(data: Data) -> list[str]:
 RANKINGS: dict[str, Callable[[Data], list[str]]] = {
     "ctr.rank, 3MR": three_mr,
     "ctr.rank, relevance": relevance,
+    FOUND: found,
     "mutual information": information,
     "adjusted mutual information": adjusted,
     "permutation importance": forest,
@@ -264,17 +282,16 @@ def main(knobs: Knobs) -> None:
     """Rank, train, report."""
     keep_freed_memory()
     protocol = PROTOCOLS[knobs.data]
+    protocol = dataclasses.replace(protocol, top=knobs.top or protocol.top)
     frame = protocol.read(knobs.raw)
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for seed in knobs.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            found += run_seed(protocol, frame, seed, Path(folder), knobs.outrank)
-    report(knobs, protocol, found)
+            rows += run_seed(knobs, protocol, frame, seed, Path(folder))
+    report(knobs, protocol, rows)
 
 
-def run_seed(
-    protocol: Protocol, frame: pl.DataFrame, seed: int, folder: Path, outrank: Path | None
-) -> list[dict[str, Any]]:
+def run_seed(knobs: Knobs, protocol: Protocol, frame: pl.DataFrame, seed: int, folder: Path) -> list[dict[str, Any]]:
     """A row for each ranking and K."""
     rng = np.random.default_rng(seed)
     frame = frame[rng.permutation(len(frame))[: protocol.rows]]
@@ -296,16 +313,18 @@ def run_seed(
         return out
 
     everything = [*real, *twins]
-    data = Data.of(prepared(everything, folder / "all"), seed, outrank)
-    found: list[dict[str, Any]] = []
+    title = f"{knobs.data} with twins, seed {seed}"
+    data = Data.of(prepared(everything, folder / "all"), knobs.out / f"seed{seed}", title, seed, knobs.outrank)
+    rows: list[dict[str, Any]] = []
     trained: dict[tuple[str, ...], dict[str, Any]] = {}
     for title, ranking in RANKINGS.items():
-        if title == "outrank" and outrank is None:
+        if title == "outrank" and knobs.outrank is None:
             continue
         start = time.perf_counter()
         order = ranking(data)
         seconds = time.perf_counter() - start
-        for number in [len(real)] if title == CLEAN else protocol.top:
+        below = num_below_twin(order)
+        for number in [len(order)] if title in (CLEAN, FOUND) else protocol.top:
             chosen = [name for name in everything if name in order[:number]]  # sets that are equal are trained once
             key = tuple(chosen)
             if key not in trained:
@@ -313,9 +332,10 @@ def run_seed(
                 training = {"seed": seed, "max_epochs": 20, **protocol.training}
                 _, trained[key] = ctr.run(out, {**CONFIG, "training": training})
             row = {"ranking": title, "seed": seed, "top": number, "twins": num_twins(chosen), "seconds": seconds}
-            found.append({**row, **{name: trained[key][name] for name in ("valid_auc", "test_auc", "test_logloss")}})
-            print(json.dumps(found[-1]), flush=True)
-    return found
+            measured = {name: trained[key][name] for name in ("valid_auc", "test_auc", "test_logloss")}
+            rows.append({**row, "below_twin": below, **measured})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def num_twins(names: list[str]) -> int:
@@ -323,40 +343,53 @@ def num_twins(names: list[str]) -> int:
     return sum(name.endswith(TWIN) for name in names)
 
 
+def num_below_twin(order: list[str]) -> int:
+    """How many real columns have their twin before them."""
+    place = {name: at for at, name in enumerate(order)}
+    twins = [name for name in order if name.endswith(TWIN)]
+    return sum(place.get(twin.removesuffix(TWIN), len(order)) > place[twin] for twin in twins)
+
+
 def mean_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Over seeds; the standard deviation is 0 for one."""
-    names = ("twins", "valid_auc", "test_auc")
+    names = ("top", "twins", "below_twin", "valid_auc", "test_auc")
     sd = statistics.stdev(row["test_auc"] for row in rows) if len(rows) > 1 else 0.0
     return {**{name: statistics.fmean(row[name] for row in rows) for name in names}, "test_auc_sd": sd}
 
 
-def report(knobs: Knobs, protocol: Protocol, found: list[dict[str, Any]]) -> None:
+def report(knobs: Knobs, protocol: Protocol, measured: list[dict[str, Any]]) -> None:
     """Means over seeds, and, of each ranking, the K that is best on validation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     summary = {}
-    reference = {row["seed"]: row["test_auc"] for row in found if row["ranking"] == CLEAN}
-    for title in dict.fromkeys(row["ranking"] for row in found):
-        own = [row for row in found if row["ranking"] == title]
-        means = {k: mean_of([row for row in own if row["top"] == k]) for k in dict.fromkeys(row["top"] for row in own)}
+    reference = {row["seed"]: row["test_auc"] for row in measured if row["ranking"] == CLEAN}
+    for title in dict.fromkeys(row["ranking"] for row in measured):
+        own = [row for row in measured if row["ranking"] == title]
+        # What takes no K has a number of features for each seed.
+        numbers = [0] if title in (CLEAN, FOUND) else list(protocol.top)
+        means = {k: mean_of([row for row in own if k in (0, row["top"])]) for k in numbers}
         best = max(means, key=lambda k: means[k]["valid_auc"])
-        summary[title] = {"chosen": {"top": best, **means[best]}, "means": means}
-        if title == CLEAN:
-            axes.axhline(means[best]["test_auc"], color="gray", linestyle="--", label=title)
+        summary[title] = {"chosen": means[best], "means": means}
+        if title in (CLEAN, FOUND):
+            style = {"color": "gray", "linestyle": "--" if title == CLEAN else ":"}
+            axes.axhline(means[best]["test_auc"], label=title, **style)
         else:
             axes.plot(list(means), [one["test_auc"] for one in means.values()], marker="o", label=title)
         print(f"{title:<28} {json.dumps(summary[title]['chosen'])}", file=sys.stderr)
         for seed in knobs.seeds if knobs.record else ():
             rows = {row["top"]: row for row in own if row["seed"] == seed}
+            most = rows[max(rows)]
+            chosen = rows[best] if best else most
             scores = {
-                "top": best,
-                "test_auc": rows[best]["test_auc"],
-                "test_auc_above_clean": rows[best]["test_auc"] - reference[seed],
-                "twins": rows[best]["twins"],
-                "twins_of_as_many_as_real": rows[max(rows)]["twins"],
-                "ranking_seconds": rows[best]["seconds"],
+                "top": chosen["top"],
+                "test_auc": chosen["test_auc"],
+                "test_auc_above_clean": chosen["test_auc"] - reference[seed],
+                "twins": chosen["twins"],
+                "twins_of_as_many_as_real": most["twins"],
+                "ranking_seconds": chosen["seconds"],
+                "below_twin": chosen["below_twin"],
             }
             data, path = f"{knobs.data} with twins", Path(__file__).parent / "results.csv"
             record({"seed": seed, "engine": "exact"}, path, data=data, model=title, task="ranking", scores=scores)
@@ -366,7 +399,7 @@ def report(knobs: Knobs, protocol: Protocol, found: list[dict[str, Any]]) -> Non
     figure.legend(loc="outside right upper", fontsize="small")
     knobs.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(knobs.out / "ranking.png", dpi=120)
-    (knobs.out / "ranking.json").write_text(json.dumps({"runs": found, "summary": summary}, indent=1) + "\n")
+    (knobs.out / "ranking.json").write_text(json.dumps({"runs": measured, "summary": summary}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
