@@ -373,8 +373,7 @@ def report(knobs: Knobs, protocol: Protocol, measured: list[dict[str, Any]]) -> 
         best = max(means, key=lambda k: means[k]["valid_auc"])
         summary[title] = {"chosen": means[best], "means": means}
         if title in (CLEAN, FOUND):
-            style = {"color": "gray", "linestyle": "--" if title == CLEAN else ":"}
-            axes.axhline(means[best]["test_auc"], label=title, **style)
+            axes.axhline(means[best]["test_auc"], label=title, color="gray", linestyle="--" if title == CLEAN else ":")
         else:
             axes.plot(list(means), [one["test_auc"] for one in means.values()], marker="o", label=title)
         print(f"{title:<28} {json.dumps(summary[title]['chosen'])}", file=sys.stderr)
