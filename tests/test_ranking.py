@@ -20,6 +20,7 @@ import ctrlib as ctr
 from ctrlib import cli
 from ctrlib.data.scan import DataError
 from ctrlib.ranking import (
+    Cells,
     JointCounts,
     NullTable,
     Source,
@@ -31,9 +32,11 @@ from ctrlib.ranking import (
     find_pairs,
     greedy,
     score_column,
+    score_columns,
     scores,
     shift_null,
 )
+from ctrlib.ranking.null import moments
 from ctrlib.ranking.quality import drift
 from ctrlib.ranking.report import report
 from ctrlib.ranking.spill import SpilledCounts, Tally, keep_within
@@ -103,6 +106,36 @@ def test_mean_is_that_of_scikit_learn():
     score = score_column(codes, positive)
     assert score.expected == pytest.approx(expected_mutual_information(table[table.any(axis=1)], 5_000), rel=1e-9)
     assert score.information == pytest.approx(mutual_info_score(codes, positive), rel=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "positives"), [(2_000, 200), (5_000, 2_500), (100_000, 10_498), (3_000, 2_990)])
+def test_moments_of_a_count_do_not_depend_on_the_others(rows, positives, monkeypatch):
+    """To the bit; and steps of several rows, where a count varies much, change no digit."""
+    counts = np.unique(np.concatenate([np.arange(1, 40), np.geomspace(40, rows, 60).astype(np.int64)]))
+    together = moments(counts, np.full(len(counts), rows), np.full(len(counts), positives))
+    for at in range(0, len(counts), 7):
+        alone = moments(counts[at : at + 1], np.array([rows]), np.array([positives]))
+        np.testing.assert_array_equal(alone[0], together[at])
+    monkeypatch.setattr("ctrlib.ranking.null.BLOCK", 1 << 10)
+    again = moments(counts[::-1], np.full(len(counts), rows), np.full(len(counts), positives))
+    np.testing.assert_array_equal(again[::-1], together)
+    monkeypatch.setattr("ctrlib.ranking.null.FINENESS", 1 << 40)
+    exact = moments(counts, np.full(len(counts), rows), np.full(len(counts), positives))
+    np.testing.assert_allclose(together[:, :3], exact[:, :3], rtol=1e-12, atol=1e-14)
+
+
+def test_cells_are_the_same_by_a_table_and_by_sorting():
+    rng = np.random.default_rng(4)
+    rows = np.concatenate([rng.integers(0, 30, 5_000), rng.integers(0, 3_000, 200)])
+    positives = rng.integers(0, rows + 1)
+    found = Cells.of(rows, positives)
+    both, times = np.unique(np.stack([rows, positives])[:, rows > 0], axis=1, return_counts=True)
+    np.testing.assert_array_equal(np.stack([found.rows, found.positives]), both)
+    np.testing.assert_array_equal(found.times, times)
+    parts = [Cells.of(rows[at::3], positives[at::3]) for at in range(3)]
+    for one, other in ((Cells.merge(parts), found), (Cells.of(found.rows, found.positives, found.times), found)):
+        for name in ("rows", "positives", "times"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 @pytest.mark.parametrize(
@@ -427,6 +460,23 @@ def test_rank_of_a_folder_and_of_rows_agree(ranking):
     assert by_name["price"].values == 33
     assert ranking["buy"].rows == 4_000 - frame["buy"].null_count()
     assert {score.q > 0.01 for score in ranking["buy"].scores} == {True}
+
+
+def test_columns_in_memory_have_the_scores_of_a_folder(folder, ranking):
+    """To the bit, whatever other columns there are and however keys are counted, but for q, missing cells and names."""
+    (block, *others) = Source(folder).blocks("train")
+    blocks = [block, *others]
+    codes = {name: np.concatenate([one.codes[name] for one in blocks]) for name in block.codes}
+    positive = np.concatenate([one.labels[:, 0] for one in blocks])
+    expected = {score.feature: score for score in ranking["click"].scores}
+    found = score_columns(codes, positive)
+    assert {score.feature for score in found} == {"item", "noise", "row", "price"}
+    for one in (*found, *(score_column(column, positive, name) for name, column in codes.items())):
+        but = {"q": 0.0, "missing": 0.0, "kind": ""}
+        far = score_column(codes[one.feature].astype(np.int64) * 2**40 - 2**50, positive, one.feature)
+        for other in (expected[one.feature], far):
+            assert dataclasses.replace(one, **but) == dataclasses.replace(other, **but)
+    assert [score.feature for score in found] == [score.feature for score in ranking["click"].scores if not score.drawn]
 
 
 def test_scores_by_hand(ranking):

@@ -383,7 +383,9 @@ def _plain(column: Any, name: str, group: RowGroup) -> Array:
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy())[0])
         raise SchemaError(f"{_where(group, name, row)} is null, expected a value: fill missing cells when preparing")
-    array: Array = column.to_numpy()
+    # Arrow's own `to_numpy` imports pandas, if that is installed, which takes longer than reading a million numbers.
+    chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
+    array: Array = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
     return array
 
 

@@ -12,7 +12,10 @@ __getattr__, __dir__ = _lazy.named(
         "overlap": ("chance_information", "chance_within"),
         "pairs": ("PairScore", "Screening", "find_pairs"),
         "run": ("Ranking", "rank"),
-        "relevance": ("Counts", "Score", "benjamini_hochberg", "count", "score_column", "scores", "shift_null"),
+        "relevance": (
+            *("Counts", "Score", "benjamini_hochberg"),
+            *("count", "score_column", "score_columns", "scores", "shift_null"),
+        ),
         "source": ("Source",),
         "spark": ("count_with_spark",),
         "spill": ("SpilledCounts",),

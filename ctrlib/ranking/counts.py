@@ -5,6 +5,7 @@ What mutual information and its null need is less: how many values have n rows o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,15 @@ class Cells:
         rows, positives = rows.astype(np.int64, copy=False), positives.astype(np.int64, copy=False)
         times = np.ones(len(rows), np.int64) if times is None else times
         # Most values of most columns have few rows, so their cells are few; sorting few values takes less than a table.
-        small = rows < (1 << 10 if len(rows) > 1 << 12 else 0)
+        bits = (len(rows).bit_length() + 3) // 2  # such a table has at most 16 cells for each value
+        small = rows < (1 << bits if len(rows) > 1 << 12 else 0)
         parts = []
         if small.any():
-            table = np.bincount((rows[small] << 10) + positives[small], times[small]).astype(np.int64)
+            few = (rows, positives, times) if small.all() else (rows[small], positives[small], times[small])
+            bits = int(few[0].max()).bit_length()  # which may be fewer
+            table = np.bincount((few[0] << bits) + few[1], few[2]).astype(np.int64)
             code = np.flatnonzero(table)
-            parts.append((code >> 10, code & 1023, table[code]))
+            parts.append((code >> bits, code & (1 << bits) - 1, table[code]))
         if not small.all():
             n, k, t = rows[~small], positives[~small], times[~small]
             order = np.lexsort((k, n))
@@ -69,12 +73,12 @@ class Cells:
             )
         )
 
-    @property
+    @functools.cached_property
     def num_rows(self) -> int:
         """N."""
         return int(self.rows @ self.times)
 
-    @property
+    @functools.cached_property
     def num_positives(self) -> int:
         """K."""
         return int(self.positives @ self.times)
@@ -89,6 +93,7 @@ class Cells:
         """Values that one row has."""
         return int(self.times[self.rows == 1].sum())
 
+    @functools.cached_property
     def counts(self) -> tuple[Array, Array]:
         """The distinct numbers of rows, ascending, and how many values have each."""
         first = np.flatnonzero(np.diff(self.rows, prepend=-1))
@@ -96,17 +101,19 @@ class Cells:
 
     def entropy(self) -> float:
         """H(F) in nats."""
-        counts, times = self.counts()
+        counts, times = self.counts
         share = counts / self.num_rows
         return float(-(times * share) @ np.log(share)) + 0.0
 
+    @functools.cached_property
     def information(self) -> float:
         """Plug-in I(F; Y) in nats.
 
-        >>> round(Cells.of(np.array([2, 2]), np.array([0, 2])).information(), 6)  # F is Y: ln 2
+        >>> round(Cells.of(np.array([2, 2]), np.array([0, 2])).information, 6)  # F is Y: ln 2
         0.693147
         """
-        return float(self.times @ self._terms()) / self.num_rows
+        terms = psi(self.rows, self.positives, self.num_positives / self.num_rows)
+        return float(self.times @ terms) / self.num_rows
 
     def sampling_sd(self) -> float:
         """Of `information` over other samples of as many rows, to first order: 0 if F and Y are independent."""
@@ -115,14 +122,11 @@ class Cells:
             positive = np.where(k > 0, np.log(k / (n * share)), 0.0)
             negative = np.where(k < n, np.log((n - k) / (n * (1 - share))), 0.0)
         square = float(self.times @ (k * positive**2 + (n - k) * negative**2)) / rows
-        return float(np.sqrt(max(0.0, square - self.information() ** 2) / rows))
+        return float(np.sqrt(max(0.0, square - self.information**2) / rows))
 
     def null(self, table: NullTable) -> Null:
         """The distribution of `information` when the labels are permuted."""
-        return table.of(*self.counts())
-
-    def _terms(self) -> Array:
-        return psi(self.rows, self.positives, self.num_positives / self.num_rows)
+        return table.of(*self.counts)
 
 
 @dataclass(frozen=True)
@@ -148,10 +152,10 @@ class JointCounts:
 
         Shape: keys (rows,), whole numbers; positive (rows,), 0 or 1. With `size` all keys are in [0, size).
         """
-        if size is not None and 2 * size <= DENSE * len(keys) + 1024:
-            table = np.bincount(keys.astype(np.int64) * 2 + positive, minlength=2 * size).reshape(-1, 2)
-            kept = np.flatnonzero(table.any(axis=1))
-            return cls(kept, table[kept])
+        if size is None and len(keys) and keys.min() >= 0:
+            size = int(keys.max()) + 1
+        if size is not None and fits_table(size, len(keys)):
+            return cls.of_table(table_of(keys, positive, size))
         order = np.argsort(keys, kind="stable")
         keys = keys[order].astype(np.int64, copy=False)
         first = np.flatnonzero(np.concatenate([np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]]))
@@ -160,6 +164,13 @@ class JointCounts:
         rows = np.diff(first, append=len(keys))
         positives = np.add.reduceat(positive[order].astype(np.int64), first)
         return cls(keys[first], np.stack([rows - positives, positives], axis=1))
+
+    @classmethod
+    def of_table(cls, table: Array) -> JointCounts:
+        """From what `table_of` gives, or the sum of several."""
+        kept = np.flatnonzero(table[0])
+        rows, positives = table[0][kept], table[1][kept]
+        return cls(kept, np.stack([rows - positives, positives], axis=1))
 
     @classmethod
     def merge(cls, parts: Iterable[JointCounts]) -> JointCounts:
@@ -196,3 +207,19 @@ class JointCounts:
         """The same of each permutation that was counted beside."""
         both = self.counts.reshape(len(self.counts), self.width // 2, 2)[:, 1:]
         return [Cells.of(one.sum(axis=1), one[:, 1]) for one in both.transpose(1, 0, 2)]
+
+
+def fits_table(size: int, num_rows: int) -> bool:
+    """Whether a table of so many values is quicker than sorting so many rows."""
+    return 2 * size <= DENSE * num_rows + 1024
+
+
+def table_of(keys: Array, positive: Array, size: int) -> Array:
+    """How many rows, and how many positive ones, each of the keys 0, ..., size - 1 has.
+
+    Shape: keys (rows,), positive (rows,), 0 or 1 -> (2, size).
+    """
+    found = np.empty((2, size), np.int64)
+    found[0] = np.bincount(keys, minlength=size)
+    found[1] = np.bincount(keys[np.flatnonzero(positive.astype(bool, copy=False))], minlength=size)
+    return found

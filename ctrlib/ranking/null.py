@@ -25,7 +25,9 @@ chi-squared, and heavy-tailed where a few rare cells decide.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +40,9 @@ from ctrlib.errors import ArgumentError
 Array = npt.NDArray[Any]
 NUM_POLYNOMIALS = 10
 REACH = 12.0  # standard deviations of a count that are summed over
+SMOOTH = 9.0  # standard deviations from which on the end of a support does not show in a sum
 FINENESS = 3  # steps per standard deviation, at least
-BLOCK = 1 << 16  # cells of the sums that are held at once
+BLOCK = 1 << 16  # points of the sums that are held at once
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,17 @@ class NullTable:
 
         Shape: counts (D,), ascending and distinct -> (D, 3 + NUM_POLYNOMIALS).
         """
-        new = np.setdiff1d(counts, self._counts, assume_unique=True)
-        if len(new):
+        place = np.searchsorted(self._counts, counts)
+        is_new = np.ones(len(counts), bool)
+        inside = place < len(self._counts)
+        is_new[inside] = self._counts[place[inside]] != counts[inside]
+        if is_new.any():
+            new = counts[is_new]
             made = moments(new, np.full(len(new), self.num_rows), np.full(len(new), self.num_positives))
             order = np.argsort(known := np.concatenate([self._counts, new]), kind="stable")
             self._counts, self._moments = known[order], np.concatenate([self._moments, made])[order]
-        found: Array = self._moments[np.searchsorted(self._counts, counts)]
+            place = np.searchsorted(self._counts, counts)
+        found: Array = self._moments[place]
         return found
 
     def of(self, counts: Array, times: Array) -> Null:
@@ -166,7 +174,7 @@ def _sums_of_strata(
     variance = add(moments[:, 1]) + (add(crossed) ** 2 - add(crossed**2)) @ signs
     variance = np.where(fixed, 0.0, np.maximum(variance, 0.0))
     # Between values, of psi's quadratic parts a z^2 / 2, z correlated by -r_v r_w: tr((A R)^3) less each by itself.
-    ratio = _ratios(counts, num_rows)[:, :2]
+    ratio = _ratios(counts, num_rows, 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         curvature = np.where(ratio[:, 1] > 0, np.sqrt(2) * np.abs(moments[:, 4]) / ratio[:, 1], 0.0)
     square = ratio[:, 0] ** 2
@@ -187,21 +195,13 @@ def psi(rows: Array, positives: Array, share: Array | float) -> Array:
     """k ln(k / (n p)) + (n - k) ln((n - k) / (n (1 - p))), the part that a value has in N I(F; Y)."""
     rows, positives = rows.astype(np.float64), positives.astype(np.float64)
     mean = rows * share
-    return _deviance(mean, positives - mean) + _deviance(rows - mean, mean - positives)
+    d = positives - mean
+    return _deviance(mean, d, positives) + _deviance(rows - mean, -d, rows - positives)
 
 
-def _blocks(counts: Array, share: Array | float) -> list[slice]:
-    """Slices of counts, of which a share is positive, whose sums fit into a block."""
-    sd = np.sqrt(counts * share * (1 - share))
-    width = np.minimum(counts + 1, 40 + 2 * REACH * np.minimum(sd, 2 * FINENESS + 1))
-    ends = np.floor(np.cumsum(width) / BLOCK).astype(np.int64)
-    starts = np.flatnonzero(np.diff(ends, prepend=-1))
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(counts)])]
-
-
-def _ratios(counts: Array, num_rows: Array | int) -> Array:
-    """r_j(n), 0 where no other value can have j rows: (D, NUM_POLYNOMIALS)."""
-    places = np.arange(NUM_POLYNOMIALS)
+def _ratios(counts: Array, num_rows: Array | int, number: int = NUM_POLYNOMIALS) -> Array:
+    """r_j(n) for j = 1, ..., number, 0 where no other value can have j rows: (D, number)."""
+    places = np.arange(number)
     above = np.maximum(counts[:, None] - places, 0.0)
     below = (num_rows - counts)[:, None] - places
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -213,100 +213,154 @@ def _ratios(counts: Array, num_rows: Array | int) -> Array:
 def moments(counts: Array, num_rows: Array, num_positives: Array) -> Array:
     """Mean, variance, third central moment and c_j r_j of psi, for counts in strata of their own.
 
+    Those of a count do not depend on which others there are, to the bit.
+
     Shape: all (D,), with 0 < K < N and 0 < n <= N -> (D, 3 + NUM_POLYNOMIALS).
     """
     found = np.empty((len(counts), 3 + NUM_POLYNOMIALS))
-    order = np.argsort(counts * (num_positives / num_rows), kind="stable")  # alike in what their sums need
-    for at in _blocks(counts[order], (num_positives / num_rows)[order]):
-        rows = order[at]
-        found[rows] = _moments(counts[rows], num_rows[rows], num_positives[rows])
-    return found
-
-
-def _moments(counts: Array, num_rows: Array, num_positives: Array) -> Array:
-    mass, d, first, second, degree, sd = _sums(counts, num_rows, num_positives)
-    information = first + second
-    average = (mass * information).sum(axis=1, keepdims=True)
-    away = information - average
-    found = np.zeros((len(counts), 3 + NUM_POLYNOMIALS))
-    found[:, 0] = average[:, 0]
-    found[:, 1] = (mass * away**2).sum(axis=1)
-    found[:, 2] = (mass * away**3).sum(axis=1)
-    found[:, 3:] = _coefficients(mass, d / np.maximum(sd, 1e-300), away, degree) * _ratios(counts, num_rows)
+    for at, bells in _bells(counts, num_rows, num_positives):
+        information = bells.positive + bells.negative
+        average = bells.mean(information)
+        away = information - bells.spread(average)
+        square = away * away
+        found[at, 0] = average
+        found[at, 1] = bells.mean(square)
+        found[at, 2] = bells.mean(square * away)
+        found[at, 3:] = _coefficients(bells, away) * _ratios(counts[at], num_rows[at])
     return found
 
 
 def positive_part(counts: Array, num_rows: Array, num_positives: Array) -> Array:
     """The mean of k ln(k / (n p)) for hypergeometric k. Shape: all (D,) -> (D,)."""
     found = np.empty(len(counts))
-    for at in _blocks(counts, num_positives / num_rows):
-        mass, _, part, _, _, _ = _sums(counts[at], num_rows[at], num_positives[at])
-        found[at] = (mass * part).sum(axis=1)
+    for at, bells in _bells(counts, num_rows, num_positives):
+        found[at] = bells.mean(bells.positive)
     return found
 
 
-def _sums(counts: Array, num_rows: Array, num_positives: Array) -> tuple[Array, ...]:
-    """For each count, points k on its support: their probabilities, k less its mean, both parts of psi; and how many
-    steps the support has, and the standard deviation of k.
+@dataclass(frozen=True)
+class _Bells:
+    """Hypergeometric distributions of counts k, on points of their supports, one distribution after the other.
+
+    Shape: sizes (D,), how many points each has; deviation (D,), the standard deviation of k, and degree (D,), how many
+    steps its support has; mass (P,), what each point has of its distribution; d (P,), k less its mean; positive and
+    negative (P,), both parts of psi.
     """
-    n, rows, positives = (one[:, None].astype(np.float64) for one in (counts, num_rows, num_positives))
+
+    sizes: Array
+    deviation: Array
+    degree: Array
+    mass: Array
+    d: Array
+    positive: Array
+    negative: Array
+
+    def mean(self, values: Array) -> Array:
+        """Of each distribution. Shape: (P,) -> (D,)."""
+        return self.sum(self.mass * values)
+
+    def sum(self, values: Array) -> Array:
+        """Over the points of each distribution, in an order that depends on their number alone."""
+        found: Array = np.add.reduceat(values, np.cumsum(self.sizes) - self.sizes)
+        return found
+
+    def spread(self, values: Array) -> Array:
+        """To all points of each distribution. Shape: (D,) -> (P,)."""
+        return np.repeat(values, self.sizes)
+
+
+def _bells(counts: Array, num_rows: Array, num_positives: Array) -> Iterator[tuple[slice, _Bells]]:
+    """The distributions of k for these counts, as many at once as fit into a block, and which these are."""
+    n, rows, positives = (one.astype(np.float64) for one in (counts, num_rows, num_positives))
     share = positives / rows
     mean = n * share
     sd = np.sqrt(n * share * (1 - share) * (rows - n) / np.maximum(1.0, rows - 1))
     least, most = np.maximum(0.0, n + positives - rows), np.minimum(n, positives)
     first, last = np.floor(mean - REACH * sd) - 1, np.ceil(mean + REACH * sd) + 30
-    inner = (first > least) & (last < most)
+    inner = (mean - SMOOTH * sd > least) & (mean + SMOOTH * sd < most)
     step = np.where(inner, np.maximum(1.0, np.floor(sd / FINENESS)), 1.0)
     first, last = np.maximum(first, least), np.minimum(last, most)
-    k = first + step * np.arange(int(((last - first) // step).max()) + 1)
-    inside = k <= last
-    k = np.where(inside, k, first)
-    # The four cells of the table: k, n - k, K - k, N - K - n + k, each its mean plus or minus d.
-    d = k - mean
-    positive, negative = _deviance(mean, d), _deviance(n - mean, -d)
-    others = _deviance(positives - mean, -d) + _deviance(rows - positives - n + mean, d)
-    stirling = _stirling(k) + _stirling(n - k) + _stirling(positives - k) + _stirling(rows - positives - n + k)
-    log = np.where(inside, -(positive + negative + others + stirling), -np.inf)
-    mass = np.exp(log - log.max(axis=1, keepdims=True))
-    mass /= mass.sum(axis=1, keepdims=True)
-    return mass, d, positive, negative, (most - least)[:, 0], sd
+    sizes = ((last - first) // step).astype(np.int64) + 1
+    ends = (np.cumsum(sizes) - 1) // BLOCK
+    starts = np.flatnonzero(np.diff(ends, prepend=-1))
+    for at in (slice(a, b) for a, b in zip(starts, [*starts[1:], len(counts)])):
+        size = sizes[at]
+        of = np.repeat(np.arange(at.start, at.stop), size)
+        place = np.arange(len(of)) - np.repeat(np.cumsum(size) - size, size)
+        k = first[of] + step[of] * place
+        # The four cells of the table: k, n - k, K - k, N - K - n + k, each its mean plus or minus d.
+        middle, total, ones = mean[of], n[of], positives[of]
+        rest = rows[of] - ones - total
+        d = k - middle
+        cells = (k, total - k, ones - k, rest + k)
+        positive, negative = _deviance(middle, d, k), _deviance(total - middle, -d, cells[1])
+        others = _deviance(ones - middle, -d, cells[2]) + _deviance(rest + middle, d, cells[3])
+        log = -(positive + negative + others + _stirling(cells))
+        bells = _Bells(size, sd[at], (most - least)[at], log, d, positive, negative)
+        mass = np.exp(log - bells.spread(np.maximum.reduceat(log, np.cumsum(size) - size)))
+        mass /= bells.spread(bells.sum(mass))
+        yield at, dataclasses.replace(bells, mass=mass)
 
 
-def _coefficients(mass: Array, x: Array, values: Array, degree: Array) -> Array:
+def _coefficients(bells: _Bells, values: Array) -> Array:
     """Of values in the polynomials of degree 1, 2, ... that are orthonormal under `mass`, by Stieltjes' recurrence."""
-    found = np.zeros((len(mass), NUM_POLYNOMIALS))
-    before, now, norm = np.zeros_like(x), np.ones_like(x), np.zeros((len(x), 1))
+    found = np.zeros((len(bells.sizes), NUM_POLYNOMIALS))
+    x = bells.d / bells.spread(np.maximum(bells.deviation, 1e-300))
+    weighed = bells.mass * values
+    now, before = np.ones_like(x), np.zeros_like(x)
+    norm = np.zeros(len(bells.sizes))
     for j in range(NUM_POLYNOMIALS):
-        centre = (mass * x * now**2).sum(axis=1, keepdims=True)
-        following = (x - centre) * now - norm * before
-        norm = np.sqrt((mass * following**2).sum(axis=1, keepdims=True))
-        good = (norm > 1e-100) & (degree[:, None] > j)
-        following = np.where(good, following / np.where(good, norm, 1.0), 0.0)
-        found[:, j] = (mass * values * following).sum(axis=1)
+        centre = bells.sum(bells.mass * x * now * now)
+        following = x - bells.spread(centre)
+        following *= now
+        before *= bells.spread(norm)
+        following -= before
+        norm = np.sqrt(bells.sum(bells.mass * following * following))
+        good = (norm > 1e-100) & (bells.degree > j)
+        following *= bells.spread(np.where(good, 1 / np.where(good, norm, 1.0), 0.0))
+        found[:, j] = bells.sum(weighed * following)
         before, now = now, following
     return found
 
 
-def _deviance(mean: Array, d: Array) -> Array:
+def _deviance(mean: Array, d: Array, x: Array) -> Array:
     """x ln(x / mean) - (x - mean), where x = mean + d, without cancellation; 0 ln 0 is 0."""
-    x = np.maximum(mean + d, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        u = np.where(mean > 0, d / mean, 0.0)
-        found: Array = np.where(x > 0, x * np.log1p(np.maximum(u, -1.0)) - d, mean)
-    return np.where(x > 0, found, mean)
+        found: Array = d / mean
+    if not mean.all():
+        found[mean == 0] = 0.0  # and d
+    np.maximum(found, -1 + 2**-53, out=found)  # only 0 is as near to -1
+    np.log1p(found, out=found)
+    found *= x
+    found -= d
+    return found
 
 
 # ln x! - (x ln x - x), for the first whole numbers.
 _FIRST = special.gammaln(np.arange(16) + 1.0) - special.xlogy(np.arange(16), np.arange(16)) + np.arange(16)
 
 
-def _stirling(x: Array) -> Array:
-    """ln x! - (x ln x - x), for whole numbers."""
-    large = np.maximum(x, 16.0)
-    inverse = 1 / large
+def _series(x: Array) -> Array:
+    """ln x! - (x ln x - x) - ln(2 pi x) / 2, for x of 16 and more."""
+    inverse = 1 / x
     square = inverse * inverse
-    series = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
-    found: Array = np.where(
-        x < 16, _FIRST[np.clip(x, 0, 15).astype(np.int64)], 0.5 * np.log(2 * np.pi * large) + series
-    )
+    found: Array = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
+    return found
+
+
+# What is to be added for smaller ones to what is computed for 16.
+_LESS = np.append(_FIRST - 0.5 * np.log(2 * np.pi * 16) - _series(np.array(16.0)), 0.0)
+
+
+def _stirling(cells: Sequence[Array]) -> Array:
+    """The sum of ln x! - (x ln x - x), for four whole numbers each."""
+    product, found = np.full(len(cells[0]), (2 * np.pi) ** 4), np.zeros(len(cells[0]))
+    for x in cells:
+        large = np.maximum(x, 16.0)
+        product *= large
+        found += _series(large)
+        found += _LESS[np.minimum(x, 16.0).astype(np.int8)]
+    np.log(product, out=product)
+    product *= 0.5
+    found += product
     return found

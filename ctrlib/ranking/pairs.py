@@ -87,9 +87,9 @@ class Single:
 
     def __init__(self, joint: JointCounts) -> None:
         cells = joint.cells()
-        self.information = cells.information()
+        self.information = cells.information
         self.relevance = _above(self.information, cells.null(null_table(cells.num_rows, cells.num_positives)))
-        self.entropy, self.counts = cells.entropy(), cells.counts()
+        self.entropy, self.counts = cells.entropy(), cells.counts
         self.rows = joint.counts[:, 0] + joint.counts[:, 1]
         self.share = joint.counts[:, 1] / np.maximum(self.rows, 1)
         self._few, self._first = _chance_of_few(self.rows, joint.counts[:, 1])
@@ -245,7 +245,7 @@ def _above(information: float, null: Null) -> float:
 
 def _score(first: str, second: str, counted: _Counted, singles: Mapping[str, Single]) -> PairScore:
     one, other, cells = singles[first], singles[second], counted.cells
-    information, rows = cells.information(), cells.num_rows
+    information, rows = cells.information, cells.num_rows
     null = cells.null(null_table(rows, cells.num_positives))
     gains = [information - single.information - sum_ / rows for single, sum_ in zip((one, other), counted.within)]
     synergy = max(gains[0] - other.relevance, gains[1] - one.relevance)

@@ -141,8 +141,8 @@ def _missing(
         both = np.stack([joint.total() - gone, gone])
         cells = Cells.of(both.sum(axis=1), both[:, 1])
         null = cells.null(null_table(cells.num_rows, cells.num_positives))
-        told = cells.information() - null.mean
-        p = null.p_value(cells.information())
+        told = cells.information - null.mean
+        p = null.p_value(cells.information)
         if p < LEVEL / len(scores) and told >= SHARE * score.relevance:
             with_value, without = (int(positives) / int(rows) for rows, positives in zip(both.sum(axis=1), both[:, 1]))
             found.append(
@@ -190,15 +190,15 @@ def drift(
             new.append(_new_values(feature.name, later, share))
         cells = Cells.of(kept.sum(axis=1), kept[:, 1])
         null = cells.null(null_table(cells.num_rows, cells.num_positives))
-        p_values.append(null.p_value(cells.information()))
-        told = cells.information() - null.mean
+        p_values.append(null.p_value(cells.information))
+        told = cells.information - null.mean
         found.append(
             Finding(
                 "drift",
                 feature.name,
                 f"is distributed otherwise in {later}: {1000 * told:.2f} thousandths of a nat tell the splits apart "
-                f"(z {null.z(cells.information()):.0f})",
-                {"split": later, "relevance": told, "z": null.z(cells.information()), "p": p_values[-1]},
+                f"(z {null.z(cells.information):.0f})",
+                {"split": later, "relevance": told, "z": null.z(cells.information), "p": p_values[-1]},
                 f"--ignore {feature.name}",
             )
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ from ctrlib.data.columns import Ragged
 from ctrlib.data.scan import DataError
 from ctrlib.errors import ArgumentError
 from ctrlib.ranking.chosen import LEVEL
-from ctrlib.ranking.counts import JointCounts
-from ctrlib.ranking.null import Null, null_table
+from ctrlib.ranking.counts import Cells, JointCounts
+from ctrlib.ranking.null import Null, NullTable, null_table
 from ctrlib.ranking.source import Source, labelled, missing_key
 from ctrlib.ranking.spill import AnyCounts, SpilledCounts, Tally, keep_within, merge
 from ctrlib.schema import Categorical, Feature, kind_of
@@ -173,13 +173,41 @@ def scores(counts: Counts, features: Sequence[Feature], label: str) -> list[Scor
         DataError: no row has the label, or all of them have the same.
     """
     check_label(label, *counts.rows[label])
-    found = [_score(feature, counts.by_label[label][feature.name]) for feature in features]
+    joints = [counts.by_label[label][feature.name] for feature in features]
+    return _scores(features, joints, null_table(sum(counts.rows[label]), counts.rows[label][1]))
+
+
+def _scores(features: Sequence[Feature], joints: Sequence[AnyCounts], table: NullTable) -> list[Score]:
+    cells = [joint.cells() for joint in joints]
+    if exact := [one.counts[0] for one, joint in zip(cells, joints) if joint.width == 2]:
+        table.lookup(np.unique(np.concatenate(exact)))  # all at once, which takes less
+    found = [_score(feature, joint, one) for feature, joint, one in zip(features, joints, cells)]
     q_values = benjamini_hochberg([one.p for one in found])
     return order_by_relevance([dataclasses.replace(one, q=q) for one, q in zip(found, q_values)])
 
 
+def score_columns(columns: Mapping[str, Array], positive: Array) -> list[Score]:
+    """Of columns in memory, in the order that `order_by_relevance` says.
+
+    Shape: each column (rows,) whole numbers; positive (rows,), 0 or 1.
+
+    Raises:
+        DataError: all rows have the same label, or there is none.
+
+    >>> label = np.array([0, 1, 1, 0] * 50)
+    >>> columns = {"row": np.arange(200), "same": np.full(200, 7), "noisy": label ^ (np.arange(200) % 5 == 0)}
+    >>> [(score.feature, round(score.relevance, 3)) for score in score_columns(columns, label)]
+    [('noisy', 0.19), ('row', 0.0), ('same', 0.0)]
+    """
+    positive = positive.astype(np.int8)
+    positives = int(positive.sum())
+    check_label("label", len(positive) - positives, positives)
+    joints = [JointCounts.of(codes, positive) for codes in columns.values()]
+    return _scores([Categorical(name) for name in columns], joints, null_table(len(positive), positives))
+
+
 def score_column(codes: Array, positive: Array, name: str = "column") -> Score:
-    """Of one column in memory, with q = p.
+    """Of one column in memory; q is p.
 
     Shape: codes (rows,) whole numbers; positive (rows,), 0 or 1.
 
@@ -190,10 +218,8 @@ def score_column(codes: Array, positive: Array, name: str = "column") -> Score:
     >>> score.relevance, round(score.information, 4)  # each row its own value: that is no knowledge
     (0.0, 0.6931)
     """
-    positive = positive.astype(np.int8)
-    check_label("label", len(positive) - int(positive.sum()), int(positive.sum()))
-    score = _score(Categorical(name), JointCounts.of(codes, positive))
-    return dataclasses.replace(score, q=score.p)
+    (score,) = score_columns({name: codes}, positive)
+    return score
 
 
 def check_label(label: str, negatives: int, positives: int) -> None:
@@ -211,17 +237,17 @@ def check_label(label: str, negatives: int, positives: int) -> None:
         )
 
 
-def _score(feature: Feature, joint: AnyCounts) -> Score:
-    cells, drawn = joint.cells(), joint.width > 2
+def _score(feature: Feature, joint: AnyCounts, cells: Cells) -> Score:
+    drawn = joint.width > 2
     rows, weighed = cells.num_rows, cells
     if drawn:
         weighed, *others = joint.drawn()
-        draws = np.array([one.information() for one in others])
+        draws = np.array([one.information for one in others])
         mean, sd = float(draws.mean()), float(draws.std(ddof=1))
         null = Null(mean, sd, 2 * sd / mean) if sd > 1e-9 * mean else Null(mean, 0.0, 0.0)
     else:
         null = cells.null(null_table(rows, cells.num_positives))
-    information, label_entropy = weighed.information(), entropy_of(weighed.num_positives / weighed.num_rows)
+    information, label_entropy = weighed.information, entropy_of(weighed.num_positives / weighed.num_rows)
     fixed = null.sd == 0.0  # permuting changes nothing: a constant, or no two rows have the same value
     relevance = 0.0 if fixed else information - null.mean
     entropy = weighed.entropy()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ctrlib.ranking.counts import DENSE, Cells, JointCounts
+from ctrlib.ranking.counts import Cells, JointCounts, fits_table, table_of
 
 Array = npt.NDArray[Any]
 NUM_RANGES = 256
@@ -142,8 +142,8 @@ class Tally:
     def add(self, keys: Array, positive: Array) -> None:
         """Count a block of rows."""
         size = self._size
-        if size is not None and (self._table is not None or 2 * size <= DENSE * len(keys) + 1024):
-            table = np.bincount(keys.astype(np.int64) * 2 + positive, minlength=2 * size)
+        if size is not None and (self._table is not None or fits_table(size, len(keys))):
+            table = table_of(keys, positive, size)
             if self._table is None:
                 self._table = table
             else:
@@ -174,9 +174,7 @@ class Tally:
         """Of all blocks."""
         parts = list(self._parts)
         if self._table is not None:
-            table = self._table.reshape(-1, 2)
-            kept = np.flatnonzero(table.any(axis=1))
-            parts.append(JointCounts(kept, table[kept]))
+            parts.append(JointCounts.of_table(self._table))
         if self._files is not None:
             return SpilledCounts([self._files, *parts], self._width)
         if not parts:
