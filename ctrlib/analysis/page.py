@@ -18,13 +18,13 @@ BAR = "#7aa6c2"
 COLOURS = ((255, 255, 255), (178, 24, 43))  # of 0 and of 1
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #222; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; }
-.wide { overflow-x: auto; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; color: #222; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; } p { max-width: 60em; }
+@media (max-width: 84em) { .wide { overflow-x: auto; } }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 2px 9px; text-align: right; border-bottom: 1px solid #ddd; }
-th { cursor: pointer; background: #f4f4f4; position: sticky; top: 0; }
-th.text, td.text { text-align: left; }
+th, td { padding: 2px 9px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { cursor: pointer; background: #f4f4f4; position: sticky; top: 0; white-space: normal; }
+th.text, td.text { text-align: left; white-space: normal; }
 svg text { font: 11px system-ui, sans-serif; fill: #222; }
 """
 

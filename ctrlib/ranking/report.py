@@ -21,7 +21,9 @@ EXPLAINED = (
 PAIRS = (
     "Synergy is what two features tell together that neither tells alone, beyond chance: above 0, a cross is worth it. "
     "Overlap is what they tell about each other: 1 if one follows from the other. Gain is the smaller of what either "
-    "tells when the other is known. Pairs without q were looked through, but not tested."
+    "tells when the other is known. Pairs without q were looked through, but not tested. Where q is not below 0.05, "
+    "synergy may be what is wrong with chance: it is too large where a feature tells a lot and the other's values have "
+    "few rows each. Gain, which is exact, is small then."
 )
 
 
