@@ -17,6 +17,7 @@ _NAMES = {
     "errors": ("CtrlibError",),
     "schema": ("Categorical", "Feature", "MultiValued", "Numeric", "RawId", "Schema", "SchemaError", "Sequence"),
     "data.encoder": ("Encoder",),
+    "data.events": ("Events", "History"),
     "data.prepare": ("prepare",),
     "data.quantiles": ("quantile_edges",),
     "data.scan": ("DataError",),

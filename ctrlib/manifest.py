@@ -242,7 +242,7 @@ def _names(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         *folders, name = path.relative_to(folder).parts
         # Files of columns are called as these are, which may begin with a dot.
-        may_be_hidden = [*folders, *([] if folders[:1] in (["vocab"], ["numbers"]) else [name])]
+        may_be_hidden = [*folders, *([] if folders[:1] in (["vocab"], ["numbers"], ["events"]) else [name])]
         if path.is_file() and not any(part.startswith(".") for part in may_be_hidden) and [*folders, name] != [NAME]:
             yield "/".join([*folders, name])
 
@@ -251,7 +251,7 @@ def _parts_of(path: Path, name: str) -> tuple[int, list[tuple[int, str]]]:
     """Bytes and parts of a file as it is."""
     starts = [0]
     split = name.partition("/")[0]
-    if path.suffix == ".parquet" and name.count("/") == 1 and split not in ("vocab", "numbers"):
+    if path.suffix == ".parquet" and name.count("/") == 1 and split not in ("vocab", "numbers", "events"):
         starts = _row_groups(path)
     num_bytes = path.stat().st_size
     with path.open("rb", buffering=0) as file:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, cast, get_args
 
 from tyro.conf import Positional
 
@@ -16,6 +16,7 @@ from ctrlib._target import target
 from ctrlib.cli.flags import Command
 from ctrlib.cli.kinds import (
     Names,
+    OptionalFloat,
     OptionalInt,
     OptionalName,
     OptionalNames,
@@ -33,6 +34,9 @@ from ctrlib.cli.paths import check_raw
 from ctrlib.cli.usage import fill
 from ctrlib.errors import ArgumentError
 from ctrlib.schema import Categorical, Feature, MultiValued, Numeric, NumericTransform, Schema, Sequence
+
+if TYPE_CHECKING:
+    from ctrlib.data.events import Events, History
 
 LIMITS = ("min_count", "max_values")
 MissingLabels = Annotated[Optional[Literal["raise", "mask"]], shown("{raise,mask}")]  # noqa: UP045  # see `kinds`
@@ -100,6 +104,44 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Log:
+    """What to make of the rows as a log of events. A row is told what happened before it, never its own label."""
+
+    time: OptionalName = None
+    """Column with the times of the rows, numbers or dates; without it rates are out of fold, and no histories."""
+    history: Names = ()
+    """Histories to make, as ITEM:USER; options may follow: 'item_id:user_id:max_length=20:events=all'"""
+    rate: Names = ()
+    """Columns whose smoothed rates and counts to make; of several together, as user_id:category"""
+    delay: OptionalFloat = None
+    """How long after a row its label is known, in the unit of --time; seconds where it holds dates; otherwise 0."""
+    strength: OptionalFloat = None
+    """How many events the rate of all rows counts for in that of a value; otherwise 20."""
+    event_label: OptionalName = None
+    """The label, where there are several."""
+
+    def events(self) -> Events | None:
+        """What these flags ask for; None if nothing.
+
+        Raises:
+            ValueError: a flag says what cannot be, or goes with others that are not there.
+        """
+        from ctrlib.data.events import Events
+
+        if not self.history and not self.rate:
+            said = {"--time": self.time, "--delay": self.delay, "--strength": self.strength}
+            said["--event-label"] = self.event_label
+            alone = [flag for flag, value in said.items() if value is not None]
+            if alone:
+                raise ArgumentError(f"{alone[0]} is for what is made of a log: add --history ITEM:USER or --rate ITEM")
+            return None
+        rates = [tuple(text.split(":")) for text in self.rate]
+        said = {"delay": self.delay, "strength": self.strength, "label": self.event_label}
+        given: Any = {name: value for name, value in said.items() if value is not None}
+        return Events(self.time, tuple(map(_history, self.history)), tuple(rates), **given)
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """Which values of the training rows get a row of their own in the tables."""
 
@@ -147,6 +189,8 @@ class Prepare(Command):
         ctrlib prepare clicks.csv --out data/clicks --label click \\
             --group user_id --numeric price:log
         ctrlib prepare today.csv --out data/today --like data/clicks --extend
+        ctrlib prepare log.csv --out data/log --label click --split-by ts \\
+            --time ts --history item_id:user_id --rate item_id user_id
     """
 
     data: Annotated[Positional[Paths], shown("DATA ...")]
@@ -154,6 +198,7 @@ class Prepare(Command):
     output: Output
     file: Files = field(default_factory=Files)
     column: Columns = field(default_factory=Columns)
+    log: Log = field(default_factory=Log)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     kept: Kept = field(default_factory=Kept)
     split: Split = field(default_factory=Split)
@@ -224,7 +269,7 @@ class Prepare(Command):
         files, column, out = self.file, self.column, self.output.out
         if self.kept.extend and self.kept.like is None:
             raise ArgumentError("--extend adds values to those of another folder: name it by --like FOLDER")
-        features = self.features()
+        features, events = self.features(), self.log.events()
         unclear = [text for text in column.positive if "=" not in text]
         if unclear:
             raise ArgumentError(f"--positive {unclear[0]}: expected LABEL=TEXT, such as income=>50K")
@@ -238,10 +283,14 @@ class Prepare(Command):
                 check_raw(path)
         read = [*(path for paths in given.values() for path in paths), self.kept.like, column.from_ranking]
         with target(out, "prepared", inputs=read, overwrite=self.output.overwrite):
-            return self._prepare(given, features, log)
+            return self._prepare(given, features, events, log)
 
     def _prepare(
-        self, given: dict[str, tuple[Path, ...]], features: list[Feature], log: Callable[[Any], None] | None
+        self,
+        given: dict[str, tuple[Path, ...]],
+        features: list[Feature],
+        events: Events | None,
+        log: Callable[[Any], None] | None,
     ) -> Schema:
         files, column, out = self.file, self.column, self.output.out
 
@@ -268,6 +317,7 @@ class Prepare(Command):
             missing_values=files.missing,
             missing_labels=column.missing_labels,
             label_positive=dict(text.split("=", 1) for text in column.positive),
+            events=events,
             on_bad_row=files.on_bad_row,
             like=self.kept.like,
             extend=self.kept.extend,
@@ -297,6 +347,39 @@ def _say(message: Any) -> None:
     Console(stderr=True).print(message)
 
 
+def _history(text: str) -> History:
+    """A history to make, ITEM:BY[:OPTION=VALUE]...
+
+    Raises:
+        ValueError: it is not of that form.
+
+    >>> _history("item_id:user_id:max_length=20")
+    History(item='item_id', by='user_id', max_length=20, events='positive')
+    """
+    from ctrlib.data.events import History
+
+    names: list[str] = []
+    options: dict[str, str] = {}
+    for part in text.split(":"):
+        option, is_option, value = part.partition("=")
+        if not is_option:
+            names.append(part)
+        elif option not in MADE:
+            raise ArgumentError(f"--history {text}: unknown option {option!r}; {instead([option], MADE)}")
+        elif option in options:
+            raise ArgumentError(f"--history {text}: {option} is given twice")
+        else:
+            options[option] = value
+    if len(names) != 2 or not all(names):
+        raise ArgumentError(f"--history {text}: expected ITEM:USER, whose items and by whom, such as item_id:user_id")
+    length = options.get("max_length", "50")
+    if not re.fullmatch(r"[1-9][0-9]*", length):
+        raise ArgumentError(f"--history {text}: max_length is {length!r}, expected 1 or more")
+    item, by = names
+    return History(item, by, max_length=int(length), events=cast(Any, options.get("events", "positive")))
+
+
+MADE = ("max_length", "events")
 LISTED = ("separator", "max_length", "padding", "vocabulary")
 
 

@@ -71,6 +71,15 @@ class Block:
         wide = (batch.schema.metadata or {}).get(_WIDE)
         return Cells(batch.column(0), self.path(name, "codes") if self.apart else None, wide)
 
+    def cut_out(self, rows: slice, folder: Path) -> Block:
+        """Some of its rows as a block of its own, which holds no other cells, in a new folder."""
+        folder.mkdir(parents=True)
+        cut = Block(folder, self.names, self.first_row + rows.start, rows.stop - rows.start)
+        for name in self.names:
+            cells, metadata = self.cells(name), read_column(self.path(name)).schema.metadata
+            write_column(cells.cut_out(rows), cut.path(name), metadata)
+        return cut
+
 
 def write_column(column: pa.Array, path: Path, metadata: dict[bytes, bytes] | None = None) -> None:
     """An array as a file, for `read_column`."""
@@ -118,6 +127,15 @@ class Cells:
         """The cells of some rows."""
         codes = self.codes(rows)
         return self.values[rows] if codes is None else self.values.gather(pl.Series(codes))
+
+    def cut_out(self, rows: slice) -> pa.Array:
+        """Some rows as an array to be written, coded if these are."""
+        codes = self.codes(rows)
+        if codes is None:
+            return pa.concat_arrays([self._column[rows.start : rows.stop]])
+        used, places = np.unique(codes, return_inverse=True)
+        values = self._column.dictionary if self._is_dictionary else self._column
+        return pa.DictionaryArray.from_arrays(pa.array(places.astype(np.int32)), values.take(pa.array(used)))
 
     def placed(self, of_values: pa.Array, rows: slice, kept: npt.NDArray[np.bool_] | None) -> pa.Array:
         """What the cells of those `rows` that are `kept` (None for all) have become, of what each of `values` has."""
@@ -237,7 +255,7 @@ def read_coded(
         if isinstance(data, str | Path) and format_of(Path(data)) == "text":
             with open_text(Path(data), separator, columns, missing_values, on_bad_row, ()) as text:
                 blocks = _numbered(coder.text(text))
-                return _table(text.table(()), blocks)
+                return coded_table(text.table(()), blocks)
         table = read_raw(
             data,
             temporary / "raw",
@@ -251,7 +269,7 @@ def read_coded(
             blocks = _numbered(coder.frame(table.frame.drop(ROW)))
             check_height(table, sum(block.num_rows for block in blocks))
     shutil.rmtree(temporary / "raw", ignore_errors=True)
-    return _table(table, blocks)
+    return coded_table(table, blocks)
 
 
 def _numbered(blocks: Iterable[Block]) -> tuple[Block, ...]:
@@ -263,7 +281,8 @@ def _numbered(blocks: Iterable[Block]) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def _table(table: RawTable, blocks: tuple[Block, ...]) -> CodedTable:
+def coded_table(table: RawTable, blocks: tuple[Block, ...]) -> CodedTable:
+    """The blocks as a table, of which `table` says all else."""
     names = [one.name for one in dataclasses.fields(RawTable)]
     schema = {name: blocks[0].cells(name).values.dtype for name in blocks[0].names}
     whole = {block: tuple(_lazily(block, rows, schema) for rows in block.slices(BLOCK_ROWS)) for block in blocks}

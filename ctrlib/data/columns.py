@@ -156,7 +156,8 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
     paths = sorted((folder / split).glob("*.parquet"))
     manifest = _with_split(manifest, split, paths)
     if not paths:
-        folders = (path for path in folder.iterdir() if path.is_dir() and path.name not in ("vocab", "numbers"))
+        others = ("vocab", "numbers", "events")
+        folders = (path for path in folder.iterdir() if path.is_dir() and path.name not in others)
         splits = sorted(path.name for path in folders if any(path.glob("*.parquet")))
         raise SchemaError(f"{folder / split} holds no *.parquet file; splits with data in this folder: {splits}")
     groups = []

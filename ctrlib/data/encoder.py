@@ -26,12 +26,13 @@ from ctrlib._target import TargetError
 from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, raw_id, text, without_bad_rows
 from ctrlib.data.columns import Columns, Ragged, lists_of, offsets_of
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
+from ctrlib.data.event_state import State, has_events
 from ctrlib.data.quantiles import has_points, points_path, read_points
 from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, texts_of_cell, texts_of_column
 from ctrlib.data.raw import RawData, in_files
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.stream import ahead, blocks
-from ctrlib.data.table import RawTable, as_frame, clean, naming, numbered
+from ctrlib.data.table import ROW, RawTable, as_frame, clean, naming, numbered
 from ctrlib.data.unknown import judge
 from ctrlib.data.vocabulary import load_counts, load_vocabulary, vocabulary_path
 from ctrlib.errors import WrongTypeError
@@ -102,6 +103,7 @@ class Encoder:
         vocabularies: vocabulary name -> its values in the order of their ids.
         counts: vocabulary name -> how often train held each of its values, to be saved.
         points: numeric feature -> what edges of bins are made of (`ctrlib.data.quantiles`), to be saved.
+        state: what is kept of a log of events, if columns are made of one.
 
     Raises:
         SchemaError: the schema is not fitted, or a vocabulary is missing or of another size.
@@ -122,11 +124,14 @@ class Encoder:
         *,
         counts: Mapping[str, Sequence[int] | npt.NDArray[np.int64]] | None = None,
         points: Mapping[str, pl.DataFrame] | None = None,
+        state: State | None = None,
     ) -> None:
         if not schema.is_fitted:
             raise SchemaError("the schema is not fitted: use the one that `prepare` returns or stores in schema.json")
         self.schema = schema
-        self._value_counts, self._points = dict(counts or {}), dict(points or {})
+        if state is None and has_events(schema):
+            raise SchemaError("histories and rates are made of a log of events: give the state that is kept of it")
+        self._value_counts, self._points, self._state = dict(counts or {}), dict(points or {}), state
         self._known: dict[str, dict[str, int]] = {}
         for name, features in schema.vocabularies.items():
             values, rows = vocabularies.get(name, ()), features[0].num_embeddings or 0
@@ -146,6 +151,11 @@ class Encoder:
         missing = frozenset(self._missing)
         kinds: dict[str, str] = raw_format.get("types", {})
         self._names = [f.name for f in schema.features]
+        self._inputs = list(self._names)  # what rows must have
+        if state is not None:
+            made = state.events.names
+            self._inputs = list(dict.fromkeys([*(one for one in self._names if one not in made), *state.events.inputs]))
+            self._not_inputs |= {*state.events.inputs}
         self._texts_of_column = {
             f.name: texts_of_column(f, kinds.get(f.name, "parsed"), missing)
             for f in self._single
@@ -202,6 +212,8 @@ class Encoder:
             path = points_path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             points.write_parquet(path)
+        if self._state is not None:
+            self._state.save(folder)
         self.schema.save(folder / "schema.json", manifest=True)
         write_manifest(folder, "prepared")
 
@@ -230,6 +242,7 @@ class Encoder:
             points={feature.name: read_points(folder, feature.name) for feature in schema.dense}
             if has_points(folder)
             else None,
+            state=State.load(folder, schema),
         )
 
     def transform(self, rows: Rows, *, name: str = "rows") -> tuple[Columns, Counts]:
@@ -259,6 +272,8 @@ class Encoder:
             return Columns.concatenate(parts), counts
         if isinstance(rows, Mapping):
             rows = [rows]
+        if self._state is not None:
+            rows = self._with_past(self._state, rows, name)
         if isinstance(rows, list | tuple):
             if 0 < len(rows) * len(names) <= FEW_CELLS:
                 with contextlib.suppress(Careful, KeyError, TypeError):
@@ -270,11 +285,18 @@ class Encoder:
             if 0 < frame.height * len(names) <= FEW_CELLS and columns.keys() >= set(names):
                 with contextlib.suppress(Careful):
                     return self._quick({name: _cells(columns[name]) for name in names}, columns)
+        return self.transform_table(self._table(frame, name))
+
+    def _table(self, frame: pl.DataFrame, name: str) -> RawTable:
         if not frame.height:
             raise DataError(f"{name} has no rows: expected at least one")
         with naming(name):
-            raw = RawTable((numbered(clean(frame.lazy(), self._missing)),), name)
-        return self.transform_table(raw)
+            return RawTable((numbered(clean(frame.lazy(), self._missing)),), name)
+
+    def _with_past(self, state: State, rows: Rows, name: str) -> pl.DataFrame:
+        """Rows in memory with the columns that are made of their past."""
+        frame = _frame_of(rows, name) if isinstance(rows, list | tuple) else as_frame(rows, name)
+        return state.add(self._table(frame, name)).frame.drop(ROW).collect()
 
     def judge(self, counts: Counts, name: str) -> list[str]:
         """`ctrlib.data.unknown.judge` of rows that were encoded."""
@@ -307,15 +329,16 @@ class Encoder:
         """
         schema, raw_format = self.schema, self.schema.raw_format or {}
         reading = {name: raw_format[name] for name in ("separator", "columns", "missing_values") if name in raw_format}
-        others = [one for one in (*schema.labels, schema.weight, schema.group) if one and one not in self._names]
-        return blocks(
+        others = [one for one in (*schema.labels, schema.weight, schema.group) if one and one not in self._inputs]
+        found = blocks(
             data,
             name=name,
-            wanted={*self._names, *keep, *(others if with_labels else ())},
+            wanted={*self._inputs, *keep, *(others if with_labels else ())},
             on_bad_row=on_bad_row,
             may_lack=() if with_labels else (schema.labels, others),
             **reading,
         )
+        return found if self._state is None else map(self._state.add, found)
 
     def transform_table(
         self,

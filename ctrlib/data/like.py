@@ -18,6 +18,7 @@ import polars as pl
 from ctrlib.data.cells import shortened
 from ctrlib.data.describe import describe
 from ctrlib.data.encode import judge_table
+from ctrlib.data.event_state import State
 from ctrlib.data.quantiles import has_points, points_path, write_points
 from ctrlib.data.table import RawTable
 from ctrlib.data.vocabulary import (
@@ -49,13 +50,15 @@ RAW_FORMAT = ("separator", "columns", "missing_values", "missing_labels", "label
 class Earlier:
     """A prepared folder or a model folder that another preparation keeps to.
 
-    `extend`: values that it does not have get ids after its own, if train holds them often enough. `new` and `remarks`
-    are for the report: vocabulary -> how many values were added, and sentences.
+    `extend`: values that it does not have get ids after its own, if train holds them often enough. `state`: what it
+    keeps of a log of events. `new` and `remarks` are for the report: vocabulary -> how many values were added, and
+    sentences.
     """
 
     folder: Path
     schema: Schema
     extend: bool = False
+    state: State | None = None
     new: dict[str, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -75,7 +78,7 @@ class Earlier:
                 f"{folder} has no folder `numbers`, which the edges of numbers are made from, since an older ctrlib "
                 "wrote it: give the prepared folder that the model was trained on"
             )
-        return cls(folder, schema, extend)
+        return cls(folder, schema, extend, State.load(folder, schema))
 
     # -------------------------------------------------------------------------------------------- what the user said
 
@@ -90,12 +93,16 @@ class Earlier:
         usual = {"missing_values": ("",), "missing_labels": "raise"}
         raw_format = self.schema.raw_format or {}
         was: dict[str, Any] = {name: raw_format.get(name, usual.get(name)) for name in RAW_FORMAT}
+        was["events"] = None if self.state is None else self.state.events
         was |= {"labels": self.schema.labels, "weight": self.schema.weight, "group": self.schema.group}
         for name, value in said.items():
             if value is None:
                 continue
             if name in ("separator", "columns") or (name in RAW_FORMAT and name not in raw_format):
                 was[name] = value
+            elif name == "events":
+                if was[name] is None or value.settled(self.schema.labels) != was[name]:
+                    raise self._differs(name, value, was[name])
             elif name == "missing_values":
                 if {"", *value} != {"", *was[name]}:
                     raise self._differs(name, list(value), list(was[name]))

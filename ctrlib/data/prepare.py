@@ -19,8 +19,11 @@ from ctrlib._target import check_target, target
 from ctrlib.data import remarks
 from ctrlib.data.cells import TOO_LARGE, check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
+from ctrlib.data.derived import derive
 from ctrlib.data.describe import check_arguments, describe
 from ctrlib.data.encode import fit_groups, judge_table, refuse_other_spelling, totals_of_labels, vocabularies_of_floats
+from ctrlib.data.event_state import State
+from ctrlib.data.events import Events
 from ctrlib.data.infer import HOURS, NO_CELLS
 from ctrlib.data.like import RAW_FORMAT, Earlier
 from ctrlib.data.raw import RawData
@@ -62,6 +65,7 @@ def prepare(
     on_bad_row: OnBadRow = "raise",
     missing_labels: Literal["raise", "mask"] | None = None,
     label_positive: Mapping[str, str] | None = None,
+    events: Events | None = None,
     like: str | Path | None = None,
     extend: bool = False,
     crosses: Sequence[Sequence[str]] = (),
@@ -99,6 +103,8 @@ def prepare(
         on_bad_row: "raise" at the first bad row, or "skip" them and say how many there were of which kind.
         missing_labels: "raise", the default, or "mask" to keep such rows with NaN, which the loss leaves out.
         label_positive: for labels that are text, label -> text of the positive class, such as {"income": ">50K"}.
+        events: histories and rates to make of the rows as a log, point in time (`ctrlib.data.events.Events`); what
+            prediction and newer data need of the log is kept in the folder.
         like: a prepared folder or model folder to keep to: features, ids, scales, edges of numbers, labels, weight and
             group are those of that folder, and so is what a cell means. What is said beside must agree. Nothing is
             fitted but the counts of the vocabularies.
@@ -145,6 +151,7 @@ def prepare(
     check_type("a dictionary from label to text", (Mapping, NoneType), label_positive=label_positive)
     check_type("a sequence of texts", (Sequence, NoneType), missing_values=missing_values, columns=columns)
     check_type("a whole number, or None", (int, NoneType), min_count=min_count, max_values=max_values)
+    check_type("a ctr.Events(...), or None", (Events, NoneType), events=events)
     if like is not None:
         check_path("a prepared folder or model folder", like=like)
     if log is not None:
@@ -165,6 +172,7 @@ def prepare(
             "missing_values": missing_values,
             "missing_labels": missing_labels,
             "label_positive": dict(label_positive) if label_positive else None,
+            "events": events,
         },
         earlier,
         extend,
@@ -192,6 +200,7 @@ def prepare(
         making.read(parts)
         if not isinstance(data, Mapping):
             making.split(split, split_by=split_by, seed=seed, stratify=stratify)
+        making.look_back()
         rare = {"min_count": 1 if min_count is None else min_count, "max_values": max_values}
         making.describe(given, split_by, ignore, rare)
         _check_crosses(crosses, making.schema)
@@ -226,6 +235,7 @@ class _Preparation:
         self.folder, self.workers, self.said, self.earlier = folder, workers, said, earlier
         self.on_bad_row: OnBadRow = on_bad_row
         self.label_positive: Mapping[str, str] | None = said["label_positive"]
+        self.events: Events | None = None if said["events"] is None else said["events"].settled(tuple(said["labels"]))
         self.rows_of: dict[str, pl.Expr] = {}  # split -> its rows, where one table is to be split
         self.doubts: dict[str, str] = {}  # feature -> what is doubtful about the guess
 
@@ -244,6 +254,16 @@ class _Preparation:
             self.tables["data"], ratio, split_by=split_by, seed=seed, stratify=stratify, positive=positive
         )
 
+    def look_back(self) -> None:
+        """Make the columns that are of the past of each row, and keep what later rows need of it."""
+        if self.events is not None:
+            before = State.new(self.events) if self.earlier is None else self.earlier.state
+            assert before is not None
+            self.tables, state = derive(
+                self.tables, self.rows_of, before, self.label_positive, self.folder / "raw" / "events"
+            )
+            state.save(self.folder)
+
     def describe(
         self, given: tuple[Feature, ...], split_by: str | None, ignore: tuple[str, ...], rare: Mapping[str, Any]
     ) -> None:
@@ -251,11 +271,19 @@ class _Preparation:
         train = self.tables["data"].only(self.rows_of["train"]) if self.rows_of else self.tables["train"]
         if self.earlier is None:
             labels, weight, group = (self.said[name] for name in ("labels", "weight", "group"))
+            if self.events is not None:
+                given = (*given, *self.events.features(given, ignore, rare))
+                time, taken = self.events.time, (*(f.name for f in given), *ignore, *labels, weight, group, split_by)
+                ignore = ignore if time is None or time in taken else (*ignore, time)
             self.schema, self.reasons, self.doubts = describe(
                 train, given, labels, weight, group, split_by, ignore, rare
             )
         else:
             self.schema, self.reasons = self.earlier.describe(train, split_by, ignore)
+        if self.events is not None:
+            self.reasons |= self.events.reasons()
+            if self.reasons.get(self.events.time or "") == "ignored: as told":
+                self.reasons[self.events.time or ""] = "ignored: the time of the events"
         _refuse_other_columns(self.tables, self.reasons)
 
     def leave_out_bad_rows(self) -> None:
@@ -277,6 +305,8 @@ class _Preparation:
         with naming(train.name):
             types = train.types
             raw_format["types"] = {feature.name: types[feature.name] for feature in self.schema.sparse}
+            if self.events is not None:
+                raw_format["events"] = self.events.as_dict()
             if earlier is None:
                 schema = fit(train, self.schema, vocab, self.workers.count)
             else:

@@ -9,8 +9,8 @@ from numbers import Real
 import polars as pl
 
 from ctrlib.data.cells import label
-from ctrlib.data.scan import DataError
-from ctrlib.data.table import ROW, RawTable, is_cell
+from ctrlib.data.table import ROW, RawTable
+from ctrlib.data.times import times_of
 from ctrlib.errors import check_type
 from ctrlib.schema import SchemaError
 
@@ -64,7 +64,7 @@ def split_table(
         position = row_hash(pl.col(ROW), seed)
         edges: list[float] = [int(bound * 2**64) for bound in bounds]
     else:
-        position = _time(raw, split_by)
+        position = times_of(raw, split_by, "split_by", "by which to split").value
         times = raw.map(lambda piece: piece.select(position.alias("time")))
         edges = [float("-inf"), *(_quantile(times, bound) for bound in bounds[1:3]), float("inf")]
     parts: dict[str, pl.Expr] = {}
@@ -116,58 +116,6 @@ def _between(position: pl.Expr, low: float, high: float, *, by_hash: bool) -> pl
     return above if high >= 2**64 else above & (position < pl.lit(high, pl.UInt64))
 
 
-def _time(raw: RawTable, name: str) -> pl.Expr:
-    dtypes = raw.dtypes
-    if name not in dtypes:
-        raise SchemaError(f"{raw.name}: split_by names column {name!r}, expected one of {list(dtypes)}")
-    column, dtype = pl.col(name), dtypes[name]
-    if not is_cell(dtype) and dtype != pl.Duration:
-        raise SchemaError(f"{raw.name}: split_by names column {name!r} of type {dtype}, expected numbers or times")
-    candidates = [column.cast(pl.Float64, strict=False)]
-    if dtype == pl.String:
-        written = column.str.replace("/", "-", literal=True, n=2).str.replace(r"^(\d+-\d+-\d+)[tT]", "$1 ")
-        for form, zone in _ZONES.items():
-            written = written.str.replace(form, zone)
-        for form in _FORMS:
-            candidates.append(written.str.to_datetime(form, strict=False).dt.epoch("us").cast(pl.Float64))
-            zoned = written.str.to_datetime(f"{form}%:z", strict=False, time_zone="UTC")
-            candidates.append(zoned.dt.epoch("us").cast(pl.Float64))
-    elif dtype.is_temporal():
-        candidates = [column.to_physical().cast(pl.Float64)]
-    bad = [(~candidate.is_finite()).fill_null(True) for candidate in candidates]
-    totals = raw.gather(lambda piece: piece.select(is_bad.sum().alias(str(i)) for i, is_bad in enumerate(bad)))
-    num_bad = totals.sum().row(0)
-    best = min(range(len(candidates)), key=lambda i: num_bad[i])
-    if num_bad[best]:
-        row, value = raw.first(bad[best], name)
-        raise DataError(
-            f"{raw.place(row)}, column {name!r} holds {value!r}; expected a number or a date such as 2024-05-31 or "
-            "2024-05-31 12:00:00 (with or without a zone, in the whole column), by which to split"
-        )
-    if best == 0 and not dtype.is_temporal():
-        _refuse_two_units(raw, name, candidates[0])
-    return candidates[best]
-
-
-def _refuse_two_units(raw: RawTable, name: str, time: pl.Expr) -> None:
-    """Seconds and milliseconds since 1970 in one column: in its order, all rows in seconds would come first."""
-    bounds = raw.gather(lambda piece: piece.select(low=time.min(), high=time.max()))
-    if 1e8 <= bounds["low"].min() < 1e10 and bounds["high"].max() >= 1e11:  # type: ignore[operator]
-        row, value = raw.first(time >= 1e11, name)
-        small, other = raw.first(time < 1e10, name)
-        raise DataError(
-            f"{raw.place(row)}, column {name!r} holds {value!r}, {raw.place(small)} holds {other!r}: times of two "
-            "units, such as milliseconds and seconds; write the whole column in one"
-        )
-
-
-_FORMS = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")  # with a blank for T, and - for /
-# How zones are written -> as +00:00. A date may end like an offset of hours, so that needs a time before it.
-_ZONES = {
-    r"\s*(?:[zZ]|UTC|GMT)$": "+00:00",
-    r"(:\d\d(?:\.\d+)?)\s*([+-]\d\d)$": "$1$2:00",
-    r"\s+([+-]\d\d:?\d\d)$": "$1",
-}
 _NUM_BINS = 1 << 16
 
 

@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from ctrlib import models
 from ctrlib._target import target
+from ctrlib.data.event_state import FOLDER as EVENTS
+from ctrlib.data.event_state import has_events
 from ctrlib.data.quantiles import has_points
 from ctrlib.errors import ArgumentError, check_path, check_type
 from ctrlib.making import new_folder, remove, size_of
@@ -76,7 +78,7 @@ def model_in_the_making(
     data, out = Path(data), Path(out)
     config = _counted(model, config)
     schema = load_schema(data)
-    parts = ["vocab", "numbers"] if has_points(data) else ["vocab"]
+    parts = ["vocab", *(["numbers"] if has_points(data) else []), *([EVENTS] if has_events(schema) else [])]
     if (manifest := manifest_of(data)) is not None:
         for name in (name for part in parts for name in manifest.under(part)):
             manifest.check(name)  # before a copy of it gets a checksum of its own
@@ -97,8 +99,8 @@ def model_in_the_making(
         yield making
         if kind != "model":
             write_manifest(making, kind)
-    if "numbers" not in parts:
-        remove(out / "numbers")  # an older model's
+    for part in {"numbers", EVENTS} - {*parts}:
+        remove(out / part)  # an older model's
 
 
 def _with_calibration(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
