@@ -42,6 +42,7 @@ _NAMES = {
     "ranking.run": ("rank",),
     "serving.model_folder": ("save_model",),
     "serving.predictor": ("Predictor",),
+    "serving.update": ("update",),
     "serving.warm_start": ("warm_start",),
 }
 _MODULES = (*_lazy.PACKAGES, "losses", "metrics", "plots", "testing")

@@ -238,6 +238,21 @@ def write_manifest(folder: str | Path, kind: str | None = None) -> str:
     return digest
 
 
+def write_changed(folder: Path, making: Path) -> None:
+    """Write, into `making`, the MANIFEST of a folder whose entries give way to those of `making`; none if it has none.
+
+    Raises:
+        SchemaError: that of the folder is damaged.
+    """
+    if (manifest := manifest_of(folder)) is None:
+        return
+    changed = {path.name for path in making.iterdir()}
+    files = {name: entry for name, entry in manifest.files.items() if name.partition("/")[0] not in changed}
+    files |= {name: _parts_of(making / name, name) for name in _names(making)}  # type: ignore[misc]
+    _, content = seal({"format": FORMAT, "kind": manifest.kind, "files": dict(sorted(files.items()))})
+    write_new(making / NAME, [content])
+
+
 def _names(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         *folders, name = path.relative_to(folder).parts

@@ -33,7 +33,10 @@ DOCS = ROOT / "docs"
 # results.md is made by recipes/results.py.
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "results.md")
 LANGUAGES = ("python", "bash", "text")  # run, run, and shown only
-COMMANDS = ("prepare", "rank", "train", "evaluate", "predict", "compress", "search", "retrieve", "models", "doctor")
+COMMANDS = (
+    *("prepare", "rank", "train", "evaluate", "predict", "update"),
+    *("compress", "search", "retrieve", "models", "doctor"),
+)
 
 
 def page(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -236,7 +237,8 @@ class Events:
         >>> Events.of_dict(events.as_dict()) == events
         True
         """
-        return dataclasses.asdict(self)
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # lists for tuples, as it is read
+        return plain
 
     @classmethod
     def of_dict(cls, said: Mapping[str, Any]) -> Events:
