@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +364,14 @@ def test_what_the_columns_are(tmp_path: Path) -> None:
     assert shops.vocabulary is None  # one of its own, since the shop is no feature
     assert left_out.vocabularies.keys() == {"item", "shop_history", "user"}
     assert (schema.raw_format or {})["events"]["label"] == "click"
+    report = json.loads((tmp_path / "q" / "report.json").read_text())
+    assert report["features"]["user_rate"]["reason"] == "made: smoothed rate of 'user' before the row"
+    assert report["left_out"]["ts"] == "ignored: the time of the events"
+    assert [
+        one for one in report["remarks"] if one.startswith("rows see the events before them by 'ts', and are split at")
+    ]
+    parts = [ctr.fingerprint(tmp_path / name)["events"] for name in ("p", "q")]
+    assert parts[0] == parts[1]  # the same log
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -508,8 +518,6 @@ def trained(days: list[pl.DataFrame], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def copied(folder: Path, out: Path) -> Path:
-    import shutil
-
     shutil.copytree(folder, out)
     return out
 
@@ -637,8 +645,6 @@ def test_a_model_without_events_has_nothing_to_update(days: list[pl.DataFrame], 
 def test_the_commands_from_end_to_end(
     days: list[pl.DataFrame], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import json
-
     from ctrlib.cli import main
 
     for name, day in zip(("one", "two", "three"), days):

@@ -183,10 +183,11 @@ class State:
             "count": self.settled.count,
         }
         (folder / "state.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        for name, frame in self._frames():
+        for name, frame in self.frames():
             frame.write_parquet(folder / name)
 
-    def _frames(self) -> Iterator[tuple[str, pl.DataFrame]]:
+    def frames(self) -> Iterator[tuple[str, pl.DataFrame]]:
+        """The tables that are kept, with the names of their files."""
         for i, frame in enumerate(self.settled.rates):
             yield f"rate-{i}.parquet", frame
         for i, frame in enumerate(self.settled.histories):

@@ -12,20 +12,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrlib.data.columns import find_row_groups
+from ctrlib.data.event_state import State, has_events
 from ctrlib.data.quantiles import has_points, points_path
 from ctrlib.data.split import SPLITS
 from ctrlib.data.vocabulary import vocabulary_path
 from ctrlib.manifest import check_file, load_schema
-from ctrlib.schema import SchemaError
+from ctrlib.schema import Schema, SchemaError
 
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
-    """Part of a prepared folder -> 16 hexadecimal digits: schema, vocab/NAME, numbers/NAME, groups and its splits.
+    """Part of a prepared folder -> 16 hexadecimal digits: schema, vocab/NAME, numbers/NAME, groups, events, its splits.
 
     Folders are identical where these are equal: schema.json says the same, vocabularies have the same values, ids and
-    counts, numbers the same values and counts to make edges of, and every split the same columns, rows and order of
-    rows, bit for bit. Into how many files and row groups a split is divided, and how these are compressed, does not
-    count; nor does report.json. Reads row group by row group.
+    counts, numbers the same values and counts to make edges of, what is kept of a log of events is the same, and every
+    split has the same columns, rows and order of rows, bit for bit. Into how many files and row groups a split is
+    divided, and how these are compressed, does not count; nor does report.json. Reads row group by row group.
 
     Raises:
         SchemaError: it is not a prepared folder, or a part is missing.
@@ -51,6 +52,8 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
     for path in files.values():
         check_file(folder, path.relative_to(folder).as_posix())
     found |= {part: _rows([path]) for part, path in files.items()}
+    if has_events(schema):
+        found["events"] = _events(folder, schema)
     for split in SPLITS:
         if (folder / split).is_dir():
             groups = find_row_groups(folder, split, schema)
@@ -74,6 +77,21 @@ def _rows(paths: list[Path]) -> str:
                     digest.update(buffer)
     described = {name: [digest.hexdigest() for digest in digests] for name, digests in columns.items()}
     return _digits(json.dumps(described).encode())
+
+
+def _events(folder: Path, schema: Schema) -> str:
+    """What is kept of a log."""
+    state = State.load(folder, schema)
+    assert state is not None
+    digest = hashlib.sha256(json.dumps([state.last, state.settled.clicks, state.settled.count]).encode())
+    for name, frame in state.frames():
+        digest.update(name.encode())
+        for rows in frame.iter_slices(_SLICE):
+            digest.update(rows.write_ndjson().encode())
+    return digest.hexdigest()[:16]
+
+
+_SLICE = 1 << 16
 
 
 def _kind(dtype: pa.DataType) -> str:

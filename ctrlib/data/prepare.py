@@ -370,6 +370,8 @@ class _Preparation:
         found += remarks.on_unseen(self.written, self.schema, guessed if self.earlier is None else ())
         found += remarks.on_lists(train, self.schema)
         found += remarks.on_lengths(train, self.schema, self.folder / "train")
+        if self.rows_of and self.events is not None and self.events.time is not None:
+            found += remarks.on_time(self.events.time, split_by)
         found += remarks.on_labels(self.written, self.schema, bool(self.rows_of) and split_by is None)
 
     def write_points(self) -> None:

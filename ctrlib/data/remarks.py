@@ -102,6 +102,20 @@ def on_lengths(train: RawTable, schema: Schema, written: Path) -> Iterator[str]:
         )
 
 
+def on_time(time: str, split_by: str | None) -> Iterator[str]:
+    """A log of events that is not split by its times.
+
+    >>> next(on_time("ts", None))[:75]
+    "rows see the events before them by 'ts', and are split at random: rows of t"
+    """
+    if split_by != time:
+        how = "at random" if split_by is None else f"by {split_by!r}"
+        yield (
+            f"rows see the events before them by {time!r}, and are split {how}: rows of train see labels of valid and "
+            f"test, and what is measured there is not what comes later; split by it, too (--split-by {time})"
+        )
+
+
 def on_labels(totals: Mapping[str, Totals], schema: Schema, can_stratify: bool) -> Iterator[str]:
     """Labels of which a split holds few of either class, or that differ between splits by more than chance."""
     for name in schema.labels:

@@ -34,9 +34,10 @@ def times_of(raw: RawTable, name: str, said: str, why: str) -> Times:
         SchemaError: there is no such column, or it has a type that is no time.
         DataError: a cell is no time, or empty; or there are times of two units.
 
-    >>> times = times_of(RawTable((pl.LazyFrame({"at": ["1970-01-02", "1970/01/02T00:00:01"]}),), "demo"), "at", "", "")
-    >>> pl.DataFrame({"at": ["1970-01-02 00:00:01"]}).select(times.value).item(), times.are_dates
-    (86401000000.0, True)
+    >>> table = RawTable((pl.LazyFrame({"at": ["1970-01-02 00:00:01", "1970/01/02T12:30:00"]}),), "demo")
+    >>> times = times_of(table, "at", "time", "")
+    >>> table.frame.collect().select(times.value)["at"].to_list(), times.are_dates
+    ([86401000000.0, 131400000000.0], True)
     """
     dtypes = raw.dtypes
     if name not in dtypes:
