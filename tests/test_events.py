@@ -146,6 +146,8 @@ def test_small_logs_with_ties_in_two_parts(
         table = read_coded(frame_of([row]).drop("click"), folder / f"row {id(row)}")
         told = loaded.add(table).frame.select(events.names).collect().to_dicts()
         assert told == [by_hand(events, parts[0], row)]
+        cells = {name: cell for name, cell in row.items() if name != "click"}
+        assert loaded.add_to_cells([cells], frozenset([""])) == [{**cells, **told[0]}]
 
 
 def test_the_order_of_rows_and_files_does_not_matter(tmp_path: Path) -> None:
@@ -589,6 +591,12 @@ def test_an_encoder_keeps_the_state(days: list[pl.DataFrame], trained: tuple[Pat
         fitted.transform({"user": 1, "item": 2, "kind": 3})
     with pytest.raises(ctr.SchemaError, match=r"rows has columns \['item_rate'\] already"):
         fitted.transform({"user": 1, "item": 2, "kind": 3, "ts": 9999, "item_rate": 0.3})
+    for cells in (
+        {"user": 1.0, "item": "2", "kind": " 3 ", "ts": "9999"},
+        {"user": "1", "item": 2, "kind": 3, "ts": 9999},
+    ):
+        usual, careful = (fitted.transform(rows)[0] for rows in (cells, pl.DataFrame([cells])))
+        assert np.array_equal(usual.floats, careful.floats, equal_nan=True)
     unknown, _ = fitted.transform({"user": 999, "item": None, "kind": None, "ts": 9999})
     assert unknown.ragged["item_history"].values.tolist() == []
     schema = fitted.schema

@@ -293,8 +293,11 @@ class Encoder:
         with naming(name):
             return RawTable((numbered(clean(frame.lazy(), self._missing)),), name)
 
-    def _with_past(self, state: State, rows: Rows, name: str) -> pl.DataFrame:
+    def _with_past(self, state: State, rows: Rows, name: str) -> Rows:
         """Rows in memory with the columns that are made of their past."""
+        if isinstance(rows, list | tuple) and 0 < len(rows) * len(self._names) <= FEW_CELLS:
+            with contextlib.suppress(Careful, KeyError, TypeError, AttributeError):
+                return state.add_to_cells(rows, frozenset(self._missing))
         frame = _frame_of(rows, name) if isinstance(rows, list | tuple) else as_frame(rows, name)
         return state.add(self._table(frame, name)).frame.drop(ROW).collect()
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -21,6 +22,7 @@ import pyarrow as pa
 from ctrlib.data.cells import checks, holds, label, text, without_bad_rows
 from ctrlib.data.events import Events, History
 from ctrlib.data.past import HISTORY_SCHEMA, Column, Floats, Ints, Log, Past, Settled
+from ctrlib.data.quick import Careful, number_in, text_of_cell
 from ctrlib.data.scan import DataError
 from ctrlib.data.table import ROW, RawTable, is_cell, naming
 from ctrlib.data.times import Times, times_of
@@ -78,6 +80,30 @@ class State:
         made = self._past.of_rows({name: texts[name] for name in self.events.columns}, times)
         columns = made.columns(slice(0, frame.height))
         return dataclasses.replace(raw, pieces=(frame.hstack(_series(columns)).lazy(),))
+
+    def add_to_cells(self, rows: Sequence[Mapping[str, Any]], missing: frozenset[str]) -> list[dict[str, Any]]:
+        """As `add` of a few rows in Python, of cells of usual types; `Careful` is raised for others, as of dates.
+
+        Args:
+            rows: column -> cell.
+            missing: texts of cells without value.
+        """
+        events, past, times = self.events, self._past, None
+        if not {*events.inputs} <= rows[0].keys() or {*events.names} & rows[0].keys() or self.are_dates:
+            raise Careful
+        if events.time is not None:
+            cells = [number_in(missing, row[events.time]) for row in rows]
+            times = np.array([np.nan if cell is None else cell for cell in cells])
+            low, high = times.min(), times.max()
+            if not (self.last is None or low >= self.last) or (low < 1e10 and high >= 1e11):
+                raise Careful
+        codes = {}
+        for name in events.columns:
+            text_of, known = text_of_cell(Categorical(name), "parsed", missing), past.known(name)
+            codes[name] = np.array([known.get(text_of(row[name]) or "", -1) for row in rows])
+        made = past.of_codes(codes, self.seen_by(times)).columns(slice(0, len(rows)))
+        columns = {name: column.to_pylist() for name, column in made.items()}
+        return [{**row, **{name: column[i] for name, column in columns.items()}} for i, row in enumerate(rows)]
 
     @functools.cached_property
     def _past(self) -> Past:

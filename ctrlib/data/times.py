@@ -46,14 +46,15 @@ def times_of(raw: RawTable, name: str, said: str, why: str) -> Times:
     if not is_cell(dtype) and dtype != pl.Duration:
         raise SchemaError(f"{raw.name}: {said} names column {name!r} of type {dtype}, expected numbers or times")
     candidates = [column.cast(pl.Float64, strict=False)]
-    if dtype == pl.String:
-        candidates += _written(column)
-    elif dtype.is_temporal():
+    if dtype.is_temporal():
         unit = _A_DAY if dtype == pl.Date else MICROSECONDS.get(getattr(dtype, "time_unit", None) or "ns", 1.0)
         candidates = [column.to_physical().cast(pl.Float64) * unit]
     bad = [(~candidate.is_finite()).fill_null(True) for candidate in candidates]
-    totals = raw.gather(lambda piece: piece.select(is_bad.sum().alias(str(i)) for i, is_bad in enumerate(bad)))
-    num_bad = totals.sum().row(0)
+    num_bad = _totals(raw, bad)
+    if dtype == pl.String and num_bad[0]:  # which forms of dates take long to find out
+        candidates += _written(column)
+        bad = [(~candidate.is_finite()).fill_null(True) for candidate in candidates]
+        num_bad = _totals(raw, bad)
     best = min(range(len(candidates)), key=lambda i: num_bad[i])
     if num_bad[best]:
         row, value = raw.first(bad[best], name)
@@ -65,6 +66,11 @@ def times_of(raw: RawTable, name: str, said: str, why: str) -> Times:
     if not are_dates:
         _refuse_two_units(raw, name, candidates[0])
     return Times(candidates[best], are_dates)
+
+
+def _totals(raw: RawTable, bad: list[pl.Expr]) -> list[int]:
+    totals = raw.gather(lambda piece: piece.select(is_bad.sum().alias(str(i)) for i, is_bad in enumerate(bad)))
+    return list(totals.sum().row(0))
 
 
 def _written(column: pl.Expr) -> list[pl.Expr]:
