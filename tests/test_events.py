@@ -592,8 +592,8 @@ def test_an_encoder_keeps_the_state(days: list[pl.DataFrame], trained: tuple[Pat
     with pytest.raises(ctr.SchemaError, match=r"rows has columns \['item_rate'\] already"):
         fitted.transform({"user": 1, "item": 2, "kind": 3, "ts": 9999, "item_rate": 0.3})
     for cells in (
-        {"user": 1.0, "item": "2", "kind": " 3 ", "ts": "9999"},
-        {"user": "1", "item": 2, "kind": 3, "ts": 9999},
+        {"user": 1.0, "item": 2, "kind": 3.0, "ts": "9999"},
+        {"user": 1, "item": None, "kind": 3, "ts": 9999},
     ):
         usual, careful = (fitted.transform(rows)[0] for rows in (cells, pl.DataFrame([cells])))
         assert np.array_equal(usual.floats, careful.floats, equal_nan=True)
