@@ -360,10 +360,15 @@ def test_what_the_columns_are(tmp_path: Path) -> None:
     history = schema["item_history"]
     assert isinstance(history, ctr.Sequence)
     assert (history.max_length, history.min_count) == (7, 3)
-    left_out = ctr.prepare(log, tmp_path / "q", labels="click", events=events, ignore=["shop", "twin"], log=None)
+    left_out = ctr.prepare(
+        log, tmp_path / "q", labels="click", events=events, ignore=["shop", "twin", "user_count"], log=None
+    )
     shops = left_out["shop_history"]
     assert isinstance(shops, ctr.Sequence)
     assert shops.vocabulary is None  # one of its own, since the shop is no feature
+    assert [feature.name for feature in left_out.dense] == ["user_rate"]
+    row = {"user": "u1", "item": "i1", "shop": "s1", "ts": 99}
+    assert ctr.Encoder.load(tmp_path / "q").transform(row)[1].ignored == []
     assert left_out.vocabularies.keys() == {"item", "shop_history", "user"}
     assert (schema.raw_format or {})["events"]["label"] == "click"
     report = json.loads((tmp_path / "q" / "report.json").read_text())
@@ -542,10 +547,15 @@ def test_a_model_goes_on_with_newer_events(
     assert {path.name: path.read_bytes() for path in (run / "events").iterdir()} == expected
     assert (run / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in trained[0].iterdir())
+    # Data for the next training, from what the model keeps.
+    for name, like in (("third", run), ("third too", tmp_path / "both")):
+        prepared({"train": days[2]}, tmp_path / name, like=like)
+    rows = [pl.read_parquet(tmp_path / name / "train")["item_history"].list.len() for name in ("third", "third too")]
+    assert rows[0].equals(rows[1])
     # Rows that came in between are too late, to be scored and to be added.
     with pytest.raises(ctr.DataError, match="row 1, column 'ts' holds 2001, before the last event"):
         ctr.Predictor.load(run).predict(days[1])
-    with pytest.raises(ctr.DataError, match=r"row 1 \(line 2 of the file\).*not after the last event.*of 2598.0"):
+    with pytest.raises(ctr.DataError, match=r"row 1 \(line 2 of the file\).*not after the last event.*of 2598:"):
         ctr.update(run, tmp_path / "second.csv")
     assert {path.name: path.read_bytes() for path in (run / "events").iterdir()} == expected
 
@@ -570,7 +580,7 @@ def test_prepared_newer_rows_reach_back(days: list[pl.DataFrame], trained: tuple
     assert states[0] == states[1]
     third = prepared({"train": days[2]}, tmp_path / "third", like=tmp_path / "second")
     assert third.hash == ctr.Schema.load(trained[1]).hash
-    with pytest.raises(ctr.DataError, match=r"not after the last event that is known, of 2598.0"):
+    with pytest.raises(ctr.DataError, match=r"not after the last event that is known, of 2598:"):
         prepared({"train": days[1]}, tmp_path / "again", like=tmp_path / "second")
     other = Events("ts", (), ["item"])
     with pytest.raises(ctr.SchemaError, match=r"events is Events.* prepare without like"):
@@ -617,6 +627,18 @@ def test_damage_to_what_is_kept_is_named(name: str, trained: tuple[Path, Path], 
     (run / "events" / name).unlink()
     with pytest.raises(ctr.SchemaError, match=f"events/{name} is missing"):
         ctr.update(run, pl.DataFrame({"ts": [1]}))
+
+
+def test_a_newer_kind_of_events_is_refused(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    from ctrlib.manifest import write_manifest
+
+    run = copied(trained[0], tmp_path / "run")
+    schema = json.loads((run / "schema.json").read_text())
+    schema["raw_format"]["events"]["decay"] = 0.5
+    (run / "schema.json").write_text(json.dumps(schema))
+    write_manifest(run)
+    with pytest.raises(ctr.SchemaError, match=r"schema.json has events that this ctrlib does not know \(.*'decay'"):
+        ctr.Encoder.load(run)
 
 
 def test_updates_that_cannot_be(days: list[pl.DataFrame], trained: tuple[Path, Path], tmp_path: Path) -> None:
@@ -673,6 +695,8 @@ def test_the_commands_from_end_to_end(
     assert json.loads(capsys.readouterr().out)["rows"] == 399
     scores = [pl.read_csv(tmp_path / f"{name}.csv")["click"] for name in ("before", "after")]
     assert not scores[0].equals(scores[1])
+    assert main(["evaluate", run, str(tmp_path / "three.csv"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["auc"] > 0.6  # of .5, had nobody a taste, and .8 at best
     assert main(["update", run, str(tmp_path / "two.csv")]) == 1
     assert "not after the last event that is known" in capsys.readouterr().err
     for flags, said in (

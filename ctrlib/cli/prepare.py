@@ -116,7 +116,7 @@ class Log:
     delay: OptionalFloat = None
     """How long after a row its label is known, in the unit of --time; seconds where it holds dates; otherwise 0."""
     strength: OptionalFloat = None
-    """How many events the rate of all rows counts for in that of a value; otherwise 20."""
+    """How many events the rate of all rows counts for in that of a value; otherwise 10."""
     event_label: OptionalName = None
     """The label, where there are several."""
 

@@ -155,7 +155,7 @@ class Encoder:
         if state is not None:
             made = state.events.names
             self._inputs = list(dict.fromkeys([*(one for one in self._names if one not in made), *state.events.inputs]))
-            self._not_inputs |= {*state.events.inputs}
+            self._not_inputs |= {*made, *state.events.inputs}  # of which some may be no features
         self._texts_of_column = {
             f.name: texts_of_column(f, kinds.get(f.name, "parsed"), missing)
             for f in self._single

@@ -82,14 +82,15 @@ class State:
         return dataclasses.replace(raw, pieces=(frame.hstack(_series(columns)).lazy(),))
 
     def add_to_cells(self, rows: Sequence[Mapping[str, Any]], missing: frozenset[str]) -> list[dict[str, Any]]:
-        """As `add` of a few rows in Python, of cells of usual types; `Careful` is raised for others, as of dates.
+        """As `add` of a few rows in Python, of cells of usual types; `Careful`, or a KeyError for a column that is not
+        there, is raised for others, such as dates.
 
         Args:
             rows: column -> cell.
             missing: texts of cells without value.
         """
         events, past, times = self.events, self._past, None
-        if not {*events.inputs} <= rows[0].keys() or {*events.names} & rows[0].keys() or self.are_dates:
+        if self.are_dates or not all(row.keys().isdisjoint(events.names) for row in rows):
             raise Careful
         if events.time is not None:
             cells = [number_in(missing, row[events.time]) for row in rows]
@@ -167,7 +168,8 @@ class State:
     def _too_early(self, raw: RawTable, where: pl.Expr, how: str) -> DataError:
         name = self.events.time or ""
         row, value = raw.first(where, name)
-        last = self.last if not self.are_dates else np.datetime64(int(self.last or 0), "us").item().isoformat(" ")
+        date = np.datetime64(int(self.last or 0), "us").item()
+        last = date.isoformat(" ") if self.are_dates else f"{self.last:.15g}"
         mend = (
             "rows are scored, and events added, in the order of time: give rows that came later, or prepare again with "
             "all of the log; rows of the prepared folder are scored by its splits (`ctrlib evaluate MODEL FOLDER`)"
@@ -233,7 +235,13 @@ class State:
         folder = Path(folder)
         if (said := (schema.raw_format or {}).get("events")) is None:
             return None
-        events = Events.of_dict(said)
+        try:
+            events = Events.of_dict(said)
+        except (TypeError, KeyError, ValueError) as error:
+            raise SchemaError(
+                f"{folder / 'schema.json'} has events that this ctrlib does not know ({error}): a newer one wrote it; "
+                "install that, or prepare the data again"
+            ) from error
         names = [f"rate-{i}.parquet" for i in range(len(events.keys))]
         names += [f"history-{i}.parquet" for i in range(len(events.histories))]
         for name in ("state.json", "pending.parquet", *names):

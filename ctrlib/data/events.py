@@ -74,7 +74,8 @@ class Events:
         histories: `History` objects.
         rates: keys, each a column or a tuple of columns.
         delay: how long after an event its label is known, in the unit of the times; seconds where these are dates.
-        strength: of the prior, in events.
+        strength: of the prior, in events. The best is about p (1 - p) / v - 1, where the rates of the keys have mean p
+            and variance v: about 5 where half of all events are positive, 30 where 2 of 100 are.
         label: whose rates, and whose positive events; by default the only one.
 
     Raises:
@@ -90,7 +91,7 @@ class Events:
     histories: Several[History] = ()
     rates: Collection[str | Collection[str]] = ()
     delay: float = 0.0
-    strength: float = 20.0
+    strength: float = 10.0
     label: str | None = None
 
     def __post_init__(self) -> None:
@@ -160,7 +161,7 @@ class Events:
 
         Args:
             given: features that are named already; one of the columns that are made may be, of its own kind.
-            ignored: columns that are no features.
+            ignored: columns that are no features, some of those that are made perhaps.
             limits: `min_count` and `max_values` of vocabularies.
 
         Raises:
@@ -182,7 +183,7 @@ class Events:
         for key in self.keys:
             made = "_".join(key)
             found += [Numeric(f"{made}_rate"), Numeric(f"{made}_count", "log_standard")]
-        return [feature for feature in found if feature.name not in kinds]
+        return [feature for feature in found if feature.name not in kinds and feature.name not in ignored]
 
     def reasons(self) -> dict[str, str]:
         """Column -> what to say of it in a report.

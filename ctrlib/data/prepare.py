@@ -104,7 +104,7 @@ def prepare(
         missing_labels: "raise", the default, or "mask" to keep such rows with NaN, which the loss leaves out.
         label_positive: for labels that are text, label -> text of the positive class, such as {"income": ">50K"}.
         events: histories and rates to make of the rows as a log, point in time (`ctrlib.data.events.Events`); what
-            prediction and newer data need of the log is kept in the folder.
+            prediction and newer data need of the log is kept in the folder. Memory then grows with the rows.
         like: a prepared folder or model folder to keep to: features, ids, scales, edges of numbers, labels, weight and
             group are those of that folder, and so is what a cell means. What is said beside must agree. Nothing is
             fitted but the counts of the vocabularies.
@@ -281,7 +281,8 @@ class _Preparation:
         else:
             self.schema, self.reasons = self.earlier.describe(train, split_by, ignore)
         if self.events is not None:
-            self.reasons |= self.events.reasons()
+            features = {feature.name for feature in self.schema.features}
+            self.reasons |= {name: why for name, why in self.events.reasons().items() if name in features}
             if self.reasons.get(self.events.time or "") == "ignored: as told":
                 self.reasons[self.events.time or ""] = "ignored: the time of the events"
         _refuse_other_columns(self.tables, self.reasons)
