@@ -17,9 +17,9 @@ import ctrlib as ctr
 from ctrlib import cli, metrics, models, plots
 from ctrlib.calibration import Calibration, fit_calibration
 from ctrlib.data.scan import DataError
+from ctrlib.data.slices import slices_of
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.models.build import check_calibratable
-from ctrlib.serving.slices import slices_of
 from ctrlib.training.config import complete, identity_of
 
 QUIET = Console(quiet=True)

@@ -225,6 +225,9 @@ def check_metrics(ran: Ran) -> None:
     assert ran.names["test"].difference > 0
     assert ran.names["test"].p_value < 0.01
     assert set(first_cells(section(page("metrics.md"), "All at once"))) == set(ran.names["report"])
+    found = ran.names["found"]
+    assert set(first_cells(section(page("metrics.md"), "A file of predictions"))) == set(found)
+    assert f"{found['scores'][1]['auc']:.5f}" in ran.ctrlib["evaluate"][0]
 
 
 def check_retrieval(ran: Ran) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"doctor"},
     {"errors"},
-    {"making", "_launcher", "_lock"},
+    {"making", "_launcher", "_lock", "_json"},
     {"_lazy", "_target"},  # an installation that does not load is explained by `doctor`
     {"schema", "batch", "layers", "metrics", "plots", "distributed"},
     {"losses", "manifest", "calibration"},

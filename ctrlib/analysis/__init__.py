@@ -3,5 +3,9 @@
 from ctrlib import _lazy
 
 __getattr__, __dir__ = _lazy.named(
-    __name__, {"transfer": ("compare_tasks", "gate_usage", "gradient_cosines", "step_scores")}
+    __name__,
+    {
+        "predictions": ("Predictions", "evaluate_predictions", "read_predictions"),
+        "transfer": ("compare_tasks", "gate_usage", "gradient_cosines", "step_scores"),
+    },
 )

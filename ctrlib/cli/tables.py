@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 OF_ROWS: tuple[tuple[str, str, str], ...] = (
     ("auc", "AUC", ".5f"),
     ("auc_se", "  standard error (DeLong)", ".5f"),
+    ("auc_se_groups", "  standard error, groups independent", ".5f"),
     ("gauc", "GAUC", ".5f"),
+    ("gauc_se", "  standard error, groups independent", ".5f"),
     ("gauc_groups", "  groups that count, having both classes", ",.0f"),
     ("log_loss", "log-loss (nats)", ".5f"),
+    ("log_loss_se", "  standard error", ".5f"),
     ("normalized_entropy", "  normalised entropy (a constant has 1)", ".4f"),
     ("calibration", "calibration (predicted / observed)", ".4f"),
     ("calibration_se", "  standard error", ".4f"),
@@ -129,13 +132,15 @@ def print_beside(result: dict[str, Any]) -> None:
 
 
 def print_slices(slices: list[dict[str, Any]], column: str) -> None:
-    """Metrics of the rows of each value of a column."""
-    several = len({line["label"] for line in slices}) > 1
-    headings = [name for _, name, _ in SLICES]
-    table = new_table(column, *(["label"] if several else []), *headings, numbers=len(headings))
+    """Metrics of the rows of each value of a column, and of each label or score."""
+    kind = next(kind for kind in ("label", "score") if kind in slices[0])
+    several = len({line[kind] for line in slices}) > 1
+    # Of several scores, all columns would not fit.
+    columns = [one for one in SLICES if one[0] in slices[0] and not (several and (kind, one[0]) in LESS)]
+    table = new_table(column, *([kind] if several else []), *(name for _, name, _ in columns), numbers=len(columns))
     for line in slices:
-        label = [line["label"]] if several else []
-        table.add_row(line["value"], *label, *(format(line[key], form) for key, _, form in SLICES))
+        which = [line[kind]] if several else []
+        table.add_row(line["value"], *which, *(format(line[key], form) for key, _, form in columns))
     show(table)
 
 
@@ -148,6 +153,7 @@ SLICES = (
     ("calibration", "calibration", ".3f"),
     ("calibration_se", "SE", ".3f"),
 )
+LESS = (("score", "positives"), ("score", "calibration_se"))
 BESIDE = (("auc", ".5f"), ("log_loss", ".5f"), ("normalized_entropy", ".4f"))
 
 

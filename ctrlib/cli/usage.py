@@ -147,7 +147,8 @@ def flags_of(command: type) -> list[Flag]:
 
     >>> from ctrlib.cli.evaluate import Evaluate
     >>> [flag.name for flag in flags_of(Evaluate)]
-    ['--json', '--debug', 'MODEL', 'DATA', '--split', '--by', '--batch-size', '--on-bad-row']
+    ['--json', '--debug', 'MODEL', 'DATA', '--split', '--by', '--batch-size', '--on-bad-row', '--label', '--score', \
+'--group', '--weight', '--scale']
     """
     return list(_flags(command))
 

@@ -11,6 +11,7 @@ Conventions, the same in every function:
 
 Sources: DeLong et al., "Comparing the areas under two or more correlated ROC curves", Biometrics 1988; Sun & Xu, "Fast
 implementation of DeLong's algorithm", IEEE Signal Processing Letters 2014 (https://doi.org/10.1109/LSP.2014.2337313);
+Obuchowski, "Nonparametric analysis of clustered ROC curve data", Biometrics 1997 (https://doi.org/10.2307/2533958);
 Zhou et al., "Deep Interest Network", KDD 2018 (GAUC; https://arxiv.org/abs/1706.06978); He et al., "Practical lessons
 from predicting clicks on ads at Facebook", ADKDD 2014 (normalised entropy; https://doi.org/10.1145/2648584.2648589).
 
@@ -23,6 +24,7 @@ from predicting clicks on ads at Facebook", ADKDD 2014 (normalised entropy; http
 
 from __future__ import annotations
 
+from ctrlib.metrics.once import evaluate_scores
 from ctrlib.metrics.probability import (
     Reliability,
     calibration,
@@ -40,6 +42,7 @@ from ctrlib.metrics.ranking import (
     auc,
     auc_delong,
     auc_paired_test,
+    auc_paired_tests,
     average_precision,
     gauc,
 )
@@ -56,11 +59,13 @@ __all__ = [
     "auc",
     "auc_delong",
     "auc_paired_test",
+    "auc_paired_tests",
     "average_precision",
     "calibration",
     "calibration_se",
     "ece_by_chance",
     "evaluate_binary",
+    "evaluate_scores",
     "expected_calibration_error",
     "gauc",
     "log_loss",

@@ -181,13 +181,27 @@ def reliability(
     weight = np.ones(len(p)) if weight is None else weight[order]
     starts = np.flatnonzero(np.r_[True, p[1:] != p[:-1]])
     mass = np.add.reduceat(weight, starts)
+    sums = [np.add.reduceat(each, starts) for each in (weight * p, weight * positive, weight**2 * p * (1 - p))]
+    return reliability_of_blocks(mass, *sums, uniform=uniform, num_bins=num_bins)
+
+
+def reliability_of_blocks(
+    mass: Floats, predicted: Floats, observed: Floats, variance: Floats, *, uniform: bool, num_bins: int = 20
+) -> Reliability:
+    """Bins of blocks of equal predictions, ascending.
+
+    Args:
+        mass: weight of each block.
+        predicted: sum of its weights times probability.
+        observed: weight of its positives.
+        variance: sum of w^2 p (1 - p).
+        uniform: all weights are 1.
+        num_bins: at most.
+    """
     middle = (np.cumsum(mass) - mass / 2) / mass.sum()
     of_block = np.minimum((middle * num_bins).astype(np.int64), num_bins - 1)
-    of_block = np.unique(of_block, return_inverse=True)[1]  # a bin that a long tie leaves empty is none
-    sums = [
-        np.bincount(of_block, np.add.reduceat(each, starts))
-        for each in (weight, weight * p, weight * positive, weight**2 * p * (1 - p))
-    ]
+    of_block = np.cumsum(np.r_[False, of_block[1:] != of_block[:-1]])  # a bin that a long tie leaves empty is none
+    sums = [np.bincount(of_block, each) for each in (mass, predicted, observed, variance)]
     rows, predicted, observed, variance = (each.astype(np.float64) for each in sums)
     distance = _mean_distance(predicted, variance) if uniform else np.sqrt(2 * variance / math.pi)
     return Reliability(rows, predicted / rows, observed / rows, distance / rows)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,13 +137,49 @@ def _placements(positive: Bools, scores: Floats) -> tuple[Floats, Floats]:
     return placement[positive], placement[~positive]
 
 
-def auc_delong(labels: npt.ArrayLike, scores: npt.ArrayLike, confidence: float = 0.95) -> DeLong:
+def clustered_error(m: Floats, of_m: Floats, n: Floats, of_n: Floats) -> float:
+    """Standard error of an AUC, or of a difference of two, whose rows are independent between groups only.
+
+    Obuchowski, "Nonparametric analysis of clustered ROC curve data", Biometrics 1997: what a group adds to the AUC is
+    the sum over its rows of how far their placements lie from the mean, and groups take the place of rows in DeLong's
+    variances and covariance. It is what a bootstrap that draws groups comes to with ever more draws. nan if fewer than
+    two groups have a class.
+
+    Args:
+        m: (G,) positives of each group.
+        of_m: (G,) sum of their placements (or of the differences of placements).
+        n: (G,) negatives of each group.
+        of_n: (G,) sum of theirs.
+    """
+    with_m, with_n = int(np.count_nonzero(m)), int(np.count_nonzero(n))
+    if with_m < 2 or with_n < 2:
+        return math.nan
+    a = (of_m - m * (of_m.sum() / m.sum())) / m.sum()
+    b = (of_n - n * (of_n.sum() / n.sum())) / n.sum()
+    variance = with_m / (with_m - 1) * (a @ a) + with_n / (with_n - 1) * (b @ b) + 2 * len(m) / (len(m) - 1) * (a @ b)
+    return math.sqrt(max(0.0, float(variance)))
+
+
+def _error(positive: Bools, v10: Floats, v01: Floats, groups: npt.NDArray[Any] | None) -> float:
+    """Of the mean of `v10`, a number a positive row, as of that of `v01`; without groups DeLong's."""
+    if groups is None:
+        return math.sqrt(float(v10.var(ddof=1)) / len(v10) + float(v01.var(ddof=1)) / len(v01))
+    codes = np.unique(groups, return_inverse=True)[1]
+    of_m, of_n, number = codes[positive], codes[~positive], int(codes.max()) + 1
+    sums = [np.bincount(of, each, number) for of, each in ((of_m, None), (of_m, v10), (of_n, None), (of_n, v01))]
+    return clustered_error(*(each.astype(np.float64) for each in sums))
+
+
+def auc_delong(
+    labels: npt.ArrayLike, scores: npt.ArrayLike, confidence: float = 0.95, *, groups: npt.ArrayLike | None = None
+) -> DeLong:
     """AUC with DeLong's standard error, var = S10 / m + S01 / n, in O(B log B).
 
     S10 and S01 are the sample variances of the placements of the m positives and n negatives. Rows are taken as
-    independent: with many rows per user the true error is larger. A class of fewer than two rows has error nan.
+    independent: with many rows per user the true error is larger, and `groups` (users) gives it (`clustered_error`). A
+    class of fewer than two rows, or groups, has error nan.
 
-    Shape: labels (B,), scores (B,).
+    Shape: labels (B,), scores (B,), groups (B,) or None.
 
     >>> result = auc_delong([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
     >>> result.auc, round(result.standard_error, 4)
@@ -148,41 +187,64 @@ def auc_delong(labels: npt.ArrayLike, scores: npt.ArrayLike, confidence: float =
     """
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence must be between 0 and 1, got {confidence}: 0.95 is usual")
-    positive, score, _, _ = checked(labels, scores)
+    positive, score, _, group = checked(labels, scores, groups=groups)
     m = int(np.count_nonzero(positive))
     n = len(score) - m
     if m < 2 or n < 2:
         return DeLong(auc(positive, score), math.nan, math.nan, math.nan)
     v10, v01 = _placements(positive, score)
     value = float(v10.mean())
-    error = math.sqrt(float(v10.var(ddof=1)) / m + float(v01.var(ddof=1)) / n)
+    error = _error(positive, v10, v01, group)
     half = NormalDist().inv_cdf((1 + confidence) / 2) * error
     return DeLong(value, error, max(0.0, value - half), min(1.0, value + half))
 
 
-def auc_paired_test(labels: npt.ArrayLike, scores_a: npt.ArrayLike, scores_b: npt.ArrayLike) -> PairedTest:
+def auc_paired_test(
+    labels: npt.ArrayLike, scores_a: npt.ArrayLike, scores_b: npt.ArrayLike, *, groups: npt.ArrayLike | None = None
+) -> PairedTest:
     """Is the AUC of `scores_a` different from that of `scores_b` on the same rows? DeLong's test.
 
     Two models err on the same hard rows, so the difference is known far better than either AUC: the variance is that of
     the placements' differences, which is S_aa + S_bb - 2 S_ab. Equal scores give z 0 and p 1; one class only gives nan.
+    With `groups`, rows are independent between those only (`clustered_error`).
 
-    Shape: labels (B,), scores_a (B,), scores_b (B,).
+    Shape: labels (B,), scores_a (B,), scores_b (B,), groups (B,) or None.
 
     >>> result = auc_paired_test([0, 0, 1, 1, 1], [0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 0.3, 0.2, 0.4, 0.5])
     >>> round(result.difference, 4), round(result.p_value, 3)
     (0.1667, 0.48)
     """
-    positive, a, _, _ = checked(labels, scores_a, name="scores_a")
-    _, b, _, _ = checked(labels, scores_b, name="scores_b")
-    m = int(np.count_nonzero(positive))
-    n = len(a) - m
-    if m < 2 or n < 2:
-        return PairedTest(auc(positive, a) - auc(positive, b), math.nan, math.nan, math.nan)
-    (a10, a01), (b10, b01) = _placements(positive, a), _placements(positive, b)
-    difference = float(a10.mean()) - float(b10.mean())
-    error = math.sqrt(float((a10 - b10).var(ddof=1)) / m + float((a01 - b01).var(ddof=1)) / n)
-    z = difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
-    return PairedTest(difference, error, z, math.erfc(abs(z) / math.sqrt(2)))
+    return auc_paired_tests(labels, {"scores_a": scores_a, "scores_b": scores_b}, groups=groups)["scores_a", "scores_b"]
+
+
+def auc_paired_tests(
+    labels: npt.ArrayLike, scores: Mapping[str, npt.ArrayLike], *, groups: npt.ArrayLike | None = None
+) -> dict[tuple[str, str], PairedTest]:
+    """`auc_paired_test` of each two of several scores, by their names, the earlier one first.
+
+    Shape: labels (B,), each of the scores (B,), groups (B,) or None.
+
+    >>> tests = auc_paired_tests([0, 1, 0, 1], {"a": [1, 2, 3, 4], "b": [1, 4, 2, 3], "c": [4, 3, 2, 1]})
+    >>> [f"{a} - {b}: {test.difference}" for (a, b), test in tests.items()]
+    ['a - b: -0.25', 'a - c: 0.5', 'b - c: 0.75']
+    """
+    placements: dict[str, tuple[Floats, Floats]] = {}
+    for name, values in scores.items():
+        positive, score, _, group = checked(labels, values, name=name, groups=groups)
+        m = int(np.count_nonzero(positive))
+        if m < 2 or len(score) - m < 2:
+            value = np.full(1, auc(positive, score))
+            placements[name] = value, value
+        else:
+            placements[name] = _placements(positive, score)
+    tests = {}
+    for (a, (a10, a01)), (b, (b10, b01)) in itertools.combinations(placements.items(), 2):
+        difference = float(a10.mean()) - float(b10.mean())
+        error = _error(positive, a10 - b10, a01 - b01, group) if len(a10) > 1 else math.nan
+        z = difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
+        z = math.nan if math.isnan(error) else z
+        tests[a, b] = PairedTest(difference, error, z, math.erfc(abs(z) / math.sqrt(2)))
+    return tests
 
 
 @dataclass(frozen=True)
@@ -193,6 +255,8 @@ class GroupAUC:
     groups_used: int
     groups_dropped: int
     rows_dropped: int
+    standard_error: float = field(default=math.nan, repr=False, compare=False)
+    """Of the value, if groups are independent draws; nan if fewer than two are used."""
 
 
 def gauc(
@@ -231,17 +295,44 @@ def gauc(
     starts = np.flatnonzero(np.r_[True, (codes[1:] != codes[:-1]) | (score[1:] != score[:-1])])
     p = np.add.reduceat(np.where(positive, weight, 0.0), starts)
     n = np.add.reduceat(np.where(positive, 0.0, weight), starts)
-    of_block = codes[starts]
-    group_p, group_n = np.bincount(of_block, p), np.bincount(of_block, n)
-    below = np.cumsum(n) - n / 2 - (np.cumsum(group_n) - group_n)[of_block]
-    in_order = np.bincount(of_block, p * below)
+    return gauc_of_blocks(codes[starts], p, n, rows)
+
+
+def gauc_of_blocks(of_group: npt.NDArray[np.int64], p: Floats, n: Floats, rows: npt.NDArray[np.int64]) -> GroupAUC:
+    """GAUC of (weighted) counts per distinct score of a group.
+
+    Args:
+        of_group: the group of each block, ascending from 0; within a group, blocks ascend by score.
+        p: weight of the positives of each block.
+        n: weight of its negatives.
+        rows: rows of each group.
+    """
+    group_p, group_n = np.bincount(of_group, p), np.bincount(of_group, n)
+    below = np.cumsum(n) - n / 2 - (np.cumsum(group_n) - group_n)[of_group]
+    in_order = np.bincount(of_group, p * below)
     used = (group_p > 0) & (group_n > 0)
     num_used = int(np.count_nonzero(used))
-    value = math.nan
+    value = error = math.nan
     if num_used:
         share = group_p[used] + group_n[used]
-        value = float(share @ (in_order[used] / (group_p[used] * group_n[used])) / share.sum())
-    return GroupAUC(value, num_used, len(used) - num_used, int(rows[~used].sum()))
+        of_groups = in_order[used] / (group_p[used] * group_n[used])
+        value = float(share @ of_groups / share.sum())
+        error = mean_error(share, share * of_groups)
+    return GroupAUC(value, num_used, len(used) - num_used, int(rows[~used].sum()), error)
+
+
+def mean_error(mass: Floats, sums: Floats) -> float:
+    """Standard error of sum(sums) / sum(mass), whose terms are independent draws.
+
+    nan of fewer than two, or if the ratio is not finite.
+
+    >>> round(mean_error(np.ones(4), np.array([1.0, 2.0, 3.0, 4.0])), 4)  # of a mean: sd / sqrt(n)
+    0.6455
+    """
+    if len(mass) < 2 or not np.isfinite(sums).all():
+        return math.nan
+    apart = sums - mass * (sums.sum() / mass.sum())
+    return math.sqrt(len(mass) / (len(mass) - 1) * float(apart @ apart)) / float(mass.sum())
 
 
 def average_precision(labels: npt.ArrayLike, scores: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
@@ -257,6 +348,10 @@ def average_precision(labels: npt.ArrayLike, scores: npt.ArrayLike, weights: npt
     positive, score, weight, _ = checked(labels, scores, weights)
     if not positive.any():
         return math.nan
-    positives, negatives = _tie_blocks(positive, score, weight)
+    return precision_from_blocks(*_tie_blocks(positive, score, weight))
+
+
+def precision_from_blocks(positives: Floats, negatives: Floats) -> float:
+    """Average precision of (weighted) counts per distinct score, ascending; there is a positive."""
     p, n = np.cumsum(positives[::-1]), np.cumsum(negatives[::-1])
     return float(positives[::-1] @ (p / (p + n)) / p[-1])

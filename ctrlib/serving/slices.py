@@ -2,63 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from ctrlib import metrics
 from ctrlib._lazy import instead
 from ctrlib.data.columns import GROUP_COLUMN
+from ctrlib.data.slices import slices_of
 from ctrlib.data.vocabulary import vocabulary_path
 from ctrlib.manifest import check_file
 from ctrlib.schema import OOV_ID, Categorical, Schema, SchemaError, vocabulary_of
 from ctrlib.training.evaluate import Scores, known
 
-MOST = 20  # values that are told apart, those in most rows
-NUM_PARTS = 10  # of numbers
-MISSING, OTHERS, UNSEEN = "(missing)", "(others)", "(unseen or rare)"
-
-
-def slices_of(values: pl.Series) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Names of slices, and the slice of each row.
-
-    A slice is a value: the twenty in most rows, then "(others)" and "(missing)". Numbers of more values are cut into
-    ten parts of about as many rows instead, ascending.
-
-    >>> slices_of(pl.Series(["b", "a", None, "b"]))
-    (['b', 'a', '(missing)'], array([0, 1, 2, 0]))
-    """
-    present = values.drop_nulls()
-    if values.dtype.is_float():
-        present = present.drop_nans()
-    if values.dtype.is_numeric() and present.n_unique() > MOST:
-        return _parts(values, present)
-    texts = values.cast(pl.String)
-    counts = present.cast(pl.String).rename("value").value_counts().sort(["count", "value"], descending=[True, False])
-    chosen = counts["value"][:MOST].to_list()
-    names = [*chosen, *([OTHERS] if len(counts) > MOST else []), *([MISSING] if len(present) < len(values) else [])]
-    place = {name: number for number, name in enumerate(chosen)}
-    nothing = {None, "NaN"} if values.dtype.is_float() else {None}
-    codes = [len(names) - 1 if text in nothing else place.get(text, MOST) for text in texts]
-    return names, np.array(codes, np.int64)
-
-
-def _parts(values: pl.Series, present: pl.Series) -> tuple[list[str], npt.NDArray[np.int64]]:
-    numbers = values.cast(pl.Float64).fill_null(math.nan).to_numpy()
-    edges = np.unique(np.quantile(present.cast(pl.Float64).to_numpy(), np.linspace(0, 1, NUM_PARTS + 1)))
-    codes = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, len(edges) - 2)
-    names = [f"{low:.6g} to {high:.6g}" for low, high in itertools.pairwise(edges)]
-    gone = np.isnan(numbers)
-    if gone.any():
-        codes[gone] = len(names)
-        names.append(MISSING)
-    return names, codes
+UNSEEN = "(unseen or rare)"
 
 
 def prepared_values(folder: Path, split: str, schema: Schema, name: str) -> pl.Series:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
+from ctrlib._json import to_json as to_json  # others take it from here
 from ctrlib._lock import locked
 from ctrlib.batch import Batch
 from ctrlib.distributed import rank, total, world_size
@@ -264,23 +264,6 @@ def _save_batch(out: Path | None, batch: Batch) -> str:
     out.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, path)
     return f" The batch is saved as {path} (read it with torch.load(..., weights_only=True))."
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as the standard has it: an undefined metric (NaN), which JSON cannot say, is null.
-
-    >>> to_json({"auc": float("nan"), "rows": [1, 2.5]})
-    '{"auc": null, "rows": [1, 2.5]}'
-    """
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {key: plain(part) for key, part in item.items()}
-        if isinstance(item, list | tuple):
-            return [plain(part) for part in item]
-        return None if isinstance(item, float) and not np.isfinite(item) else item
-
-    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 class _Log:
