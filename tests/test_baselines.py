@@ -129,7 +129,8 @@ def test_labels_of_test_change_nothing_and_those_of_train_do(made: tuple[Path, n
     folder, _ = made
     schema = ctr.Schema.load(folder)
     train, valid, test = (
-        baselines._read(folder, name, schema, 10_000, np.random.default_rng(0)) for name in ("train", "valid", "test")
+        baselines.sample_of(folder, name, schema, 10_000, np.random.default_rng(0))
+        for name in ("train", "valid", "test")
     )
     flipped = baselines.Split(test.places, test.columns, 1 - test.labels, test.weights, test.num_rows)
     for fit in (baselines._constant, baselines._logistic_regression, baselines._gradient_boosting):

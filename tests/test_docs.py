@@ -23,6 +23,7 @@ import pytest
 
 import ctrlib as ctr
 from ctrlib import cli
+from ctrlib.cli import COMMANDS
 from ctrlib.inputs import LOOK_UPS
 from ctrlib.models import MODELS
 from ctrlib.retrieval.table import METHODS, arguments_of
@@ -33,10 +34,6 @@ DOCS = ROOT / "docs"
 # results.md is made by recipes/results.py.
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "results.md")
 LANGUAGES = ("python", "bash", "text")  # run, run, and shown only
-COMMANDS = (
-    *("prepare", "rank", "train", "evaluate", "predict", "update"),
-    *("compress", "search", "retrieve", "models", "doctor"),
-)
 
 
 def page(name: str) -> str:
@@ -230,6 +227,14 @@ def check_metrics(ran: Ran) -> None:
     assert f"{found['scores'][1]['auc']:.5f}" in ran.ctrlib["evaluate"][0]
 
 
+def check_reports(ran: Ran) -> None:
+    above(0.6, *ran.aucs("train"), *ran.aucs("evaluate"))
+    for name in ("first", "report", "predictions"):
+        assert "<svg" in Path(f"{name}.html").read_text()
+    record = ran.names["record"]
+    assert set(record) == set(first_cells(section(page("reports.md"), "The record of a run")))
+
+
 def check_retrieval(ran: Ran) -> None:
     above(0.2, ran.number(-1))
     files = first_cells(section(page("retrieval.md"), "What is in the folder"))
@@ -255,6 +260,7 @@ CHECKS: dict[str, Callable[[Ran], None]] = {
     "labels.md": check_labels,
     "serving.md": check_serving,
     "metrics.md": check_metrics,
+    "reports.md": check_reports,
     "retrieval.md": check_retrieval,
 }
 

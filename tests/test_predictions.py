@@ -321,7 +321,7 @@ def test_the_command_prints_and_gives_json(tmp_path, frame, monkeypatch, capsys)
         ("scores.csv --label click --score p --split test", "--split cannot be said"),
         ("scores.csv --label click --score p --batch-size 7", "--batch-size cannot be said"),
         ("nowhere.csv --label click --score p", "nowhere.csv does not exist"),
-        ("model --label click", "model is a model folder; --label are for files of predictions"),
+        ("model --label click", "model is a model folder: leave out --label, of files of predictions"),
         ("model", "model is a model folder: say which DATA to evaluate it on after it"),
         ("nowhere", "nowhere is not a model folder, it does not exist"),
     ],

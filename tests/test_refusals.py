@@ -132,9 +132,11 @@ COMMANDS = {
     "search optfs data": ("search",),
     "compress model data --ratio 2": ("compressed",),
     "predict model x.csv": ("file",),
+    "report model": ("file",),
     "rank data": ("ranking",),
     "retrieve train log.csv": ("retrieval",),
 }
+OF_FILES = ("predict", "report")  # which write a file, and no folder
 
 
 def own_fields(group: type) -> dict[str, Any]:
@@ -157,7 +159,7 @@ PATHS = [
     (command, name)
     for command, named in FIELDS.items()
     for name, hint in named.items()
-    if "--out" in named and name != "--out" and "path" in repr(hint).lower()
+    if "--out" in named and name not in ("--out", "--scores") and "path" in repr(hint).lower()  # which are written
 ]
 # What they are, and what the command needs besides.
 READ = {
@@ -171,6 +173,8 @@ READ = {
     ("train", "--config"): ("model/model.json", "train data --config model/model.json"),
     ("predict", "MODEL"): ("model", "predict model x.csv"),
     ("predict", "DATA"): ("x.csv", "predict model x.csv"),
+    ("report", "RUN"): ("model", "report model"),
+    ("report", "--data"): ("data", "report model --data data"),
     ("compress", "MODEL"): ("model", "compress model data --ratio 2"),
     ("compress", "DATA"): ("data", "compress model data --ratio 2"),
     ("compress", "--teachers"): ("model2", "compress model data --ratio 2 --teachers model2"),
@@ -212,7 +216,7 @@ def test_no_argument_is_written_over(
         out, how = Path("link.csv"), "is"
     elif (home / read).is_dir():
         out, how = Path(read) / "deep" / "scores.csv", "lies in"
-    elif command == "predict":
+    elif command in OF_FILES:
         pytest.skip("a file lies around nothing")
     else:
         out, how = Path("..") / home.name / Path(read).parent, "holds"
@@ -249,8 +253,9 @@ def test_what_is_there_stays(
 ) -> None:
     """Without --overwrite always, and with it where something of another kind would go."""
     monkeypatch.chdir(home)
-    out = target if target.endswith(".csv") or "predict" not in command else f"{target}/../{target}"
-    if "predict" in command and not target.endswith(".csv"):
+    of_file = command.split()[0] in OF_FILES
+    out = target if target.endswith(".csv") or not of_file else f"{target}/../{target}"
+    if of_file and not target.endswith(".csv"):
         (home / "folder.csv").symlink_to(home / target)  # the name must end so
         out = "folder.csv"
     before = contents(home)

@@ -14,19 +14,39 @@ from ctrlib.errors import ArgumentError
 CELL = 18  # pixels of a square of a heat map
 LEFT = 190  # pixels for names
 WIDTH = 560  # pixels of a chart
-BAR = "#7aa6c2"
 COLOURS = ((255, 255, 255), (178, 24, 43))  # of 0 and of 1
 
+# Light or dark as the reader's system is; colours of runs differ for the colour-blind too (Okabe and Ito's, by turns).
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; color: #222; }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #e3e3e3; --head: #f4f4f4; --guide: #888;
+  --bar: #7aa6c2; --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #b58900; --c5: #56758a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #16181b; --faint: #34383d; --head: #23272b;
+  --guide: #999; --bar: #4d7f9f; --c0: #4aa8e0; --c1: #f08a3c; --c2: #2fc59a; --c3: #e39cc4; --c4: #e0b53a;
+  --c5: #9db9cb; } }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; color: var(--ink);
+  background: var(--paper); overflow-wrap: break-word; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; } p { max-width: 60em; }
-@media (max-width: 84em) { .wide { overflow-x: auto; } }
+.wide { overflow-x: auto; margin-bottom: .8em; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 2px 9px; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { cursor: pointer; background: #f4f4f4; position: sticky; top: 0; white-space: normal; }
+th, td { padding: 2px 9px; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap; }
+th { cursor: pointer; background: var(--head); position: sticky; top: 0; white-space: normal; }
 th.text, td.text { text-align: left; white-space: normal; }
-svg text { font: 11px system-ui, sans-serif; fill: #222; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
+svg .bar { fill: var(--bar); } svg .whisker { stroke: var(--ink); } svg .guide { stroke: var(--guide); }
+figure { display: inline-block; margin: .5em 1.5em .5em 0; max-width: 100%; vertical-align: top; }
+figure svg { max-width: 100%; height: auto; } figcaption { font-weight: 600; font-size: 13px; margin-bottom: 4px; }
+svg .grid { stroke: var(--faint); } svg .band { stroke: var(--faint); stroke-width: 7; }
+figure .guide, svg .dashed { stroke-dasharray: 4 3; }
+svg .line { fill: none; stroke-width: 1.6; } figure .whisker { stroke-width: 1.6; }
+details { margin: .4em 0 1em; } summary { cursor: pointer; font-size: 13px; }
+.legend span { margin-right: 1.2em; white-space: nowrap; }
+.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .4em; }
 """
+STYLE += "".join(
+    f"svg circle.c{n} {{ fill: var(--c{n}); }} svg .line.c{n}, figure .whisker.c{n} {{ stroke: var(--c{n}); }} "
+    f"i.c{n} {{ background: var(--c{n}); }}\n"
+    for n in range(6)
+)
 
 # A click on a heading sorts by that column: largest first, then smallest first. Empty cells stay below.
 SCRIPT = """
@@ -55,7 +75,8 @@ def page(title: str, parts: Sequence[str]) -> str:
     2
     """
     return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n"
         + "\n".join(parts)
         + f"\n<script>{SCRIPT}</script>\n</html>\n"
@@ -65,6 +86,15 @@ def page(title: str, parts: Sequence[str]) -> str:
 def heading(words: str) -> str:
     """Of a section."""
     return f"<h2>{escape(words)}</h2>"
+
+
+def details(words: str, inside: str) -> str:
+    """What is shown at a click on the words, and is there for everybody to search and to print.
+
+    >>> details("numbers", text("1"))
+    '<details><summary>numbers</summary><p>1</p></details>'
+    """
+    return f"<details><summary>{escape(words)}</summary>{inside}</details>"
 
 
 def text(words: str) -> str:
@@ -113,11 +143,11 @@ def bars(names: Sequence[str], values: Sequence[float], intervals: Sequence[tupl
         marks.append(
             f"<g><title>{escape(said)}</title>"
             f'<text x="{LEFT - 6}" y="{y + 10}" text-anchor="end">{escape(_short(name))}</text>'
-            f'<rect x="{min(x(0), x(value)):.1f}" y="{y}" width="{abs(x(value) - x(0)):.1f}" height="12" fill="{BAR}"/>'
-            f'<line x1="{x(least):.1f}" x2="{x(most):.1f}" y1="{y + 6}" y2="{y + 6}" stroke="#222"/></g>'
+            f'<rect x="{min(x(0), x(value)):.1f}" y="{y}" width="{abs(x(value) - x(0)):.1f}" height="12" class="bar"/>'
+            f'<line x1="{x(least):.1f}" x2="{x(most):.1f}" y1="{y + 6}" y2="{y + 6}" class="whisker"/></g>'
         )
     height = len(names) * CELL + 24
-    axis = f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="{height - 20}" stroke="#999"/>'
+    axis = f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="{height - 20}" class="guide"/>'
     ends = f'<text x="{x(0):.1f}" y="{height - 6}">0</text>' + (
         f'<text x="{x(high):.1f}" y="{height - 6}" text-anchor="end">{high:.4g} {escape(unit)}</text>'
     )

@@ -70,7 +70,7 @@ def are_predictions(first: Path, flags: PredictionFlags, given: frozenset[str]) 
     said = sorted(given & {flag.name for flag in flags_of(PredictionFlags)})
     if (first / "model.json").is_file():
         if said:
-            raise ArgumentError(f"{first} is a model folder; {', '.join(said)} are for files of predictions")
+            raise ArgumentError(f"{first} is a model folder: leave out {', '.join(said)}, of files of predictions")
         return False
     if said:
         return True

@@ -36,7 +36,8 @@ from ctrlib.serving.direct import Rows as DirectRows
 from ctrlib.serving.direct import direct
 from ctrlib.serving.model_folder import load_model
 from ctrlib.serving.slices import prepared_values, score_slices
-from ctrlib.training.evaluate import Scores, predict, score
+from ctrlib.training.evaluate import Scores, predict
+from ctrlib.training.evaluate import score as metrics_of
 
 NOTHING = pl.DataFrame()  # made once: a frame costs a tenth of a millisecond
 
@@ -252,24 +253,34 @@ class Predictor:
         Raises:
             SchemaError, DataError: as in `predict`, labels included.
         """
+        keep = () if by is None else (by,)
+        scores, kept, counts = self.score(data, batch_size=batch_size, on_bad_row=on_bad_row, keep=keep)
+        return {**counts, **self._metrics(scores, None if by is None else kept[by])}
+
+    def score(
+        self, data: Rows, *, batch_size: int = 8192, on_bad_row: OnBadRow = "raise", keep: Sequence[str] = ()
+    ) -> tuple[Scores, pl.DataFrame, dict[str, Any]]:
+        """Logits and labels of raw rows, the columns to `keep`, and the counts that `predict` gives.
+
+        Raises:
+            SchemaError, DataError: as in `predict`, labels included.
+        """
         check_on_bad_row(on_bad_row)
         check_whole(1, batch_size=batch_size)
         groups: dict[str, int] = {}
         report = Report(self.encoder)
-        values: list[pl.Series] = []
+        values: list[pl.DataFrame] = []
 
         def batches() -> Iterator[Batch]:
-            keep = () if by is None else (by,)
             for columns, kept in self._encoded(data, on_bad_row, keep, report, groups=groups):
-                if by is not None:
-                    values.append(kept[by])
+                values.append(kept)
                 for start in range(0, len(columns.ids), batch_size):
                     part = columns.take(np.arange(start, min(start + batch_size, len(columns.ids))))
                     yield collate(part, self.schema, len(part.ids))
             report.check()
 
         scores = predict(self.model, batches())
-        return {**report.as_dict(), **self._metrics(scores, pl.concat(values) if values else None)}
+        return scores, pl.concat(values) if keep else NOTHING, report.as_dict()
 
     def evaluate_prepared(
         self, folder: str | Path, split: str, *, batch_size: int = 8192, by: str | None = None
@@ -285,7 +296,7 @@ class Predictor:
         return self._metrics(predict(self.model, Loader(folder, split, batch_size=batch_size)), values)
 
     def _metrics(self, scores: Scores, values: pl.Series | None) -> dict[str, Any]:
-        found = score(scores, labels=self.schema.labels)
+        found = metrics_of(scores, labels=self.schema.labels)
         return found if values is None else {**found, "by": score_slices(scores, values, self.schema.labels)}
 
     def check_prepared(self, folder: str | Path) -> Schema:

@@ -76,9 +76,9 @@ def compare(
 
     folder, schema = Path(folder), load_schema(folder)
     draw = np.random.default_rng(seed)
-    train = _read(folder, "train", schema, most_rows, draw)
-    valid = _read(folder, "valid", schema, most_rows // 4, draw)
-    test = _read(folder, "test", schema, most_rows, draw)
+    train = sample_of(folder, "train", schema, most_rows, draw)
+    valid = sample_of(folder, "valid", schema, most_rows // 4, draw)
+    test = sample_of(folder, "test", schema, most_rows, draw)
     lines: list[dict[str, Any]] = []
     with threadpool_limits(1):  # threads that wait for each other on a busy machine take twenty times as long
         for task, label in enumerate(schema.labels):
@@ -122,13 +122,15 @@ def remarks(lines: Sequence[dict[str, Any]]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _read(folder: Path, split: str, schema: Schema, most: int, draw: np.random.Generator) -> Split:
+def sample_of(
+    folder: Path, split: str, schema: Schema, most: int, draw: np.random.Generator, *, with_group: bool = False
+) -> Split:
     """All rows of a split, or so many, drawn from some of its row groups that lie evenly in it."""
     groups = find_row_groups(folder, split, schema)
     starts = np.cumsum([0, *(group.num_rows for group in groups)])
     total = int(starts[-1])
     if total <= most:
-        places, columns = np.arange(total), decode(groups, schema)
+        places, columns = np.arange(total), decode(groups, schema, with_group)
     else:
         chosen = _spread(groups, starts, most)
         inside = sum(groups[place].num_rows for place in chosen)
@@ -136,7 +138,7 @@ def _read(folder: Path, split: str, schema: Schema, most: int, draw: np.random.G
         for place in chosen:
             num_rows = groups[place].num_rows
             rows = np.sort(draw.choice(num_rows, max(1, num_rows * most // inside), replace=False))
-            pieces.append((starts[place] + rows, decode([groups[place]], schema).take(rows)))
+            pieces.append((starts[place] + rows, decode([groups[place]], schema, with_group).take(rows)))
         places = np.concatenate([rows for rows, _ in pieces])
         columns = Columns.concatenate([part for _, part in pieces])
     first = len(schema.dense)
