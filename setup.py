@@ -39,7 +39,7 @@ setup(
         "pyarrow>=17",
         "pandas>=2.2",
         "numba>=0.64",  # for large text files only (ctrlib.data.compiled)
-        "scikit-learn>=1.4",
+        "scikit-learn>=1.6",
         "scipy>=1.11",
         "safetensors>=0.5",
         "tyro>=1.0",

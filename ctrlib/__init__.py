@@ -44,6 +44,7 @@ _NAMES = {
     "serving.predictor": ("Predictor",),
     "serving.update": ("update",),
     "serving.warm_start": ("warm_start",),
+    "estimator": ("CTRClassifier",),
 }
 _MODULES = (*_lazy.PACKAGES, "losses", "metrics", "plots", "testing")
 __version__ = "0.1.0"

@@ -39,7 +39,8 @@ from ctrlib.search.ranks import Goal
 from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import Training
-from ctrlib.training.run import load_splits, score_once, sizes_of
+from ctrlib.training.run import score_once, sizes_of
+from ctrlib.training.splits import load_splits
 from records import record
 
 

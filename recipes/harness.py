@@ -25,7 +25,8 @@ from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import Device, EngineName, Training
 from ctrlib.training.evaluate import predict
 from ctrlib.training.loop import to_json
-from ctrlib.training.run import choose_device, load_splits, run, score_once, write_result
+from ctrlib.training.run import choose_device, run, score_once, write_result
+from ctrlib.training.splits import load_splits
 from records import record
 
 

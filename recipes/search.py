@@ -49,7 +49,8 @@ from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import Training
 from ctrlib.training.crossing import count_crosses
-from ctrlib.training.run import load_splits, score_once, sizes_of, train_model
+from ctrlib.training.run import score_once, sizes_of, train_model
+from ctrlib.training.splits import load_splits
 from records import record
 
 

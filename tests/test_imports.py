@@ -25,6 +25,7 @@ LAYERS = [
     {"models"},
     {"sharding"},
     {"training", "search", "retrieval", "ranking", "serving", "analysis"},
+    {"estimator"},
     {"cli"},
     {"__main__"},
 ]

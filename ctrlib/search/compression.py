@@ -32,7 +32,8 @@ from ctrlib.sharding.plan import TABLES
 from ctrlib.structure import KINDS, describe
 from ctrlib.training.config import Training
 from ctrlib.training.evaluate import evaluate
-from ctrlib.training.run import load_splits, write_result
+from ctrlib.training.run import write_result
+from ctrlib.training.splits import load_splits
 
 SMALLER = tuple(KINDS.values())  # what tables have given way to in a model that was made smaller already
 SAMPLE_ROWS = 400_000  # of train, to see how tables are used

@@ -31,7 +31,8 @@ from ctrlib.structure import describe
 from ctrlib.training.config import Training, refuse_another
 from ctrlib.training.config import identity_of as identity_of_run
 from ctrlib.training.finished import clean_up, finish, finished
-from ctrlib.training.run import load_splits, score_once, sizes_of, train_model, write_result
+from ctrlib.training.run import score_once, sizes_of, train_model, write_result
+from ctrlib.training.splits import load_splits
 
 
 @holding()

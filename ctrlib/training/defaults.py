@@ -7,13 +7,20 @@ The rules were chosen on validation over data of several kinds; docs/defaults.md
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ctrlib.data.facts import Facts
+from ctrlib._lazy import instead
+from ctrlib.data.facts import Facts, facts_of
+from ctrlib.data.quantiles import quantile_edges
+from ctrlib.errors import ArgumentError, WrongTypeError
+from ctrlib.models.table import MODELS
 
 PRIOR = 2000.0  # of L2 on tables, in rows, each counted by the standard deviation of its label
 FEW_POSITIVES = 1000
+BINS = 32  # per number
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,42 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
         said.append(f"{facts.numbers} numbers, piecewise linear")
     said.append("the epoch by log-loss")
     return Settings(model, training, f"settings by the data: {'; '.join(said)} (flags change them)")
+
+
+def config_for(
+    data: str | Path, model: str = "dcnv2", said: Mapping[str, Any] | None = None, *, seed: int = 0
+) -> dict[str, Any]:
+    """An experiment for `ctr.run`, as `ctrlib train` makes it: what is not said is chosen by counts of the data.
+
+    Args:
+        data: a prepared folder.
+        model: name of a published model.
+        said: some arguments of the model, and entries of "training", which count more.
+        seed: of the training.
+
+    Raises:
+        ValueError: there is no such model, or `said` names one, too.
+        SchemaError: it is no prepared folder with a train split, or a label has one class only.
+    """
+    said = {} if said is None else said
+    if not (isinstance(said, Mapping) and isinstance(said.get("training", {}), Mapping)):
+        raise WrongTypeError(
+            f'expected settings such as {{"hidden": [64], "training": {{"patience": 3}}}}, got {said!r}'
+        )
+    if not isinstance(model, str) or model not in MODELS:
+        raise ArgumentError(
+            f"unknown model {model!r}; {instead([str(model)], MODELS)} (`ctrlib models` says what each is)"
+        )
+    if "model" in said:
+        raise ArgumentError(f"the settings name a model, {said['model']!r}, beside {model!r}: leave it out there")
+    training: Mapping[str, Any] = said.get("training", {})
+    settings = settings_for(facts_of(data), training.get("engine", "exact"))
+    takes = ("embedding_dim", "numeric", *MODELS[model].arguments)
+    chosen = {name: value for name, value in settings.model.items() if name in takes}
+    config = {"model": model, **chosen, **said}
+    if config.get("numeric") in ("bucketised", "piecewise_linear") and config.get("edges") is None:
+        config["edges"] = quantile_edges(data, BINS)
+    return {**config, "training": {**settings.training, "seed": seed, **training}}
 
 
 def hidden_for(rows: int) -> list[int]:

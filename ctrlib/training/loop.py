@@ -30,6 +30,8 @@ from ctrlib.training.keeper import Batches, Engine, Keeper
 from ctrlib.training.progress import Epoch, Progress, known_weight
 from ctrlib.training.tensor_files import CheckpointError
 
+OnEpoch = Callable[[Epoch], None]
+
 
 class NonFiniteLossError(CtrlibError, RuntimeError):
     """The loss of a batch is NaN or infinite. Raised before that batch touches a weight; says where."""
@@ -67,6 +69,7 @@ def fit(
     checkpoint_seconds: float = 300.0,
     identity: dict[str, Any] | None = None,
     tensorboard: bool = False,
+    on_epoch: OnEpoch | None = None,
     console: Console | None = None,
 ) -> History:
     """Train until the validation score stops rising, and leave the best epoch's weights in the model.
@@ -95,6 +98,8 @@ def fit(
         checkpoints: where to save and to go on from.
         checkpoint_seconds: at most so much work is lost, plus a step.
         identity: of the run, as plain data; a checkpoint of a run with another one is refused, and what differs named.
+        on_epoch: is called after each epoch, with its line of the log; where training goes on, with those before, too.
+            What it raises ends the run.
         tensorboard: also write TensorBoard events (needs the extra `ctrlib[tensorboard]`).
         console: where progress is shown; `Console(quiet=True)` for none.
 
@@ -120,6 +125,8 @@ def fit(
         log = stack.enter_context(_Log(out if rank() == 0 else None, tensorboard and rank() == 0))
         for line in progress.epochs:
             log.write(line)
+            if on_epoch is not None:
+                on_epoch(line)
         while progress.stale < patience and len(progress.epochs) < max_epochs:
             number = len(progress.epochs) + 1
             try:
@@ -163,6 +170,8 @@ def fit(
                 # None is brought below 1e-6, or raised to it.
                 engine.learning_rates = [max(r * cut_factor, min(r, 1e-6)) for r in engine.learning_rates]
             keeper.save_epoch(progress, best=better)
+            if on_epoch is not None:
+                on_epoch(line)
         keeper.restore_best(progress)
     history = History(progress.epochs, progress.best_epoch)
     if progress.total_seconds:

@@ -1,7 +1,7 @@
 """The evaluation protocol: train, choose by validation, report test once, write it all down.
 
 `run` goes the whole road; a search, a compression or a recipe whose model comes from elsewhere takes the same steps:
-`load_splits`, `train_model`, `score_once`, `write_result`.
+`ctrlib.training.splits.load_splits`, `train_model`, `score_once`, `write_result`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from ctrlib.distributed import broadcast, init_process_group, rank, world_size
 from ctrlib.errors import ArgumentError, WrongTypeError, check_path, shown
 from ctrlib.losses import after_sampling, binary_cross_entropy
 from ctrlib.making import new_file, write_text
-from ctrlib.manifest import check_folder
 from ctrlib.model import Model
 from ctrlib.models.build import check_calibratable
 from ctrlib.schema import SchemaError
@@ -56,7 +55,8 @@ from ctrlib.training.finished import finish, finished
 from ctrlib.training.fused import FusedEngine
 from ctrlib.training.guard import Loss
 from ctrlib.training.keeper import Engine
-from ctrlib.training.loop import History, fit, to_json
+from ctrlib.training.loop import History, OnEpoch, fit, to_json
+from ctrlib.training.splits import load_to_score, load_train_and_valid
 
 
 def choose_device(device: Device) -> torch.device:
@@ -155,27 +155,6 @@ def start_at_base_rate(model: Model, data: str | Path) -> None:
     start_at(torch.tensor(facts_of(data).rates, dtype=torch.float32))
 
 
-def load_splits(data: str | Path, how: Training) -> tuple[Loader, Loader, Loader]:
-    """This process's share of train, shuffled, and of valid and test, of a prepared folder that is looked through.
-
-    Raises:
-        SchemaError: a file is damaged.
-        DataError: train or valid has one class of a label only, or no row with weight.
-    """
-    check_folder(data)  # all that is read after the training, too
-    share: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "workers": how.workers}
-    size = how.batch_size // world_size()
-    train = Loader(
-        data, "train", batch_size=size, shuffle=True, seed=how.seed, keep_negatives=how.keep_negatives, **share
-    )
-    share["with_group"] = train.schema.group is not None
-    # Scoring needs no gradients: larger batches, so fewer calls.
-    valid, test = (Loader(data, split, batch_size=2 * size, **share) for split in ("valid", "test"))
-    for loader in (train, valid):
-        loader.check_classes()
-    return train, valid, test
-
-
 def train_model(
     model: Model,
     how: Training,
@@ -186,6 +165,7 @@ def train_model(
     identity: dict[str, Any] | None = None,
     asynchronous_checkpoints: bool = False,
     tensorboard: bool = False,
+    on_epoch: OnEpoch | None = None,
     console: Console | None = None,
 ) -> tuple[Engine, History]:
     """Train a model; the engine's model is left with the weights that validation chose.
@@ -240,6 +220,7 @@ def train_model(
             checkpoint_seconds=how.checkpoint_seconds or 0.0,
             identity=identity,
             tensorboard=tensorboard,
+            on_epoch=on_epoch,
             console=console,
         )
     history.seconds += built
@@ -263,23 +244,37 @@ def score_once(
     `calibration` leaves them. `valid` may be what was predicted for it already.
     """
     labels = test.schema.labels
-    scored = valid if isinstance(valid, Scores) else predict(model, valid, device=device)
-    of_valid = score(scored if calibration is None else calibrated(scored, calibration), labels=labels)
+    result, _ = _score_valid(model, valid, labels, device, calibration)
     started = time.perf_counter()
     scored = predict(model, test, device=device)
     inference = test.num_rows / (time.perf_counter() - started)
     scored = scored if calibration is None else calibrated(scored, calibration)
     of_test = score(scored, labels=labels)
     result = {
-        "valid_auc": of_valid["auc"],
-        "valid_logloss": of_valid["log_loss"],
+        "valid_auc": result.pop("valid_auc"),
+        "valid_logloss": result.pop("valid_logloss"),
         "test_auc": of_test["auc"],
         "test_logloss": of_test["log_loss"],
         **{f"test_{name}": value for name, value in of_test.items() if name not in ("auc", "log_loss")},
-        **({"valid_tasks": of_valid["tasks"]} if "tasks" in of_valid else {}),
+        **result,
         "inference_samples_per_second": round(inference, 1),
     }
     return result, scored
+
+
+def _score_valid(
+    model: nn.Module,
+    valid: Loader | Scores,
+    labels: Sequence[str],
+    device: str | torch.device,
+    calibration: Calibration | None,
+) -> tuple[dict[str, Any], Scores]:
+    """valid_auc, valid_logloss, with several labels valid_tasks, and the predictions, calibrated."""
+    scored = valid if isinstance(valid, Scores) else predict(model, valid, device=device)
+    scored = scored if calibration is None else calibrated(scored, calibration)
+    found = score(scored, labels=labels)
+    result = {"valid_auc": found["auc"], "valid_logloss": found["log_loss"]}
+    return result | ({"valid_tasks": found["tasks"]} if "tasks" in found else {}), scored
 
 
 def sizes_of(model: Model) -> dict[str, int]:
@@ -310,6 +305,8 @@ def run(
     asynchronous_checkpoints: bool = False,
     tensorboard: bool = False,
     baselines: bool = False,
+    score_test: bool = True,
+    on_epoch: OnEpoch | None = None,
     on_built: Callable[[Model], None] | None = None,
     on_trained: Callable[[Model], None] | None = None,
     saving: Callable[[Model], contextlib.AbstractContextManager[Path]] | None = None,
@@ -341,6 +338,9 @@ def run(
     `baselines`: set a constant, a logistic regression and a gradient boosting beside the model, on the same rows of
     test (`ctrlib.training.baselines.compare`). The result then has their numbers as "baselines", and as "warnings"
     sentences that say where the model is not better than they are. Its "seconds" are without them.
+
+    `score_test=False`: test is not looked at, and need not be there; the result then has nothing of it, as it should
+    where settings are chosen. `on_epoch`: see `fit`.
 
     `modules`: where the model may be imported from, if it is one of your own (`ctrlib.models.build`).
 
@@ -375,6 +375,8 @@ def run(
             f"{world_size()} processes cannot share a batch of {how.batch_size} rows evenly: use a multiple of "
             f"{world_size()}"
         )
+    if baselines and not score_test:
+        raise ArgumentError("baselines=True needs test, where they stand beside the model: leave score_test=False out")
     if how.warm_start is not None and on_built is None:
         raise ArgumentError(
             f"warm_start={how.warm_start!r}: carry the rows over in on_built=lambda model: ctrlib.warm_start(model, "
@@ -385,7 +387,8 @@ def run(
         init_process_group(chosen_device)
     is_first = rank() == 0
     console = (console or Console(stderr=True)) if is_first else Console(quiet=True)
-    train, valid, test = load_splits(data, how)
+    train, valid = load_train_and_valid(data, how)
+    test = load_to_score(data, "test", how, train.schema) if score_test else None
     schema, note = train.schema, _note(data)
     torch.manual_seed(how.seed)
     described = {name: value for name, value in config.items() if name != "crosses"}
@@ -413,6 +416,7 @@ def run(
         identity=identity,
         asynchronous_checkpoints=asynchronous_checkpoints,
         tensorboard=tensorboard,
+        on_epoch=on_epoch,
         console=console,
     )
     trained = time.perf_counter()
@@ -429,8 +433,11 @@ def run(
         plain.load_state_dict(weights)
         if on_trained is not None:
             on_trained(plain)
-    scores, scored = score_once(trainer.model, of_valid, test, device=chosen_device, calibration=calibration)
-    if math.isnan(scores["test_auc"]):
+    if test is None:
+        scores, scored = _score_valid(trainer.model, of_valid, schema.labels, chosen_device, calibration)
+    else:
+        scores, scored = score_once(trainer.model, of_valid, test, device=chosen_device, calibration=calibration)
+    if math.isnan(scores.get("test_auc", 0.0)):
         console.print("warning: test holds one class only (or no known label), so its AUC is undefined (NaN)")
     result = {
         **scores,
@@ -447,7 +454,7 @@ def run(
         "data_hash": schema.hash,
         "note": note,
     }
-    if baselines:
+    if test is not None and baselines:
         result |= _beside(plain, scored, test, name_of(config))
     all_scored = None if out is None else whole(scored)
     if out is not None and is_first:
