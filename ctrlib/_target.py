@@ -16,7 +16,7 @@ from ctrlib._lock import locked, refuse_held
 from ctrlib.errors import CtrlibError, check_path
 from ctrlib.making import settle
 
-Kind = Literal["file", "prepared", "model", "compressed", "search", "ranking", "retrieval", "run", "other"]
+Kind = Literal["file", "prepared", "model", "compressed", "search", "ranking", "retrieval", "export", "run", "other"]
 NAMES: dict[Kind, str] = {
     "file": "a file",
     "prepared": "a prepared folder",
@@ -25,6 +25,7 @@ NAMES: dict[Kind, str] = {
     "search": "a folder of `ctrlib search`",
     "ranking": "a folder of `ctrlib rank`",
     "retrieval": "a folder of `ctrlib retrieve train`",
+    "export": "a folder of `ctrlib export`",
     "run": "the folder of a run",
     "other": "a folder with other files",
 }
@@ -35,11 +36,12 @@ MARKERS: dict[Kind, tuple[str, ...]] = {
     "compressed": ("compression.json",),
     "ranking": ("ranking.json",),
     "retrieval": ("retrieval.json",),
+    "export": ("export.json",),
     "model": ("model.json",),
     "run": ("metrics.json", "log.jsonl", "checkpoints", "plan.json", "non_finite_batch.pt"),
     "prepared": ("schema.json",),
 }
-RESULTS = ("model.json", "metrics.json", "search.json", "ranking.json", "retrieval.json")
+RESULTS = ("model.json", "metrics.json", "search.json", "ranking.json", "retrieval.json", "export.json")
 GOES_ON = ("checkpoints", "search")  # folders of checkpoints, which are gone when all is done
 FINISHED = ".finished"  # there while what a run needed to go on is removed (`ctrlib.training.finished`)
 

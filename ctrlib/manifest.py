@@ -39,6 +39,7 @@ MENDS = {
     "search": "ctrlib search ... --out {} --overwrite",
     "compress": "ctrlib compress ... --out {}",
     "retrieval": "ctrlib retrieve train ... --out {} --overwrite",
+    "export": "ctrlib export ... --out {} --overwrite",
 }
 
 Parts = tuple[tuple[int, str], ...]  # first byte and sha256

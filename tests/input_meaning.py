@@ -13,7 +13,7 @@ from typing import Any
 import input_tables as tables
 import polars as pl
 
-from ctrlib.data.table import BLANKS
+from ctrlib.data.quick import BLANKS
 from ctrlib.schema import Categorical, MultiValued, Numeric, RawId, Schema, Sequence
 
 BAD = "bad"  # a cell that no feature of its kind can hold

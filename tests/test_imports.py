@@ -24,7 +24,7 @@ LAYERS = [
     {"structure", "inputs"},
     {"models"},
     {"sharding"},
-    {"training", "search", "retrieval", "ranking", "serving", "analysis"},
+    {"training", "search", "retrieval", "ranking", "serving", "analysis", "export"},
     {"estimator"},
     {"cli"},
     {"__main__"},

@@ -7,7 +7,6 @@ or as a float (which pandas makes of integers as soon as one is missing).
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
+from ctrlib.data.quick import FLOAT32_MAX, json_events
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.table import ROW, RawTable, Total, is_cell
 from ctrlib.schema import (
@@ -31,7 +31,6 @@ from ctrlib.schema import (
     kind_of,
 )
 
-FLOAT32_MAX = 3.4028234e38
 TOO_LARGE = "too large after its transform"
 
 
@@ -79,35 +78,6 @@ def text(feature: Feature, dtype: pl.DataType) -> pl.Expr:
         values = values.list.eval(in_place if feature.padding is None else in_place.filter(kept))
         values = values.list.tail(feature.max_length)
     return pl.when(values.list.len() > 0).then(values)
-
-
-def json_events(cell: str) -> list[str | None] | None:
-    """The texts of what a JSON list holds, None for null; None in place of the list if it is none, or holds others
-    than texts, whole numbers, booleans and nulls.
-
-    >>> json_events('[7, "7.0", 7.0, true, null]'), json_events("[7.5]"), json_events("[7")
-    (['7', '7.0', '7', 'true', None], None, None)
-    """
-    events: list[str | None] = []
-    try:
-        found = json.loads(cell)
-        for one in found:
-            if isinstance(one, str):
-                one.encode()  # half a surrogate pair is no text
-                events.append(one)
-            elif isinstance(one, bool):
-                events.append("true" if one else "false")
-            elif isinstance(one, int):
-                events.append(str(one))
-            elif one is None or one != one:
-                events.append(None)
-            elif isinstance(one, float) and one.is_integer() and -(2.0**63) <= one < 2.0**63:
-                events.append(str(int(one)))
-            else:
-                return None
-    except (ValueError, TypeError, RecursionError):
-        return None
-    return events if isinstance(found, list) else None
 
 
 def _is_json(column: pl.Expr) -> pl.Expr:

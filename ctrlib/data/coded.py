@@ -34,9 +34,10 @@ from polars.io.plugins import register_io_source
 
 from ctrlib.data.compiled import Cut, Numbered, are_worth, cut
 from ctrlib.data.formats import format_of
+from ctrlib.data.quick import BLANKS
 from ctrlib.data.raw import RawData, TextFile, open_text, read_raw
 from ctrlib.data.scan import OnBadRow
-from ctrlib.data.table import BLANKS, ROW, Plan, RawTable, Total, check_height, missing_tokens, naming
+from ctrlib.data.table import ROW, Plan, RawTable, Total, check_height, missing_tokens, naming
 
 NUM_THREADS = min(os.cpu_count() or 1, 8)  # each holds a block
 BLOCK_ROWS = 1 << 17

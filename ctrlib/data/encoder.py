@@ -132,7 +132,7 @@ class Encoder:
         if state is None and has_events(schema):
             raise SchemaError("histories and rates are made of a log of events: give the state that is kept of it")
         self._value_counts, self._points, self._state = dict(counts or {}), dict(points or {}), state
-        self._known: dict[str, dict[str, int]] = {}
+        self.known: dict[str, dict[str, int]] = {}  # vocabulary -> text -> id
         for name, features in schema.vocabularies.items():
             values, rows = vocabularies.get(name, ()), features[0].num_embeddings or 0
             if len(values) != rows - NUM_RESERVED_IDS:
@@ -140,7 +140,7 @@ class Encoder:
                     f"vocabulary {name!r} has {len(values)} values, the schema says {rows - NUM_RESERVED_IDS}: take "
                     "both from one prepared folder or model folder"
                 )
-            self._known[name] = dict(zip(values, range(NUM_RESERVED_IDS, rows)))
+            self.known[name] = dict(zip(values, range(NUM_RESERVED_IDS, rows)))
         raw_format = schema.raw_format or {}
         self._missing = tuple(dict.fromkeys(["", *raw_format.get("missing_values", ())]))
         self._single = [f for f in schema.sparse if isinstance(f, Categorical | RawId)]
@@ -161,7 +161,10 @@ class Encoder:
             for f in self._single
             if isinstance(f, Categorical)
         }
-        self._texts_of = {f.name: texts_of_cell(f, kinds.get(f.name, "parsed"), missing) for f in self._lists}
+        self._texts_of = {
+            f.name: texts_of_cell(f, kinds.get(f.name, "parsed"), missing, in_place=isinstance(f, History))
+            for f in self._lists
+        }
         self._number_of = {f.name: number_of_cell(f, missing) for f in schema.dense}
 
     @classmethod
@@ -201,7 +204,7 @@ class Encoder:
             self._write(making)
 
     def _write(self, folder: Path) -> None:
-        for name, known in self._known.items():
+        for name, known in self.known.items():
             path = vocabulary_path(folder / "vocab", name)
             path.parent.mkdir(parents=True, exist_ok=True)
             table = pl.DataFrame({"value": list(known), "id": pl.Series(list(known.values()), dtype=pl.Int32)})
@@ -304,7 +307,7 @@ class Encoder:
     def judge(self, counts: Counts, name: str) -> list[str]:
         """`ctrlib.data.unknown.judge` of rows that were encoded."""
         return judge(
-            self.schema, counts.ids, counts.unseen, counts.missing, counts.examples, self._known.__getitem__, name
+            self.schema, counts.ids, counts.unseen, counts.missing, counts.examples, self.known.__getitem__, name
         )
 
     # --------------------------------------------------------------------------------------------- column by column
@@ -419,7 +422,7 @@ class Encoder:
     ) -> npt.NDArray[np.int32]:
         """The id of each text, each distinct one looked up once; `null` for nulls."""
         encoded = texts.to_arrow().dictionary_encode()
-        get = self._known[vocabulary_of(feature)].get
+        get = self.known[vocabulary_of(feature)].get
         distinct = encoded.dictionary.to_pylist()
         ids = np.fromiter((get(value, OOV_ID) for value in distinct), np.int32, len(distinct))
         unseen = np.flatnonzero(ids == OOV_ID)[:NUM_EXAMPLES]
@@ -447,7 +450,7 @@ class Encoder:
                 found = [raw_id_of_cell(feature, cell) for cell in cells[name]]
                 unseen, missing = 0, found.count(MISSING_RAW_ID)
             else:
-                texts, get = self._texts_of_column[name](cells[name]), self._known[vocabulary_of(feature)].get
+                texts, get = self._texts_of_column[name](cells[name]), self.known[vocabulary_of(feature)].get
                 found = [MISSING_ID if one is None else get(one, OOV_ID) for one in texts]
                 unseen, missing = found.count(OOV_ID), found.count(MISSING_ID)
                 if unseen:
@@ -456,7 +459,7 @@ class Encoder:
             ids.append(found)
         ragged = {}
         for listed in self._lists:
-            texts_of, get = self._texts_of[listed.name], self._known[vocabulary_of(listed)].get
+            texts_of, get = self._texts_of[listed.name], self.known[vocabulary_of(listed)].get
             lists = [texts_of(cell) for cell in cells[listed.name]]
             empty = [MISSING_ID] if isinstance(listed, MultiValued) else []
             of_rows = [[MISSING_ID if one is None else get(one, OOV_ID) for one in texts] or empty for texts in lists]
@@ -478,7 +481,7 @@ class Encoder:
 
     def _note(self, counts: Counts, feature: VocabularyFeature, texts: list[str | None]) -> None:
         """Keep some of the unseen values."""
-        known = self._known[vocabulary_of(feature)]
+        known = self.known[vocabulary_of(feature)]
         unseen = dict.fromkeys(one for one in texts if one is not None and one not in known)
         counts.examples[feature.name] = list(unseen)[:NUM_EXAMPLES]
 

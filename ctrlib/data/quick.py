@@ -2,20 +2,25 @@
 
 A loop over a few cells is sooner done than a query is planned. `Careful` is raised for what is not known at sight.
 What depends on a feature only is settled before the first cell comes, by the functions that make functions.
+
+A copy of this file goes with every exported model (`ctrlib.export.reader`), so it needs the standard library only.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ctrlib.data.cells import FLOAT32_MAX, json_events
-from ctrlib.data.table import BLANKS
-from ctrlib.schema import MISSING_RAW_ID, Categorical, MultiValued, Numeric, RawId, Sequence, VocabularyFeature
+if TYPE_CHECKING:
+    from ctrlib.schema import MultiValued, Numeric, RawId, Sequence, VocabularyFeature
 
+FLOAT32_MAX = 3.4028234e38
+BLANKS = " \t\r\n"  # cut around a cell
+MISSING_RAW_ID = -(2**63)  # as in `ctrlib.schema`
 # Cut around a value inside a cell: Unicode's White_Space, as polars does. (Python's own strip cuts more.)
 SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -25,13 +30,42 @@ class Careful(Exception):
     """A cell that the quick road does not know at sight."""
 
 
+def json_events(cell: str) -> list[str | None] | None:
+    """The texts of what a JSON list holds, None for null; None in place of the list if it is none, or holds others
+    than texts, whole numbers, booleans and nulls.
+
+    >>> json_events('[7, "7.0", 7.0, true, null]'), json_events("[7.5]"), json_events("[7")
+    (['7', '7.0', '7', 'true', None], None, None)
+    """
+    events: list[str | None] = []
+    try:
+        found = json.loads(cell)
+        for one in found:
+            if isinstance(one, str):
+                one.encode()  # half a surrogate pair is no text
+                events.append(one)
+            elif isinstance(one, bool):
+                events.append("true" if one else "false")
+            elif isinstance(one, int):
+                events.append(str(one))
+            elif one is None or one != one:
+                events.append(None)
+            elif isinstance(one, float) and one.is_integer() and -(2.0**63) <= one < 2.0**63:
+                events.append(str(int(one)))
+            else:
+                return None
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return events if isinstance(found, list) else None
+
+
 def text_of_cell(feature: VocabularyFeature, fitted: str, missing: frozenset[str]) -> Callable[[Any], str | None]:
     """Cell -> canonical text, None where it is missing: `ctrlib.data.cells.text` of a cell of a usual type.
 
     `fitted` is the kind of values that train had (`ctrlib.data.table.family`).
     """
     texts, integers, booleans = (fitted in ("parsed", "null", kind) for kind in ("text", "integer", "boolean"))
-    if isinstance(feature, Categorical) and feature.bucket is not None:
+    if getattr(feature, "bucket", None) is not None:
         number_of = functools.partial(number_in, missing)
 
         def bucket_of(cell: Any) -> str | None:
@@ -71,7 +105,7 @@ def texts_of_column(
 ) -> Callable[[list[Any]], list[str | None]]:
     """Cells -> canonical texts, as `text_of_cell` gives them; cells of one usual type without a call for each."""
     text_of = text_of_cell(feature, fitted, missing)
-    usual = not (isinstance(feature, Categorical) and feature.bucket is not None)
+    usual = getattr(feature, "bucket", None) is None
     texts, integers = (usual and fitted in ("parsed", "null", kind) for kind in ("text", "integer"))
 
     def texts_of(cells: list[Any]) -> list[str | None]:
@@ -87,11 +121,10 @@ def texts_of_column(
 
 
 def texts_of_cell(
-    feature: MultiValued | Sequence, fitted: str, missing: frozenset[str]
+    feature: MultiValued | Sequence, fitted: str, missing: frozenset[str], *, in_place: bool
 ) -> Callable[[Any], list[str | None]]:
-    """Cell -> canonical texts of its values; of a history, None for each event that is missing."""
+    """Cell -> canonical texts of its values; of a history (`in_place`), None for each event that is missing."""
     text_of, separator, padding = text_of_cell(feature, fitted, missing), feature.separator, feature.padding
-    in_place = isinstance(feature, Sequence)
     kept = slice(-feature.max_length, None) if in_place else slice(feature.max_length)
 
     def texts_of(cell: Any) -> list[str | None]:

@@ -22,6 +22,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ctrlib.data.quick import BLANKS
 from ctrlib.data.scan import DataError
 from ctrlib.errors import WrongTypeError
 from ctrlib.schema import SchemaError
@@ -30,7 +31,6 @@ ROW = "__row__"  # a row's number in the raw data, counted from 0: for messages 
 Ints = NDArray[np.int64]
 Plan = Callable[[pl.LazyFrame], pl.LazyFrame]
 Run = Callable[[Sequence[pl.LazyFrame], str], list[pl.DataFrame]]
-BLANKS = " \t\r\n"  # cut around a cell
 
 
 def run_here(plans: Sequence[pl.LazyFrame], name: str) -> list[pl.DataFrame]:

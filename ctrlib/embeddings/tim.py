@@ -159,6 +159,7 @@ class InterestEmbedding(nn.Module):
         fields = (len(features), embedding_dim)
         self.out_shape = fields if num_tasks is None else (num_tasks, *fields)
         self.target, self.histories = target, [history.name for history in histories]
+        self.max_length = max(history.max_length for history in histories)
         self.tables = make_event_tables([thing, *histories], embedding_dim=embedding_dim, init_std=init_std)
         self.interests = TaskInterests(
             embedding_dim,
@@ -187,7 +188,8 @@ class InterestEmbedding(nn.Module):
         looked_up = self.tables(batch.sparse)
         jagged = [looked_up[name] for name in self.histories]
         lengths_JB = torch.stack([history.lengths() for history in jagged])
-        longest = max(1, int(lengths_JB.max()))
+        # torch.export does not know how long the longest one is going to be.
+        longest = self.max_length if torch.compiler.is_exporting() else max(1, int(lengths_JB.max()))
         histories = torch.stack([history.to_padded_dense(longest) for history in jagged])
         mask = torch.arange(longest, device=lengths_JB.device) < lengths_JB.unsqueeze(2)
         target_BD = looked_up[self.target].values()

@@ -13,6 +13,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from ctrlib.model import Model
 from ctrlib.schema import Categorical, RawId, Schema
 from ctrlib.serving.flat import flat
 from ctrlib.structure import put
+
+Ints = npt.NDArray[np.int64]
 
 
 class Rows:
@@ -47,11 +50,22 @@ class Rows:
         """As in `Batch`."""
         return collate(self.columns, self.schema, self.size).sparse
 
+    def single(self, positions: list[int] | None, shifts: Ints) -> Tensor:
+        """Ids of the features with one id a row, or of some of them, moved to where their tables begin: (B, S)."""
+        ids = self.columns.ids if positions is None else self.columns.ids[:, positions]
+        return torch.from_numpy(ids + shifts)
 
-def direct(model: nn.Module, schema: Schema) -> nn.Module:
+    def bag(self, name: str, shift: int) -> tuple[Tensor, Tensor]:
+        """The ids of a bag or history, moved likewise, and its offsets: (N,), (B + 1,)."""
+        ragged = self.columns.ragged[name]
+        return torch.from_numpy(ragged.values.astype(np.int64) + shift), torch.from_numpy(ragged.offsets)
+
+
+def direct(model: nn.Module, schema: Schema, *, flatten: bool = True) -> nn.Module:
     """The same model, sharing all weights, whose plain tables are read directly; it takes `Rows`.
 
-    The tables' weights become views of one tensor for each width, in the model that is given too.
+    The tables' weights become views of one tensor for each width, in the model that is given too. `flatten`: tower and
+    head become one function (`ctrlib.serving.flat`).
 
     >>> from ctrlib import models
     >>> from ctrlib.inputs import Inputs
@@ -71,21 +85,21 @@ def direct(model: nn.Module, schema: Schema) -> nn.Module:
     for path, part in list(quick.named_modules()):
         if type(part) is Model:
             if path:
-                put(quick, path, _DirectModel(part))
+                put(quick, path, _DirectModel(part, flatten))
             else:
-                quick = _DirectModel(part)
+                quick = _DirectModel(part, flatten)
     return quick
 
 
 class _DirectModel(nn.Module):
     """As `Model`."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, flatten: bool) -> None:
         super().__init__()
         self.embedding, self.wide = model.embedding, model.wide
         self.network = nn.Sequential(model.tower, model.head)
         self.network.training = model.training
-        self.flat = flat(self.network)
+        self.flat = flat(self.network) if flatten else None
         self.calibration = model.calibration
 
     def forward(self, rows: Rows) -> Tensor:
@@ -123,8 +137,7 @@ class _DirectTables:
         single = [feature.name for feature in schema.sparse if isinstance(feature, Categorical | RawId)]
         self.names = [feature.name for feature in schema.sparse if feature.name in self.first]
         chosen = [name for name in self.names if name in single]
-        self.positions = [single.index(name) for name in chosen]
-        self.all_single = chosen == single
+        self.positions = None if chosen == single else [single.index(name) for name in chosen]
         self.shifts = np.array([self.first[name] for name in chosen], np.int64)
         self.bags = [name for name in self.names if name not in single]
         # Where each feature stands among the single ones followed by the bags.
@@ -132,13 +145,10 @@ class _DirectTables:
         self.order = [place[name] for name in self.names]
         self.in_order = self.order == sorted(self.order)
 
-    def __call__(self, columns: Columns) -> Tensor:
-        ids = columns.ids if self.all_single else columns.ids[:, self.positions]
-        blocks = [torch.embedding(self.weight, torch.from_numpy(ids + self.shifts))]
+    def __call__(self, rows: Rows) -> Tensor:
+        blocks = [torch.embedding(self.weight, rows.single(self.positions, self.shifts))]
         for name in self.bags:
-            ragged = columns.ragged[name]
-            values = torch.from_numpy(ragged.values.astype(np.int64) + self.first[name])
-            offsets = torch.from_numpy(ragged.offsets)
+            values, offsets = rows.bag(name, self.first[name])
             bag = F.embedding_bag(values, self.weight, offsets, mode=self.mode[name], include_last_offset=True)
             blocks.append(bag.unsqueeze(1))
         fields = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
@@ -154,7 +164,7 @@ class _DirectEmbedding(nn.Module):
         self.tables = _DirectTables(part.tables, part.first_rows, schema)
 
     def forward(self, rows: Rows) -> Tensor:
-        blocks = {False: self.tables(rows.columns)}
+        blocks = {False: self.tables(rows)}
         if len(self.runs) == 1:
             return blocks[False]
         if self.numeric is not None:
@@ -173,6 +183,6 @@ class _DirectWide(nn.Module):
         self.tables = _DirectTables(part.tables, part.first_rows, schema)
 
     def forward(self, rows: Rows) -> Tensor:
-        weights = self.tables(rows.columns)
+        weights = self.tables(rows)
         total: Tensor = weights.view(rows.size, -1, self.num_tasks, self.num_columns).sum(1).mean(2)
         return total if self.numeric_weights is None else total + rows.dense @ self.numeric_weights

@@ -1,0 +1,1 @@
+"""Models as programs for other processes, languages and runtimes: `ctrlib export`."""

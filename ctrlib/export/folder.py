@@ -1,0 +1,173 @@
+"""An exported model: a folder that another process, or another language, scores raw rows with.
+
+| file | what it holds |
+| --- | --- |
+| `model.*` | the program (`ctrlib.export.formats`) |
+| `export.json` | its format, inputs and labels, and how far it is from the model that was trained |
+| `encoder.json`, `vocab.json` | how raw cells become inputs |
+| `reader.py`, `quick.py` | what reads these two, with numpy alone |
+| `MANIFEST` | checksums of all |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ctrlib._target import target
+from ctrlib.data import quick
+from ctrlib.errors import ArgumentError, UnsupportedError, check_path
+from ctrlib.export import reader
+from ctrlib.export.formats import Run, format_named
+from ctrlib.export.program import Program, Signature
+from ctrlib.making import new_folder, size_of
+from ctrlib.manifest import check_folder, write_manifest
+from ctrlib.schema import kind_of
+from ctrlib.serving.predictor import Predictor
+
+VERSION = 1
+SIZES = (1, 16, 1000)  # rows in a batch that parity is measured on
+
+
+def export_model(model: str | Path, out: str | Path, *, to: str = "onnx", overwrite: bool = False) -> dict[str, Any]:
+    """Write a model folder as a program that needs none of ctrlib, and measure the file that was written.
+
+    Args:
+        model: a model folder.
+        out: the folder to make.
+        to: a name of `ctrlib.export.formats.FORMATS`.
+        overwrite: replace an export that is there.
+
+    Returns:
+        What export.json holds. `parity` has, for each number of rows of `SIZES`, the largest difference between a logit
+        of the file and of the trained model, and `relative`, that over max(1, |logit|). Rows are random, with unseen
+        and missing ids and empty bags among them.
+
+    Raises:
+        UnsupportedError: the model has no such form, or a package is not installed; the message says why.
+        ValueError: there is no such format.
+        TargetError, LockedError: as in `ctrlib._target.target`.
+    """
+    check_path("a model folder", model=model)
+    form = format_named(to)
+    form.check()
+    with target(out, ("export",), inputs=[model], overwrite=overwrite):
+        predictor = Predictor.load(model)
+        program = Program(predictor.model, predictor.schema)
+        with new_folder(Path(out), needed=2 * size_of(Path(model))) as making:
+            path = making / form.file
+            form.write(program, path)
+            run = form.read(path, program.signature.names)
+            found = {
+                "version": VERSION,
+                "format": to,
+                "file": form.file,
+                "bytes": path.stat().st_size,
+                "inputs": _inputs(program.signature),
+                "output": {"name": "logits", "labels": list(predictor.schema.labels)},
+                "parity": parity(program, run),
+                "made_by": {"torch": torch.__version__, "python": platform.python_version()},
+            }
+            (making / "export.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            _write_encoder(predictor, making)
+            write_manifest(making, "export")
+    return found
+
+
+def parity(program: Program, run: Run) -> dict[str, Any]:
+    """How far a file's logits are from those of the program it was made of."""
+    rows, largest, relative = {}, 0.0, 0.0
+    for size in SIZES:
+        arrays = program.signature.examples(size, seed=size)
+        expected, got = program.run(arrays), run(arrays)
+        if got.shape != expected.shape:
+            raise UnsupportedError(f"the file gives logits {got.shape} for {size} rows, expected {expected.shape}")
+        difference = np.abs(got - expected)
+        rows[str(size)] = float(difference.max())
+        largest = max(largest, rows[str(size)])
+        relative = max(relative, float((difference / np.maximum(1, np.abs(expected))).max()))
+    return {"rows": rows, "largest": largest, "relative": relative}
+
+
+def _inputs(signature: Signature) -> list[dict[str, Any]]:
+    described = []
+    for name in signature.names:
+        if name == "ids":
+            described.append({"name": name, "type": "int64", "shape": ["rows", len(signature.single)]})
+            described[-1]["columns"] = signature.single
+        elif name == "numbers":
+            described.append({"name": name, "type": "float32", "shape": ["rows", len(signature.numbers)]})
+            described[-1]["columns"] = signature.numbers
+        else:
+            described.append(
+                {"name": name, "type": "int64", "shape": ["rows + 1" if name[-8:] == ".offsets" else name]}
+            )
+    return described
+
+
+def _write_encoder(predictor: Predictor, folder: Path) -> None:
+    """What `ctrlib.export.reader` reads, and a copy of it."""
+    schema = predictor.schema
+    raw_format = schema.raw_format or {}
+    described = {
+        "version": reader.VERSION,
+        "labels": list(schema.labels),
+        "features": [{"kind": kind_of(feature), **dataclasses.asdict(feature)} for feature in schema.features],
+        "missing_values": list(dict.fromkeys(["", *raw_format.get("missing_values", ())])),
+        "types": raw_format.get("types", {}),
+    }
+    (folder / "encoder.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    values = {name: list(known) for name, known in predictor.encoder.known.items()}
+    (folder / "vocab.json").write_text(json.dumps(values, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    for module in (reader, quick):
+        source = Path(str(module.__file__)).read_text(encoding="utf-8")
+        source = source.replace("from ctrlib.data.quick import", "from quick import")
+        (folder / Path(str(module.__file__)).name).write_text(source, encoding="utf-8")
+
+
+class Exported:
+    """An export, read back: raw rows to probabilities, through its file and its reader.
+
+    Args:
+        folder: what `export_model` wrote.
+        trust: run machine instructions of the folder. A format that is code (aoti) is refused without: whoever wrote
+            the folder decides what it does. Nothing else in a folder is executed.
+
+    Raises:
+        SchemaError: a file of the folder is damaged.
+        UnsupportedError: it is code, and `trust` was not said.
+    """
+
+    def __init__(self, folder: str | Path, *, trust: bool = False) -> None:
+        check_path("a folder of `ctrlib export`", folder=folder)
+        self.folder = Path(folder)
+        if not (self.folder / "export.json").is_file():
+            raise ArgumentError(f"{folder} has no export.json: expected a folder that `ctrlib export` wrote")
+        check_folder(self.folder)
+        self.about = json.loads((self.folder / "export.json").read_text(encoding="utf-8"))
+        form = format_named(self.about["format"])
+        if form.is_code and not trust:
+            raise UnsupportedError(
+                f"{folder} holds machine instructions ({form.file}), which can do anything that you can: say "
+                "trust=True (--trust) if you know who made it"
+            )
+        form.check()
+        self.reader = reader.Reader(self.folder)
+        self._run = form.read(self.folder / form.file, [one["name"] for one in self.about["inputs"]])
+
+    def logits(self, rows: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float32]:
+        """Logits of raw rows, (B, T)."""
+        return self._run(self.reader.arrays(rows))
+
+    def predict(self, rows: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:
+        """Probabilities of raw rows, (B, T)."""
+        found: npt.NDArray[np.float64] = reader.Reader.probabilities(self.logits(rows))
+        return found

@@ -1,0 +1,137 @@
+"""The forms that a program can be written in, and how each is read back and run."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ctrlib.errors import ArgumentError, UnsupportedError
+from ctrlib.export.program import Arrays, Program, quiet
+
+Run = Callable[[Arrays], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form: the file's name, how it is written and read, which packages that takes, and whether it is code.
+
+    A file that `is_code` is a library of machine instructions: whoever loads it runs what it says.
+    """
+
+    file: str
+    what: str
+    write: Callable[[Program, Path], None]
+    read: Callable[[Path, list[str]], Run]
+    packages: tuple[str, ...] = ()
+    is_code: bool = False
+
+    def check(self) -> None:
+        """Refuse before any work.
+
+        Raises:
+            UnsupportedError: a package is not installed.
+        """
+        for package in self.packages:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise UnsupportedError(
+                    f"this format needs {package}, which is not installed: pip install 'ctrlib[export]'"
+                ) from error
+
+
+def _write_pt2(program: Program, path: Path) -> None:
+    exported = program.export()
+    with quiet():
+        torch.export.save(exported, path)
+
+
+def _read_pt2(path: Path, names: list[str]) -> Run:
+    with quiet():
+        module: Any = torch.export.load(path).module()
+    return _of_torch(module, names)
+
+
+def _write_aoti(program: Program, path: Path) -> None:
+    exported = program.export()
+    with quiet():
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+
+
+def _read_aoti(path: Path, names: list[str]) -> Run:
+    with quiet():
+        module: Any = torch._inductor.aoti_load_package(str(path))
+    return _of_torch(module, names)
+
+
+def _of_torch(module: Any, names: list[str]) -> Run:
+    def run(arrays: Arrays) -> npt.NDArray[np.float32]:
+        with torch.inference_mode():
+            found: npt.NDArray[np.float32] = module(*(torch.from_numpy(arrays[name]) for name in names)).numpy()
+        return found
+
+    return run
+
+
+def _write_onnx(program: Program, path: Path) -> None:
+    from ctrlib.export.onnx import to_onnx
+
+    to_onnx(program.export(), path, program.signature.names)
+
+
+def _write_int8(program: Program, path: Path) -> None:
+    from ctrlib.export.onnx import quantise
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / "whole.onnx"
+        _write_onnx(program, whole)
+        with quiet():
+            quantise(whole, path)
+
+
+def _read_onnx(path: Path, names: list[str]) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(arrays: Arrays) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = session.run(None, arrays)[0]
+        return found
+
+    return run
+
+
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
+FORMATS = {
+    "pt2": Format(
+        "model.pt2", "torch.export's program, for torch of the same or a later version", _write_pt2, _read_pt2
+    ),
+    "aoti": Format(
+        "model.aoti.pt2",
+        "compiled by AOTInductor for this kind of processor, runs without Python",
+        _write_aoti,
+        _read_aoti,
+        is_code=True,
+    ),
+    "onnx": Format("model.onnx", "for onnxruntime and other runtimes", _write_onnx, _read_onnx, _ONNX),
+    "ort-int8": Format("model.int8.onnx", "as onnx, with matrices in 8-bit integers", _write_int8, _read_onnx, _ONNX),
+}
+
+
+def format_named(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in FORMATS:
+        raise ArgumentError(f"unknown format {name!r}, expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
