@@ -973,3 +973,24 @@ def test_every_twin_of_a_column_of_criteo_is_below_it():
             assert twin.relevance < real.relevance, name
             noise_above += twin.information > 0.02
     assert noise_above > 5  # whose plug-in information is that of good columns
+
+
+@pytest.mark.parametrize(("name", "folder"), [("census_income", "census_income_kdd"), ("movielens_1m", "movielens_1m")])
+def test_all_columns_of_large_data_are_found_before_all_twins(name, folder):
+    """Of all rows: `--top 40` gives back the 40 columns of Census-Income, and `--top 6` those of MovieLens-1M with ids;
+    of the twins, as many are found as q allows.
+    """
+    recipe = pytest.importorskip("ranking")  # in recipes/
+    if not (DATA / folder).exists():
+        pytest.skip(f"{DATA / folder} is not there")
+    frame = recipe.PROTOCOLS[name].read(DATA / folder)
+    positive = frame["label"].to_numpy()
+    real = [column for column in frame.columns if column != "label"]
+    codes = {column: frame[column].cast(pl.Categorical).to_physical().rank("dense").to_numpy() for column in real}
+    rng = np.random.default_rng(0)
+    found = score_columns({**codes, **{f"{column}_twin": rng.permutation(codes[column]) for column in real}}, positive)
+    assert {score.feature for score in found[: len(real)]} == {*real}
+    assert all(score.q < 1e-5 for score in found[: len(real)])
+    assert sum(score.q < 0.05 for score in found[len(real) :]) <= 1 + 0.05 * len(real)
+    relevance = {score.feature: score.relevance for score in found}
+    assert all(relevance[column] > relevance[f"{column}_twin"] for column in real)
