@@ -4,8 +4,8 @@ Keys are numbered in the order of their text, and times in theirs. Events are so
 so that what a row sees of its key is a range of them: it begins where the key does, and ends before the first event of
 a time that is too late. Sums over a range are differences of running sums, and its last events the history.
 
-Memory: about 60 bytes an event while one key is looked at, 8 an event and column that is a key, and 8 to 16 a row for
-each column that is made, in which rows are not lists yet: those are made block by block.
+Memory: about 400 bytes an event, of three rates and a history (measured), some of it while a key is looked at. Lists
+are made block by block. Time: 6 to 10 microseconds an event, on one core.
 """
 
 from __future__ import annotations
@@ -235,9 +235,10 @@ class Past:
         codes, base = _paired([self._codes[name] for name in key], sizes), _paired(of_settled, sizes)
         pairs, num_codes = None, sizes[0]
         if len(key) > 1:
-            pairs = np.unique(np.concatenate([codes, base]))
-            pairs = pairs[pairs >= 0]
-            codes, base, num_codes = _found(codes, pairs), _found(base, pairs), len(pairs)
+            pairs, places = np.unique(np.concatenate([codes, base]), return_inverse=True)
+            if len(pairs) and pairs[0] < 0:  # of rows in which a column is missing
+                pairs, places = pairs[1:], places - 1
+            codes, base, num_codes = places[: len(codes)], places[len(codes) :], len(pairs)
         kept = known & (codes >= 0)
         place = codes[kept] * (self._num_moments + 1) + moment[kept]
         order = np.argsort(place, kind="stable")
@@ -381,5 +382,5 @@ def _found(codes: Ints, among: Ints) -> Ints:
     """Places of codes in a sorted array, -1 for those that are not there."""
     if not len(among):
         return np.full(len(codes), -1, np.int64)
-    places = np.minimum(np.searchsorted(among, codes), len(among) - 1)
+    places = np.minimum(_places(among, codes), len(among) - 1)
     return np.where(among[places] == codes, places, -1)
