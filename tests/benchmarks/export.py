@@ -1,0 +1,141 @@
+"""Which models export to which format, how far the files are from the models, and how long they take to score.
+
+    python tests/benchmarks/export.py                     # the table of docs/export.md
+    python tests/benchmarks/export.py --speed             # latency of each format beside ctrlib's own Predictor
+
+The table has every published model on a schema with ids, a bag, a history and numbers, every look-up and every encoding
+of numbers; weights are random and large. Differences are of logits over max(1, |logit|), the largest of batches of 1,
+16 and 1,000 rows. One thread.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import tyro
+from tyro.conf import FlagCreatePairsOff
+
+import ctrlib as ctr
+from ctrlib.errors import UnsupportedError
+from ctrlib.export.folder import parity
+from ctrlib.export.formats import FORMATS
+from ctrlib.export.program import Program
+from ctrlib.inputs import LOOK_UPS
+from ctrlib.models import MODELS, build
+from ctrlib.schema import NumericFields
+from ctrlib.testing import example_schema
+
+SCHEMA = example_schema(num_tasks=2)
+SMALL: dict[str, dict[str, Any]] = {"finalmlp": {"num_heads": 2, "contexts": (("user",), ("price",))}}
+TABLES: dict[str, dict[str, Any]] = {
+    "unified": {"num_embeddings": 64},
+    "hash_embedding": {"num_embeddings": 32},
+    "memcom": {"num_embeddings": 16},
+    "quotient_remainder": {"num_embeddings": 16},
+}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What to measure."""
+
+    only: tuple[str, ...] = ()
+    """Names of rows of the table; otherwise all."""
+    formats: tuple[str, ...] = ("pt2", "onnx")
+    """Formats of the table."""
+    speed: bool = False
+    """Measure how long scoring takes instead."""
+
+
+def cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    """A name for each row, and the model's config."""
+    for name in MODELS:
+        hidden = {"hidden": (32, 16)} if "hidden" in MODELS[name].arguments else {}
+        yield name, {"model": name, "embedding_dim": 8, **hidden, **SMALL.get(name, {})}
+    base = {"model": "dcnv2", "embedding_dim": 8, "hidden": (32, 16)}
+    for name in LOOK_UPS:
+        yield f"tables: {name}", {**base, "tables": {"kind": name, **TABLES.get(name, {})}}
+    for name in get_args(NumericFields):
+        edges = [[-1.0, 0.0, 1.0]] * 2 if name in ("bucketised", "piecewise_linear") else None
+        yield f"numeric: {name}", {**base, "numeric": name, **({"edges": edges} if edges else {})}
+    for name in ("din", "bst", "sim"):
+        yield f"sequence: {name}", {**base, "sequence": name}
+
+
+def difference(config: dict[str, Any], name: str) -> str:
+    """A cell of the table."""
+    torch.manual_seed(0)
+    model = build(config, SCHEMA).eval()
+    with torch.no_grad():
+        for parameter in model.embedding.parameters():
+            parameter.normal_(0, 0.1)
+    program, form = Program(model, SCHEMA), FORMATS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / form.file
+        try:
+            form.write(program, path)
+        except UnsupportedError as error:
+            print(error, file=sys.stderr)
+            return "no"
+        found = parity(program, form.read(path, program.signature.names))
+    return f"{found['relative']:.0e}" if found["relative"] else "0"
+
+
+def milliseconds(call: Callable[[], object], seconds: float = 2.0) -> str:
+    """p50 and p99 of a call."""
+    taken: list[float] = []
+    for _ in range(20):
+        call()
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        call()
+        taken.append(1000 * (time.perf_counter() - started))
+    return f"{np.percentile(taken, 50):.3f} / {np.percentile(taken, 99):.3f}"
+
+
+def speed() -> None:
+    """A DCN V2 over 10 ids of 1,000 values, width 16, as `serving_speed.py` has it."""
+    features = tuple(ctr.Categorical(f"c{n}", num_embeddings=1_003) for n in range(10))
+    schema = ctr.Schema(features, ("label",))
+    torch.manual_seed(0)
+    model = build({"model": "dcnv2", "embedding_dim": 16}, schema).eval()
+    program = Program(model, schema)
+    runs: dict[str, Callable[[Any], Any]] = {"torch, eager": program.run}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, form in FORMATS.items():
+            path = Path(folder) / form.file
+            form.write(program, path)
+            runs[name] = form.read(path, program.signature.names)
+        print(f"{'p50 / p99 in ms':20}" + "".join(f"{size:>20,} rows" for size in (1, 100, 1000, 8192)))
+        for name, run in runs.items():
+            cells = []
+            for size in (1, 100, 1000, 8192):
+                arrays = program.signature.examples(size)
+                cells.append(milliseconds(lambda run=run, arrays=arrays: run(arrays)))  # type: ignore[misc]
+            print(f"{name:20}" + "".join(f"{cell:>25}" for cell in cells), flush=True)
+
+
+def main(knobs: Knobs) -> None:
+    """Print the table, or the times."""
+    torch.set_num_threads(1)
+    if knobs.speed:
+        speed()
+        return
+    print("| model | " + " | ".join(knobs.formats) + " |\n| --- |" + " --- |" * len(knobs.formats))
+    for name, config in cases():
+        if not knobs.only or name in knobs.only:
+            cells = [difference(config, form) for form in knobs.formats]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Knobs, config=(FlagCreatePairsOff,)))
