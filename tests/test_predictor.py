@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -285,3 +286,57 @@ def test_when_all_rows_are_left_out(predictor, tmp_path):
     assert (tmp_path / "s.csv").read_text() == "item,label\n"
     with pytest.raises(SchemaError, match=r"two.csv: row 1 .*column 'price' holds 'dear', and no other row is better"):
         predictor.predict(csv_of(tmp_path / "two.csv", bad), on_bad_row="skip")
+
+
+def test_rank_is_predict_sorted(tmp_path: Path) -> None:
+    """One user, many candidates: every feature on either side, histories and numbers too."""
+    random = np.random.default_rng(0)
+    rows = 300
+    items = [f"i{n}" for n in range(20)]
+    frame = pl.DataFrame(
+        {
+            "click": random.integers(0, 2, rows),
+            "user": random.integers(0, 30, rows),
+            "item": random.choice(items, rows),
+            "history": ["|".join(random.choice(items, random.integers(0, 5))) for _ in range(rows)],
+            "tags": ["|".join(random.choice(["a", "b", "c"], random.integers(1, 3))) for _ in range(rows)],
+            "price": random.random(rows),
+            "age": random.integers(10, 60, rows),
+        }
+    )
+    features = [ctr.Sequence("history", vocabulary="item"), ctr.MultiValued("tags")]
+    ctr.prepare(frame, tmp_path / "data", features=features, labels="click", group="user", log=None)
+    config = {"model": "din", "embedding_dim": 4, "hidden": [8]}
+    torch.manual_seed(0)
+    model = ctr.models.build(config, ctr.Schema.load(tmp_path / "data"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5)
+    ctr.save_model(model, config, tmp_path / "data", tmp_path / "model")
+    predictor = ctr.Predictor.load(tmp_path / "model")
+    context = {"user": 7, "age": 33, "history": "i1|i2|unheard", "page": "front"}
+    candidates = frame.select("item", "tags", "price").head(50).with_columns(note=pl.lit("x"))
+    shared = pl.DataFrame({name: [cell] * 50 for name, cell in context.items()})
+    expected = predictor.predict(candidates.hstack(shared))[0]["click"].to_numpy()
+    found = predictor.rank(context, candidates)
+    np.testing.assert_allclose(found["click"], expected[found["row"].to_numpy()], rtol=0, atol=1e-6)
+    assert (np.diff(found["click"].to_numpy()) <= 0).all() and sorted(found["row"]) == list(range(50))
+    assert predictor.rank(context, candidates, 5).equals(found.head(5))
+    assert predictor.rank(context, candidates.to_dicts(), 5).equals(found.head(5))
+    # The same candidate twice: the first comes first.
+    twice = pl.concat([candidates.head(1), candidates.head(1)])
+    assert predictor.rank(context, twice)["row"].to_list() == [0, 1]
+    # All features on one side.
+    whole = predictor.rank({}, candidates.hstack(shared), 3)
+    np.testing.assert_allclose(whole["click"], found["click"].head(3), rtol=0, atol=1e-6)
+    for wrong, there, message in (
+        ({**context, "price": 1.0}, candidates, r"columns \['price'\] are in the context and in the items"),
+        ({"user": 7}, candidates, r"columns \['history', 'age'\] are neither|columns \['age', 'history'\] are neither"),
+        (context, candidates.head(0), "items has no rows"),
+    ):
+        with pytest.raises((ctr.SchemaError, ctr.DataError), match=message):
+            predictor.rank(wrong, there)
+    with pytest.raises(ctr.errors.ArgumentError, match="by='buy' is no label"):
+        predictor.rank(context, candidates, by="buy")
+    with pytest.raises(ctr.errors.ArgumentError, match="k=0"):
+        predictor.rank(context, candidates, 0)

@@ -9,10 +9,11 @@ is wrong, if anything is.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -151,10 +152,10 @@ class Encoder:
         missing = frozenset(self._missing)
         kinds: dict[str, str] = raw_format.get("types", {})
         self._names = [f.name for f in schema.features]
-        self._inputs = list(self._names)  # what rows must have
+        self.inputs = list(self._names)  # the columns that rows must have
         if state is not None:
             made = state.events.names
-            self._inputs = list(dict.fromkeys([*(one for one in self._names if one not in made), *state.events.inputs]))
+            self.inputs = list(dict.fromkeys([*(one for one in self._names if one not in made), *state.events.inputs]))
             self._not_inputs |= {*made, *state.events.inputs}  # of which some may be no features
         self._texts_of_column = {
             f.name: texts_of_column(f, kinds.get(f.name, "parsed"), missing)
@@ -166,6 +167,32 @@ class Encoder:
             for f in self._lists
         }
         self._number_of = {f.name: number_of_cell(f, missing) for f in schema.dense}
+
+    @property
+    def single_names(self) -> list[str]:
+        """Features with one id a row, in the order of `Columns.ids`."""
+        return [feature.name for feature in self._single]
+
+    @property
+    def has_past(self) -> bool:
+        """Whether columns are made of a log of events."""
+        return self._state is not None
+
+    def only(self, names: Collection[str]) -> Encoder:
+        """An encoder of some of the features, which shares all that is known with this one.
+
+        >>> schema = Schema((Categorical("item", num_embeddings=4), Numeric("price", parameters={"fill": 0})), ("y",))
+        >>> Encoder(schema, {"item": ["a"]}).only(["item"]).transform({"item": "a"})[0].ids.tolist()
+        [[3]]
+        """
+        part = copy.copy(self)
+        features = tuple(feature for feature in self.schema.features if feature.name in names)
+        part.schema = dataclasses.replace(self.schema, features=features, group=None)
+        part._names = part.inputs = [feature.name for feature in features]
+        part._single = [feature for feature in self._single if feature.name in names]
+        part._lists = [feature for feature in self._lists if feature.name in names]
+        part._number_of = {name: number for name, number in self._number_of.items() if name in names}
+        return part
 
     @classmethod
     def fit(cls, train: RawData, **options: Any) -> Encoder:
@@ -335,11 +362,11 @@ class Encoder:
         """
         schema, raw_format = self.schema, self.schema.raw_format or {}
         reading = {name: raw_format[name] for name in ("separator", "columns", "missing_values") if name in raw_format}
-        others = [one for one in (*schema.labels, schema.weight, schema.group) if one and one not in self._inputs]
+        others = [one for one in (*schema.labels, schema.weight, schema.group) if one and one not in self.inputs]
         found = blocks(
             data,
             name=name,
-            wanted={*self._inputs, *keep, *(others if with_labels else ())},
+            wanted={*self.inputs, *keep, *(others if with_labels else ())},
             on_bad_row=on_bad_row,
             may_lack=() if with_labels else (schema.labels, others),
             **reading,
@@ -472,7 +499,7 @@ class Encoder:
                 counts.empty[listed.name] = sum(not row for row in of_rows)
             if counts.unseen[listed.name]:
                 self._note(counts, listed, [one for texts in lists for one in texts])
-        floats = self._floats(num_rows)
+        floats = self.empty_floats(num_rows)
         for position, (name, number_of) in enumerate(self._number_of.items()):
             floats[:, position] = [number_of(cell) for cell in cells[name]]
         # A row's ids side by side, as everywhere.
@@ -497,7 +524,7 @@ class Encoder:
         if isinstance(feature, History) and lengths is not None:
             counts.empty[feature.name] = int((lengths == 0).sum())
 
-    def _floats(self, num_rows: int) -> npt.NDArray[np.float32]:
+    def empty_floats(self, num_rows: int) -> npt.NDArray[np.float32]:
         """Room for numbers, labels that are not known, and weights of 1."""
         schema = self.schema
         floats = np.full(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ctrlib.errors import ArgumentError, check_path, check_type, check_whole
 from ctrlib.making import new_file
 from ctrlib.manifest import load_schema
 from ctrlib.schema import Schema, SchemaError
+from ctrlib.serving.candidates import best, joined
 from ctrlib.serving.direct import Rows as DirectRows
 from ctrlib.serving.direct import direct
 from ctrlib.serving.model_folder import load_model
@@ -96,6 +97,35 @@ class Predictor:
         parts = [part for part, _ in self.stream(data, batch_size=batch_size, on_bad_row=on_bad_row, report=report)]
         frame = parts[0] if len(parts) == 1 else pl.concat(parts)
         return frame, report.as_dict()
+
+    def rank(
+        self, context: Mapping[str, Any], items: Any, k: int | None = None, *, by: str | None = None
+    ) -> pl.DataFrame:
+        """The best of many candidates for one user: what they share is encoded once.
+
+        Args:
+            context: the cells that all candidates share, such as those of the user and the page.
+            items: the other cells of each candidate: a frame, or a list of dictionaries. Columns that the model does
+                not know are left aside.
+            k: how many to return; None for all.
+            by: the label whose probability decides; by default the first.
+
+        Returns:
+            `row`, the place of a candidate in `items` from 0, and a probability for each label; best first, of equal
+            ones the first in `items`. Probabilities are those of `predict` for whole rows, but for the last digits.
+
+        Raises:
+            SchemaError: a column that the model reads is in both, or in neither.
+            DataError: there is no candidate, or a cell is damaged.
+            ValueError: there is no such label, or `k` is below 1.
+        """
+        by = self.schema.labels[0] if by is None else by
+        if by not in self.schema.labels:
+            raise ArgumentError(f"by={by!r} is no label; {instead([by], self.schema.labels)}")
+        columns = joined(self.encoder, context, items)
+        found = self._probabilities(columns, 8192, Report(self.encoder))
+        chosen = best(found[by].to_numpy(), k)
+        return pl.DataFrame({"row": chosen}).hstack(found[chosen])
 
     def predict_to(
         self,
