@@ -430,7 +430,7 @@ class Encoder:
         for listed in self._lists:
             ragged[listed.name] = found = self._look_up_lists(cells[listed.name], listed, counts)
             self._count(counts, listed, found.values, np.diff(found.offsets))
-        floats = self._floats(cells.height)
+        floats = self.empty_floats(cells.height)
         for position, dense in enumerate(schema.dense):
             floats[:, position] = cells[dense.name].to_numpy()
         group = self._groups(cells.height)
