@@ -17,6 +17,7 @@ from ctrlib.ranking.null import Null, NullTable, psi
 
 Array = npt.NDArray[Any]
 DENSE = 8  # a table may have so many cells for each row that is counted at once, before sorting is faster
+CHUNK = 1 << 15  # rows that are counted at once where values are few
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,14 @@ def table_of(keys: Array, positive: Array, size: int) -> Array:
 
     Shape: keys (rows,), positive (rows,), 0 or 1 -> (2, size).
     """
+    if size <= CHUNK // 2:  # whose codes and counts stay in cache
+        both = np.zeros(2 * size, np.int64)
+        for start in range(0, len(keys), CHUNK):
+            codes = keys[start : start + CHUNK].astype(np.int64)
+            codes += codes
+            codes += positive[start : start + CHUNK]
+            both += np.bincount(codes, minlength=2 * size)
+        return np.stack([both[0::2] + both[1::2], both[1::2]])
     found = np.empty((2, size), np.int64)
     found[0] = np.bincount(keys, minlength=size)
     found[1] = np.bincount(keys[np.flatnonzero(positive.astype(bool, copy=False))], minlength=size)
