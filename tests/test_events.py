@@ -19,6 +19,7 @@ from ctrlib.data.coded import read_coded
 from ctrlib.data.derived import derive
 from ctrlib.data.event_state import State
 from ctrlib.data.events import Events, History
+from ctrlib.data.table import RawTable
 
 Row = dict[str, Any]
 MADE = Events(
@@ -457,6 +458,21 @@ def test_logs_that_cannot_be(name: str, tmp_path: Path) -> None:
     with pytest.raises((ctr.SchemaError, ctr.DataError), match=said):
         prepared(change(frame_of(drawn(1, 30, missing=0))), tmp_path / "p", events, **options)
     assert not (tmp_path / "p").exists()
+
+
+def test_tables_of_many_machines_are_refused(tmp_path: Path) -> None:
+    table = RawTable((frame_of(drawn(1, 5)).lazy(),), "of Spark")
+    with pytest.raises(ValueError, match="made on one machine, in the order of time: prepare without Spark"):
+        derive({"data": table}, {}, State.new(MADE), None, tmp_path)
+
+
+def test_rows_that_are_left_out_have_happened(tmp_path: Path) -> None:
+    """Two rows of three, since a price is no number; the click of that row is in the rate of the last."""
+    rows = {"item": ["a"] * 3, "ts": [1, 2, 3], "click": [1, 1, 0], "price": ["1.5", "much", "2.5"]}
+    events = Events("ts", (), ["item"], strength=1)
+    options: dict[str, Any] = {"features": [ctr.Numeric("price"), ctr.Numeric("item_count", "none")]}
+    prepared(pl.DataFrame(rows), tmp_path / "p", events, on_bad_row="skip", split=(1, 0, 0), **options)
+    assert pl.read_parquet(tmp_path / "p" / "train")["item_count"].to_list() == [0, 2]
 
 
 def test_dates_are_times_and_a_delay_is_in_seconds(tmp_path: Path) -> None:
