@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import polars as pl
 import pytest
 
 from ctrlib import cli
+from ctrlib.metrics import auc
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -58,6 +60,18 @@ def test_code_runs_in_order_and_does_what_it_says(
     assert len(scores) == 1000
     assert scores.is_between(0, 1).all()
     assert "1,000 rows scored" in printed["ctrlib predict"]
+
+    page, scored = Path("report.html").read_text(), pl.read_parquet("scores.parquet")
+    assert page.count("<figure>") >= 7
+    assert "By shop" in page
+    assert scored.columns == ["click", "user_id", "shop", "clicks"]
+    assert (
+        abs(
+            auc(scored["click"], scored["clicks"])
+            - json.loads(Path("runs/clicks/metrics.json").read_text())["test_auc"]
+        )
+        < 1e-6
+    )
 
     assert 0.65 < names["result"]["test_auc"] < bayes + 0.04
     assert names["counts"]["rows"] == len(names["probabilities"]) == 1000

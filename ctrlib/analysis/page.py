@@ -68,15 +68,17 @@ document.querySelectorAll("table.sortable th").forEach(head => head.addEventList
 """
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """The whole file.
+def page(title: str, parts: Sequence[str], *, refresh: int = 0) -> str:
+    """The whole file; with `refresh`, a browser reads it again after so many seconds.
 
     >>> page("a < b", [text("and c")]).count("a &lt; b")
     2
     """
     return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        + (f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else "")
+        + f"<title>{escape(title)}</title>\n"
         f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n"
         + "\n".join(parts)
         + f"\n<script>{SCRIPT}</script>\n</html>\n"

@@ -12,6 +12,7 @@ from ctrlib.analysis.page import details, heading, page, table, text
 from ctrlib.analysis.runs import Run, finite
 
 NUMBERS = "these numbers as a table"
+MOST = 12  # pictures of what was measured
 EXPLAINED = (
     "Intervals are 95 %: an estimate and 1.96 standard errors to each side. AUC: the chance that a positive row has a "
     "higher score than a negative one. Normalised entropy: log-loss over that of the base rate, 1 for a constant. "
@@ -73,6 +74,8 @@ class Content:
     """Name of a run -> what `permutation_importance` gave."""
     remarks: Sequence[str] = ()
     """What is to be said of how it was made."""
+    refresh: int = 0
+    """Seconds after which a browser reads the page again; 0 for never."""
 
 
 def report(content: Content) -> str:
@@ -81,7 +84,7 @@ def report(content: Content) -> str:
     parts.append(text(EXPLAINED))
     names = [run.name for run in content.runs]
     if content.runs:
-        parts += _runs(content.runs)
+        parts += [*_runs(content.runs), *_records(content.runs, drawn=not content.evaluated)]
     for evaluated in content.evaluated:
         several = len(content.evaluated) > 1
         parts += _evaluated(evaluated, f" of {evaluated['label']}" if several else "")
@@ -89,7 +92,7 @@ def report(content: Content) -> str:
     parts += _beside(content.runs)
     parts += _curves(content.runs)
     parts += _costs(content.runs)
-    return page(content.title, parts)
+    return page(content.title, parts, refresh=content.refresh)
 
 
 def _cell(value: Any, key: str = "") -> Cell:
@@ -135,11 +138,52 @@ def _runs(runs: Sequence[Run]) -> list[str]:
 
 
 def _how(runs: Sequence[Run]) -> str:
-    missing = [run.name for run in runs if not run.result]
+    missing = [run.name for run in runs if not run.result and run.is_over]
+    at_work = [run.name for run in runs if not run.is_over]
     said = "What each run reported when it was over: its epoch was chosen by validation, and test was scored once."
     if len({run.result.get("data_hash") for run in runs if run.result}) > 1:
         said += " These runs were prepared in different ways: their test rows may differ, and so do not compare."
-    return said + (f" Nothing was reported by {', '.join(missing)}." if missing else "")
+    said += f" Nothing was reported by {', '.join(missing)}." if missing else ""
+    return said + (f" Not over yet: {', '.join(at_work)}." if at_work else "")
+
+
+def _records(runs: Sequence[Run], *, drawn: bool) -> list[str]:
+    """What was measured in the end, with intervals, in one form for all tasks; drawn unless that is done anew below."""
+    lines = [(place, run, line) for place, run in enumerate(runs) if run.record for line in run.record["metrics"]]
+    if not lines:
+        return []
+    parts = [heading("What was measured")] if drawn else []
+    wanted = list(dict.fromkeys((line["split"], line["label"], line["metric"]) for _, _, line in lines))
+    labels = {label for _, label, _ in wanted}
+    for split, label, metric in wanted[:MOST] if drawn else ():
+        mine = [(place, run, line) for place, run, line in lines if _is(line, split, label, metric)]
+        names = [run.name for _, run, _ in mine]
+        series = []
+        for row, (place, run, line) in enumerate(mine):
+            ends = [math.nan if line[end] is None else line[end] for end in ("value", "low", "high")]
+            series.append(Series(run.name, [], *(_only(row, end, len(mine)) for end in ends), colour=place))
+        of_label = f" of {label}" if len(labels) > 1 else ""
+        parts.append(dots(f"{split} {metric}{of_label}", names, series, metric, overlaid=True))
+    rows: list[list[Cell]] = [
+        [
+            *(run.name, line["split"], line["label"], line["metric"]),
+            *(_cell(line[key]) for key in ("value", "standard_error", "low", "high")),
+            *(run.record["independent"], run.record["chosen_by"], run.record["rows_hash"][:12]),
+        ]
+        for _, run, line in lines
+        if run.record
+    ]
+    columns = ["run", "split", "label", "metric", "value", "SE", "low", "high", "independent", "epoch by", "rows"]
+    return [*parts, details(NUMBERS if drawn else "what was measured then, with intervals", table(columns, rows, 5))]
+
+
+def _is(line: Mapping[str, Any], split: str, label: str, metric: str) -> bool:
+    return (line["split"], line["label"], line["metric"]) == (split, label, metric)
+
+
+def _only(row: int, value: float, number: int) -> list[float]:
+    """The value in its row, and nothing in the others."""
+    return [value if at == row else math.nan for at in range(number)]
 
 
 def _beside(runs: Sequence[Run]) -> list[str]:
@@ -214,16 +258,9 @@ def _evaluated(found: Mapping[str, Any], of_label: str) -> list[str]:
     names = [line["score"] for line in lines]
     parts = [heading(f"Metrics{of_label}"), text(f"On {found['data']}, label {found['label']}.")]
     middle, low, high = _interval([line["auc"] for line in lines], [_error_of(line) for line in lines])
-    # A row for each name, in the colour that it has everywhere.
+    number = len(names)  # a row for each name, in the colour that it has everywhere
     series = [
-        Series(
-            name,
-            [],
-            [value if at == place else math.nan for at, value in enumerate(middle)],
-            [value if at == place else math.nan for at, value in enumerate(low)],
-            [value if at == place else math.nan for at, value in enumerate(high)],
-            colour=place,
-        )
+        Series(name, [], *(_only(place, ends[place], number) for ends in (middle, low, high)), colour=place)
         for place, name in enumerate(names)
     ]
     parts.append(dots("AUC and its 95 % interval", names, series, "AUC", overlaid=True))

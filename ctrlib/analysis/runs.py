@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ctrlib._target import is_unfinished, kind_of
 from ctrlib.analysis.predictions import Predictions
 from ctrlib.data.loader import Loader
 from ctrlib.errors import ArgumentError
@@ -21,8 +22,9 @@ from ctrlib.schema import SchemaError
 from ctrlib.serving.predictor import Predictor
 from ctrlib.serving.slices import prepared_values
 from ctrlib.training.evaluate import Scores, are_known, predict, unless_uniform
+from ctrlib.training.record import load_record
 
-RESULTS = ("metrics.json", "search.json", "compression.json")  # the one of them that a folder has
+RESULTS = ("metrics.json", "search.json", "compression.json", "retrieval.json")  # the one of them that a folder has
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Run:
     """What was reported when it was over; empty for a model that was saved without."""
     epochs: list[dict[str, Any]]
     """Lines of log.jsonl."""
+    record: dict[str, Any] | None = None
+    """As `ctrlib.training.record` has it; None of a run that is not over, or of an earlier version."""
+    is_over: bool = True
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -60,14 +65,18 @@ def _load(folder: Path, name: str) -> Run:
     settle(folder)
     has_model = (folder / "model.json").is_file()
     results = [file for file in RESULTS if (folder / file).is_file()]
-    if not has_model and not results:
+    at_work = is_unfinished(folder) and kind_of(folder) in ("run", "model", "search")
+    if not has_model and not results and not at_work:
         what = "holds neither model.json nor metrics.json" if folder.is_dir() else "is no folder"
         raise SchemaError(f"{folder} {what}: expected a folder that `ctrlib train --out` has written")
     described = _read(folder / "model.json") if has_model else {}
-    result = _read(folder / results[0]) if results else {}
+    result = {} if not results or at_work else _read(folder / results[0])
+    if results and results[0] == "retrieval.json":
+        result, described = result["record"], {"model": result["config"]["method"]}
     log = folder / "log.jsonl"
     epochs = [_parse(log, line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-    return Run(name, folder, _name_of(described) or str(result.get("model", "")), result, epochs)
+    record = None if at_work else load_record(folder)
+    return Run(name, folder, _name_of(described) or str(result.get("model", "")), result, epochs, record, not at_work)
 
 
 def _name_of(described: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +13,7 @@ from tyro.conf import Positional
 from ctrlib._target import target
 from ctrlib.cli.evaluate import PredictionFlags, are_predictions
 from ctrlib.cli.flags import Command
-from ctrlib.cli.kinds import Names, OptionalName, OptionalPath, OptionalPaths, Paths, Switch, Texts, shown
+from ctrlib.cli.kinds import Names, OptionalInt, OptionalName, OptionalPath, OptionalPaths, Paths, Switch, Texts, shown
 from ctrlib.cli.paths import check_prepared, check_raw, holds_parquet, named
 from ctrlib.cli.usage import fill
 from ctrlib.errors import ArgumentError, check_whole
@@ -47,6 +49,8 @@ class Output:
     """Also write the rows' labels and each run's probabilities, as .parquet or .csv, for `ctrlib evaluate`."""
     overwrite: Switch = False
     """Replace what is there."""
+    watch: OptionalInt = None
+    """Write the page again after so many seconds, until all runs are over; a browser that shows it follows."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,14 @@ class Report(Command):
         check_whole(0, rows=rows.rows)
         if output.scores is not None and output.scores.suffix not in (".csv", ".parquet"):
             raise ArgumentError(f"--scores must end in .csv or .parquet, got {output.scores.name!r}")
+        if output.watch is not None:
+            check_whole(1, watch=output.watch)
         of_predictions = are_predictions(self.run[0], self.predictions, self.given)
         if of_predictions:
             self.predictions.check()
             for path in self.run:
                 check_raw(path)
-            if idle := sorted(self.given & {"--data", "--split", "--together", "--rows", "--scores"}):
+            if idle := sorted(self.given & {"--data", "--split", "--together", "--rows", "--scores", "--watch"}):
                 raise ArgumentError(f"{named(self.run)} holds predictions, so {', '.join(idle)} cannot be said")
         else:
             self._check_rows()
@@ -100,6 +106,8 @@ class Report(Command):
             if idle := sorted(self.given & needs):
                 raise ArgumentError(f"{', '.join(idle)}: say which rows with --data, a prepared folder or raw files")
             return
+        if self.output.watch is not None:
+            raise ArgumentError("--watch follows what runs report while they train: leave out --data")
         for path in rows.data:
             check_raw(path)
         if self._is_prepared():
@@ -128,6 +136,10 @@ class Report(Command):
             content = Content(f"Predictions: {one.name}", evaluated=[evaluate_predictions(one)])
         else:
             content = self._of_runs()
+            while self.output.watch is not None and not all(run.is_over for run in content.runs):
+                write_text(self.output.out, report(dataclasses.replace(content, refresh=self.output.watch)))
+                time.sleep(self.output.watch)
+                content = self._of_runs()
         write_text(self.output.out, report(content))
         if self.json:
             from ctrlib.analysis.predictions import as_plain

@@ -162,6 +162,7 @@ class Retrieve(Command):
         from ctrlib.retrieval.run import train
         from ctrlib.retrieval.table import build
         from ctrlib.training.allocator import keep_freed_memory
+        from ctrlib.training.record import KEY
 
         keep_freed_memory()
         build(config)  # refuses settings before the log is read
@@ -180,6 +181,7 @@ class Retrieve(Command):
             seed=how.seed,
             say=lambda line: print(line, file=sys.stderr),
         )
+        trained.record[KEY]["data"] = str(self.path)
         save(trained, out)
         counts = {"log": log.counts, **({} if test is None else {"test": test.counts})}
         if self.json:

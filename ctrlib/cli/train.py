@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from ctrlib._target import target
 from ctrlib.cli.experiment import Experiment, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
-from ctrlib.cli.kinds import OptionalFloat, OptionalPath, OptionalSelectBy, Switch, Texts, shown
+from ctrlib.cli.kinds import OptionalFloat, OptionalName, OptionalPath, OptionalSelectBy, Switch, Texts, shown
 from ctrlib.cli.paths import check_model, check_prepared
 from ctrlib.cli.tables import print_beside, print_scores
 from ctrlib.errors import ArgumentError, check_number, check_whole
@@ -21,6 +21,7 @@ from ctrlib.training.config import name_of
 
 if TYPE_CHECKING:
     from ctrlib.model import Model
+    from ctrlib.training.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class Output:
     """Seconds of work that a kill may cost; the same command goes on from --out/checkpoints."""
     tensorboard: Switch = False
     """Also write TensorBoard events."""
+    mlflow: OptionalName = None
+    """Experiment of MLflow to log to as well; the environment variable MLFLOW_TRACKING_URI says where that is."""
     no_baselines: Switch = False
     """Leave out the constant, the logistic regression and the gradient boosting that stand beside the result."""
 
@@ -227,6 +230,7 @@ class Train(Command):
                 config,
                 out=out,
                 tensorboard=self.output.tensorboard,
+                trackers=self._trackers(out),
                 baselines=not self.output.no_baselines,
                 on_built=carry_over,
                 saving=lambda model: model_in_the_making(model, config, self.data, out),
@@ -240,6 +244,14 @@ class Train(Command):
             print_beside(result)
             print(f"model, schema, metrics.json, log.jsonl and curve.png are in {out}/")
         return 0
+
+    def _trackers(self, out: Path) -> list[Tracker]:
+        from ctrlib.distributed import rank
+        from ctrlib.training.trackers import Mlflow
+
+        if self.output.mlflow is None or rank() > 0:
+            return []
+        return [Mlflow(self.output.mlflow, name=out.name, resume=out / ".mlflow-run")]
 
     def _finished(self, config: dict[str, Any], out: Path) -> dict[str, Any] | None:
         """The result of this very run, if it was stopped in its last clean-up, which is done now; otherwise None.
@@ -286,7 +298,9 @@ class Train(Command):
 
     def _training(self, given: frozenset[str] | None = None) -> dict[str, Any]:
         groups = (self.training, self.engine, self.output)
-        return training_entries(groups, leave_out=("out", "overwrite", "tensorboard", "no_baselines"), given=given)
+        return training_entries(
+            groups, leave_out=("out", "overwrite", "tensorboard", "mlflow", "no_baselines"), given=given
+        )
 
     def _read(self) -> dict[str, Any] | None:
         """The experiment in --config, with what the flags change."""

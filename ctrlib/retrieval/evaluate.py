@@ -19,6 +19,7 @@ equal scores are ordered by item, the earlier first (`ctrlib.retrieval.topk`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -140,6 +141,25 @@ def evaluate(
     >>> evaluate(lambda users: popularity.repeat(len(users), 1), log.matrix, test, ks=(1,))["recall@1"]
     1.0
     """
+    options: dict[str, Any] = {"ks": ks, "over": over, "recall_of": recall_of, "map_of": map_of, "block": block}
+    return evaluate_with_errors(scores, train, test, **options)[0]
+
+
+def evaluate_with_errors(
+    scores: Callable[[Ints], Tensor],
+    train: sparse.csr_matrix,
+    test: Aligned,
+    *,
+    ks: Sequence[int] = (20,),
+    over: Over = "with_test",
+    recall_of: Of = "relevant",
+    map_of: Of = "relevant",
+    block: int = BLOCK,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """As `evaluate`, and the standard error of each mean over users, who are independent; nan for a single one.
+
+    What is no mean (`f1_of_means`) has none.
+    """
     sums = _Sums(test, ks, over, recall_of, map_of)
     check_whole(1, block=block)
     users = np.flatnonzero(sums.num_relevant)  # of the others nothing has to be known
@@ -148,7 +168,7 @@ def evaluate(
         some = scores(chosen)
         mask_items(some, train, chosen)
         sums.add(chosen, top_k(some, max(ks))[0])
-    return sums.means()
+    return sums.means(), sums.errors()
 
 
 def mask_items(scores: Tensor, seen: sparse.csr_matrix, users: Ints) -> None:
@@ -187,6 +207,7 @@ class _Sums:
         if not self.num_relevant.any():
             raise ArgumentError("no user has a relevant item: is this log of the same users and items as training?")
         self.sums: dict[str, float] = {f"{name}@{k}": 0.0 for k in ks for name in NAMES}
+        self.squares = dict(self.sums)
 
     def add(self, users: Ints, items: Tensor) -> None:
         rows, columns = entries(self.test.matrix, users)
@@ -199,7 +220,9 @@ class _Sums:
             for name, values in list_metrics(
                 hits, self.num_relevant[users], k, recall_of=self.recall_of, map_of=self.map_of
             ).items():
-                self.sums[f"{name}@{k}"] += float(values[self.num_relevant[users] > 0].sum())
+                values = values[self.num_relevant[users] > 0]
+                self.sums[f"{name}@{k}"] += float(values.sum())
+                self.squares[f"{name}@{k}"] += float(values @ values)
 
     def means(self) -> dict[str, float]:
         means = {name: value / self.num_users for name, value in self.sums.items()}
@@ -207,3 +230,10 @@ class _Sums:
             both = means[f"precision@{k}"], means[f"recall@{k}"]
             means[f"f1_of_means@{k}"] = 2 * both[0] * both[1] / max(sum(both), 1e-300)
         return {**means, "users": self.num_users}
+
+    def errors(self) -> dict[str, float]:
+        n = self.num_users
+        if n < 2:
+            return dict.fromkeys(self.sums, math.nan)
+        apart = {name: max(0.0, square - self.sums[name] ** 2 / n) for name, square in self.squares.items()}
+        return {name: math.sqrt(value / (n - 1) / n) for name, value in apart.items()}

@@ -11,6 +11,7 @@ Two ways to choose the epoch (`selected_on` in every record):
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,12 @@ import numpy as np
 from torch import Tensor
 
 from ctrlib.errors import ArgumentError, check_whole
-from ctrlib.retrieval.evaluate import Of, Over, evaluate
+from ctrlib.retrieval.evaluate import Of, Over, evaluate, evaluate_with_errors
 from ctrlib.retrieval.folder import Trained
 from ctrlib.retrieval.interactions import Aligned, Interactions
 from ctrlib.retrieval.methods import Retriever
 from ctrlib.retrieval.table import build
+from ctrlib.training.record import KEY, line_of, record_of
 
 Say = Callable[[str], None]
 
@@ -97,11 +99,46 @@ def train(
         record |= {"selected_on": "nothing", "best_epoch": None}
     record["seconds"], record["fit_seconds"] = (time.perf_counter() - since for since in (started, fit_started))
     if test is not None and not select_on_test:
-        found = evaluate(method.scores, log.matrix, test, **options)
+        found, errors = evaluate_with_errors(method.scores, log.matrix, test, **options)
         record |= {f"test_{key}": value for key, value in found.items()}
+    record[KEY] = _recorded(config, record, log, test, {} if test is None or select_on_test else errors)
     record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     kept = log if refit or select_on_test else part
     return Trained(method, kept, dict(config), record)
+
+
+def _recorded(
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    log: Interactions,
+    test: Aligned | None,
+    errors: Mapping[str, float],
+) -> dict[str, Any]:
+    """The record of the run (`ctrlib.training.record`); without test, of what it was chosen by."""
+    split = "valid" if test is None else "test"
+    measured = [
+        line_of(
+            "relevant", key.removeprefix(f"{split}_"), value, errors.get(key.removeprefix(f"{split}_"), math.nan), split
+        )
+        for key, value in record.items()
+        if key.startswith(f"{split}_") and "@" in key
+    ]
+    digest = hashlib.sha256(fingerprint(test).encode() if test is not None else b"")
+    for part in (log.matrix.indptr, log.matrix.indices):
+        digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+    selected = record["selected_on"]
+    return record_of(
+        task="retrieval",
+        model=str(config["method"]),
+        engine="",
+        seed=record["seed"],
+        data="",
+        schema_hash="",
+        rows_hash=digest.hexdigest(),
+        chosen_by="nothing" if selected == "nothing" else f"{selected} {record['metric']}",
+        independent="users",
+        measured=measured,
+    )
 
 
 class _Best:

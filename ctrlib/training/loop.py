@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from ctrlib._lock import locked
 from ctrlib.batch import Batch
 from ctrlib.distributed import rank, total, world_size
 from ctrlib.errors import ArgumentError, CtrlibError, check_batches, check_has
-from ctrlib.making import write_text
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.config import SelectBy, check_schedule
 from ctrlib.training.evaluate import evaluate
 from ctrlib.training.keeper import Batches, Engine, Keeper
 from ctrlib.training.progress import Epoch, Progress, known_weight
 from ctrlib.training.tensor_files import CheckpointError
+from ctrlib.training.trackers import Tracker, trackers_of
 
 OnEpoch = Callable[[Epoch], None]
 
@@ -69,7 +69,11 @@ def fit(
     checkpoint_seconds: float = 300.0,
     identity: dict[str, Any] | None = None,
     tensorboard: bool = False,
+<<<<<<< HEAD
     on_epoch: OnEpoch | None = None,
+=======
+    trackers: Sequence[Tracker] = (),
+>>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
     console: Console | None = None,
 ) -> History:
     """Train until the validation score stops rising, and leave the best epoch's weights in the model.
@@ -101,6 +105,8 @@ def fit(
         on_epoch: is called after each epoch, with its line of the log; where training goes on, with those before, too.
             What it raises ends the run.
         tensorboard: also write TensorBoard events (needs the extra `ctrlib[tensorboard]`).
+        trackers: whose `log` is called after each epoch; started already, and finished by the caller
+            (`ctrlib.training.trackers`).
         console: where progress is shown; `Console(quiet=True)` for none.
 
     Raises:
@@ -122,11 +128,22 @@ def fit(
         stack.enter_context(keeper)
         stack.enter_context(_name_lost_processes())
         progress = keeper.progress()  # before the log is opened: that of another run stays as it is
-        log = stack.enter_context(_Log(out if rank() == 0 else None, tensorboard and rank() == 0))
+        own = trackers_of(out, tensorboard) if rank() == 0 else []
+        for tracker in own:
+            stack.callback(tracker.finish, None)
+
+        def tell(line: Epoch) -> None:
+            for tracker in [*own, *trackers] if rank() == 0 else ():
+                tracker.log(dataclasses.asdict(line), line.epoch)
+
         for line in progress.epochs:
+<<<<<<< HEAD
             log.write(line)
             if on_epoch is not None:
                 on_epoch(line)
+=======
+            tell(line)
+>>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
         while progress.stale < patience and len(progress.epochs) < max_epochs:
             number = len(progress.epochs) + 1
             try:
@@ -157,7 +174,7 @@ def fit(
             )
             better = score > progress.best_score + min_delta
             progress.end_epoch(line, score, better)
-            log.write(line)
+            tell(line)
             console.print(
                 f"epoch {number:3d}  loss {line.train_loss:.5f}  valid AUC {line.valid_auc:.6f}  "
                 f"log-loss {line.valid_log_loss:.5f}  "
@@ -273,38 +290,3 @@ def _save_batch(out: Path | None, batch: Batch) -> str:
     out.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, path)
     return f" The batch is saved as {path} (read it with torch.load(..., weights_only=True))."
-
-
-class _Log:
-    """log.jsonl, and TensorBoard events if asked for."""
-
-    def __init__(self, out: Path | None, tensorboard: bool) -> None:
-        self._path = None if out is None else out / "log.jsonl"
-        self._lines: list[str] = []
-        self._events: Any = None
-        if tensorboard:
-            if out is None:
-                raise ArgumentError("tensorboard=True needs out=, the folder for the event files")
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError(
-                    f"TensorBoard is not installed ({error}): pip install 'ctrlib[tensorboard]'"
-                ) from error
-            self._events = SummaryWriter(str(out), purge_step=1)  # a run that goes on writes its epochs again
-
-    def write(self, line: Epoch) -> None:
-        values = dataclasses.asdict(line)
-        if self._path is not None:  # another run's stays until there is something to say
-            self._lines.append(to_json(values) + "\n")
-            write_text(self._path, "".join(self._lines))
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, line.epoch)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._events is not None:
-            self._events.close()
