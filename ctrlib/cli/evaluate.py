@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
+from ctrlib._target import kind_of
 from ctrlib.cli.flags import Command, ScoringFlags
 from ctrlib.cli.kinds import Names, OptionalName, Paths, shown
 from ctrlib.cli.paths import check_model, check_prepared, check_raw, holds_parquet, named
@@ -74,14 +75,14 @@ def are_predictions(first: Path, flags: PredictionFlags, given: frozenset[str]) 
         return False
     if said:
         return True
-    if first.is_file() or (first.is_dir() and not (first / "schema.json").is_file() and holds_parquet(first)):
+    if kind_of(first) in ("file", "other") and (first.is_file() or holds_parquet(first)):
         flags.check()
     return False
 
 
 @dataclass(frozen=True)
 class Evaluate(Command):
-    """Print the metrics of a model on labelled rows, or of predictions that anybody made.
+    """Metrics of a model on labelled rows, or of anybody's predictions.
 
     MODEL is a model folder. DATA is then a prepared folder (with --split) or a raw file, or several, with the label
     columns. Or the first argument is a file with labels and scores, of which --label and --score name the columns.
@@ -95,7 +96,7 @@ class Evaluate(Command):
 
     model: Positional[Path]
     """Model folder, as `ctrlib train` writes it; or a file of predictions."""
-    data: Annotated[Positional[Paths], shown("[DATA ...]")] = ()
+    data: Annotated[Positional[Paths], shown("[DATA] ...")] = ()
     """Prepared folder, or raw files or folders of parquet files, as `ctrlib prepare` takes them."""
     split: OptionalName = None
     """Which split of a prepared folder; otherwise test."""

@@ -64,7 +64,7 @@ class Report(Command):
 
     Examples:
 
-        ctrlib report runs/clicks runs/fm --data data/clicks --by shop --out report.html
+        ctrlib report runs/clicks runs/fm --data data/clicks --by shop
         ctrlib report runs/clicks --data yesterday.csv --scores scores.parquet
         ctrlib report scores.parquet --label click --score p --group user
     """
