@@ -60,11 +60,11 @@ def test_a_run_writes_what_it_reports_with_intervals(folder):
 
 def test_errors_are_those_of_the_groups(folder, monkeypatch):
     """Against the metrics of the very predictions."""
-    from ctrlib.training import run as module
+    from ctrlib.training import record as module
 
     kept = []
     monkeypatch.setattr(
-        module, "measured_on", lambda scores, schema: (kept.append(scores), ("rows", []))[1], raising=True
+        module, "measured_on", lambda scores, schema, split: (kept.append(scores), ("rows", []))[1], raising=True
     )
     ctr.run(
         folder / "data",

@@ -31,13 +31,9 @@ from ctrlib.structure import describe
 from ctrlib.training.config import Training, refuse_another
 from ctrlib.training.config import identity_of as identity_of_run
 from ctrlib.training.finished import clean_up, finish, finished
-<<<<<<< HEAD
+from ctrlib.training.record import KEY, recorded
 from ctrlib.training.run import score_once, sizes_of, train_model, write_result
 from ctrlib.training.splits import load_splits
-=======
-from ctrlib.training.record import KEY
-from ctrlib.training.run import load_splits, recorded, score_once, sizes_of, train_model, write_result
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
 
 
 @holding()
@@ -144,7 +140,7 @@ def search_and_retrain(
         "best_epoch": history.best_epoch,
         "seed": seed,
         "summary": {name: value for name, value in plan.summary.items() if name != "identity"},
-        KEY: recorded(config, train.schema, scored, seed=seed, data=data, rows_hash=train.data_hash),
+        KEY: recorded(config, train.schema, scored, data=data, rows_hash=train.data_hash),
     }
     config = {**config, "replaced": describe(smaller)}
     with model_in_the_making(smaller, config, data, out, "search") as making:

@@ -69,11 +69,8 @@ def fit(
     checkpoint_seconds: float = 300.0,
     identity: dict[str, Any] | None = None,
     tensorboard: bool = False,
-<<<<<<< HEAD
     on_epoch: OnEpoch | None = None,
-=======
     trackers: Sequence[Tracker] = (),
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
     console: Console | None = None,
 ) -> History:
     """Train until the validation score stops rising, and leave the best epoch's weights in the model.
@@ -137,13 +134,9 @@ def fit(
                 tracker.log(dataclasses.asdict(line), line.epoch)
 
         for line in progress.epochs:
-<<<<<<< HEAD
-            log.write(line)
+            tell(line)
             if on_epoch is not None:
                 on_epoch(line)
-=======
-            tell(line)
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
         while progress.stale < patience and len(progress.epochs) < max_epochs:
             number = len(progress.epochs) + 1
             try:

@@ -14,7 +14,9 @@ from typing import Any
 
 from ctrlib import metrics
 from ctrlib._json import to_json
+from ctrlib.distributed import broadcast
 from ctrlib.schema import Schema, SchemaError
+from ctrlib.training.config import name_of
 from ctrlib.training.evaluate import Scores, known
 
 VERSION = 1
@@ -95,7 +97,7 @@ def line_of(label: str, metric: str, value: float, error: float, split: str = "t
     }
 
 
-def measured_on(scores: Scores, schema: Schema) -> tuple[str, list[dict[str, Any]]]:
+def measured_on(scores: Scores, schema: Schema, split: str) -> tuple[str, list[dict[str, Any]]]:
     """What is independent, and AUC, GAUC, log-loss and calibration of each label with their intervals.
 
     Users are independent where there are some; calibration's error is that of exact probabilities by chance, of rows.
@@ -109,8 +111,40 @@ def measured_on(scores: Scores, schema: Schema) -> tuple[str, list[dict[str, Any
         for metric, of_rows, of_groups in MEASURED:
             if metric in found:
                 error = found.get(of_groups if groups is not None else of_rows, math.nan)
-                lines.append(line_of(label, metric, found[metric], error))
+                lines.append(line_of(label, metric, found[metric], error, split))
     return (schema.group if scores.groups is not None and schema.group else "rows"), lines
+
+
+def recorded(
+    config: Mapping[str, Any],
+    schema: Schema,
+    scored: Scores | None,
+    *,
+    split: str = "test",
+    data: Path,
+    rows_hash: str,
+) -> dict[str, Any]:
+    """The record of a run that is over, for every process; each must call it.
+
+    `scored` is of all rows of the split, on the first process; elsewhere None.
+    """
+    found: dict[str, Any] = {}
+    if scored is not None:
+        training = config["training"]
+        independent, measured = measured_on(scored, schema, split)
+        found = record_of(
+            task="ctr",
+            model=name_of(config),
+            engine=training["engine"],
+            seed=training["seed"],
+            data=str(data),
+            schema_hash=schema.hash,
+            rows_hash=rows_hash,
+            chosen_by=f"valid {training['select_by']}",
+            independent=independent,
+            measured=measured,
+        )
+    return dict(broadcast(found))
 
 
 def load_record(folder: str | Path) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ from ctrlib.losses import after_sampling, binary_cross_entropy
 from ctrlib.making import new_file, write_text
 from ctrlib.model import Model
 from ctrlib.models.build import check_calibratable
-from ctrlib.schema import Schema, SchemaError
+from ctrlib.schema import SchemaError
 from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
 from ctrlib.structure import describe
 from ctrlib.training.baselines import compare, remarks
@@ -55,14 +55,10 @@ from ctrlib.training.finished import finish, finished
 from ctrlib.training.fused import FusedEngine
 from ctrlib.training.guard import Loss
 from ctrlib.training.keeper import Engine
-<<<<<<< HEAD
 from ctrlib.training.loop import History, OnEpoch, fit, to_json
+from ctrlib.training.record import KEY, recorded
 from ctrlib.training.splits import load_to_score, load_train_and_valid
-=======
-from ctrlib.training.loop import History, fit, to_json
-from ctrlib.training.record import KEY, measured_on, record_of
 from ctrlib.training.trackers import Tracker, finishing
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
 
 
 def choose_device(device: Device) -> torch.device:
@@ -171,11 +167,8 @@ def train_model(
     identity: dict[str, Any] | None = None,
     asynchronous_checkpoints: bool = False,
     tensorboard: bool = False,
-<<<<<<< HEAD
     on_epoch: OnEpoch | None = None,
-=======
     trackers: Sequence[Tracker] = (),
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
     console: Console | None = None,
 ) -> tuple[Engine, History]:
     """Train a model; the engine's model is left with the weights that validation chose.
@@ -230,11 +223,8 @@ def train_model(
             checkpoint_seconds=how.checkpoint_seconds or 0.0,
             identity=identity,
             tensorboard=tensorboard,
-<<<<<<< HEAD
             on_epoch=on_epoch,
-=======
             trackers=trackers,
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
             console=console,
         )
     history.seconds += built
@@ -276,7 +266,6 @@ def score_once(
     return result, scored
 
 
-<<<<<<< HEAD
 def _score_valid(
     model: nn.Module,
     valid: Loader | Scores,
@@ -290,29 +279,6 @@ def _score_valid(
     found = score(scored, labels=labels)
     result = {"valid_auc": found["auc"], "valid_logloss": found["log_loss"]}
     return result | ({"valid_tasks": found["tasks"]} if "tasks" in found else {}), scored
-=======
-def recorded(
-    config: Mapping[str, Any], schema: Schema, scored: Scores | None, *, seed: int, data: Path, rows_hash: str
-) -> dict[str, Any]:
-    """The record of a run that is over; `scored` is test's rows of all processes, and None on all but the first."""
-    found: dict[str, Any] = {}
-    if scored is not None:
-        training = config["training"]
-        independent, measured = measured_on(scored, schema)
-        found = record_of(
-            task="ctr",
-            model=name_of(config),
-            engine=training["engine"],
-            seed=seed,
-            data=str(data),
-            schema_hash=schema.hash,
-            rows_hash=rows_hash,
-            chosen_by=f"valid {training['select_by']}",
-            independent=independent,
-            measured=measured,
-        )
-    return dict(broadcast(found))
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
 
 
 def sizes_of(model: Model) -> dict[str, int]:
@@ -379,13 +345,11 @@ def run(
     test (`ctrlib.training.baselines.compare`). The result then has their numbers as "baselines", and as "warnings"
     sentences that say where the model is not better than they are. Its "seconds" are without them.
 
-<<<<<<< HEAD
     `score_test=False`: test is not looked at, and need not be there; the result then has nothing of it, as it should
     where settings are chosen. `on_epoch`: see `fit`.
-=======
+
     `trackers` are told of the training while it lasts (`ctrlib.training.trackers`): what `start` raises ends it at
     once, and what the other methods raise is a warning.
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
 
     `modules`: where the model may be imported from, if it is one of your own (`ctrlib.models.build`).
 
@@ -463,11 +427,8 @@ def run(
         identity=identity,
         asynchronous_checkpoints=asynchronous_checkpoints,
         tensorboard=tensorboard,
-<<<<<<< HEAD
         on_epoch=on_epoch,
-=======
         trackers=trackers,
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
         console=console,
     )
     trained = time.perf_counter()
@@ -505,13 +466,10 @@ def run(
         "data_hash": schema.hash,
         "note": note,
     }
-<<<<<<< HEAD
-    if test is not None and baselines:
-=======
     all_scored = whole(scored)
-    result[KEY] = recorded(config, schema, all_scored, seed=how.seed, data=data, rows_hash=train.data_hash)
-    if baselines:
->>>>>>> b4e3085 (A record of a run for all tasks, trackers by three methods, and the README's way from a CSV to a page)
+    split = "valid" if test is None else "test"
+    result[KEY] = recorded(config, schema, all_scored, split=split, data=data, rows_hash=train.data_hash)
+    if test is not None and baselines:
         result |= _beside(plain, scored, test, name_of(config))
     if out is not None and is_first:
         assert all_scored is not None
