@@ -18,7 +18,8 @@ import polars as pl
 
 from ctrlib import metrics
 from ctrlib._lazy import instead
-from ctrlib.data.quick import FLOAT32_MAX, Check, number, without_bad_rows
+from ctrlib.data.cells import Check, number, without_bad_rows
+from ctrlib.data.quick import FLOAT32_MAX
 from ctrlib.data.raw import RawData, read_raw
 from ctrlib.data.slices import slices_of
 from ctrlib.data.table import RawTable, is_cell
