@@ -138,10 +138,41 @@ def test_without_rows_it_shows_what_the_run_reported(folder, capsys, tmp_path):
     assert status == 0
     assert "open it in a browser" in said
     text = (tmp_path / "r.html").read_text()
-    assert check_page(text) == ["The run", "Learning curves", "Throughput and bytes"]
+    assert check_page(text) == [
+        *("The run", "What was measured", "Learning curves", "Throughput and bytes"),
+    ]
     assert "Made without --data" in text
     auc = json.loads((folder / "first" / "metrics.json").read_text())["test_auc"]
     assert f'data-value="{auc!r}"' in text
+
+
+def test_a_run_at_work_is_followed_until_it_is_over(folder, capsys, tmp_path, monkeypatch):
+    """Its folder as it is while it trains, and then as it is when it is over."""
+    run, out = tmp_path / "run", tmp_path / "r.html"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(folder / "first" / "log.jsonl", run)
+    seen = []
+
+    def over(seconds):
+        seen.append((seconds, out.read_text()))
+        (run / "checkpoints").rmdir()
+        for name in ("metrics.json", "model.json"):
+            shutil.copy(folder / "first" / name, run)
+
+    monkeypatch.setattr("ctrlib.cli.report.time.sleep", over)
+    status, said = report(folder, capsys, run, "--out", out, "--watch", 7)
+    assert status == 0, said
+    ((seconds, meanwhile),) = seen
+    assert seconds == 7
+    assert '<meta http-equiv="refresh" content="7">' in meanwhile
+    assert "Not over yet: run." in meanwhile
+    assert check_page(meanwhile) == ["The run", "Learning curves"]
+    text = out.read_text()
+    assert "refresh" not in text
+    assert check_page(text) == ["The run", "What was measured", "Learning curves", "Throughput and bytes"]
+    status, said = report(folder, capsys, run, "--out", tmp_path / "x.html", "--watch", 7, "--data", folder / "data")
+    assert status == 1
+    assert "--watch follows what runs report while they train: leave out --data" in said
 
 
 def test_of_raw_rows_and_of_predictions(folder, capsys, tmp_path):
