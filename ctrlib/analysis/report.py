@@ -161,7 +161,7 @@ def _records(runs: Sequence[Run], *, drawn: bool) -> list[str]:
         series = []
         for row, (place, run, line) in enumerate(mine):
             ends = [math.nan if line[end] is None else line[end] for end in ("value", "low", "high")]
-            series.append(Series(run.name, [], *(_only(row, end, len(mine)) for end in ends), colour=place))
+            series.append(_alone(run.name, row, len(mine), ends, place))
         of_label = f" of {label}" if len(labels) > 1 else ""
         parts.append(dots(f"{split} {metric}{of_label}", names, series, metric, overlaid=True))
     rows: list[list[Cell]] = [
@@ -181,9 +181,10 @@ def _is(line: Mapping[str, Any], split: str, label: str, metric: str) -> bool:
     return (line["split"], line["label"], line["metric"]) == (split, label, metric)
 
 
-def _only(row: int, value: float, number: int) -> list[float]:
-    """The value in its row, and nothing in the others."""
-    return [value if at == row else math.nan for at in range(number)]
+def _alone(name: str, row: int, number: int, ends: Sequence[float], colour: int) -> Series:
+    """A value and its interval in one row, and nothing in the others."""
+    value, low, high = ([end if at == row else math.nan for at in range(number)] for end in ends)
+    return Series(name, [], value, low, high, colour=colour)
 
 
 def _beside(runs: Sequence[Run]) -> list[str]:
@@ -260,7 +261,7 @@ def _evaluated(found: Mapping[str, Any], of_label: str) -> list[str]:
     middle, low, high = _interval([line["auc"] for line in lines], [_error_of(line) for line in lines])
     number = len(names)  # a row for each name, in the colour that it has everywhere
     series = [
-        Series(name, [], *(_only(place, ends[place], number) for ends in (middle, low, high)), colour=place)
+        _alone(name, place, number, [ends[place] for ends in (middle, low, high)], place)
         for place, name in enumerate(names)
     ]
     parts.append(dots("AUC and its 95 % interval", names, series, "AUC", overlaid=True))
@@ -388,11 +389,11 @@ def _importance(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequenc
         series = []
         for name in found:
             of_feature = {line["features"]: line for line in mine if line["run"] == name}
-            numbers = [
-                [of_feature.get(feature, {}).get(key, math.nan) for feature in features]
+            drop, low, high = (
+                [float(of_feature.get(feature, {}).get(key, math.nan)) for feature in features]
                 for key in ("auc_drop", "low", "high")
-            ]
-            series.append(Series(name, [], *numbers, colour=list(names).index(name)))
+            )
+            series.append(Series(name, [], drop, low, high, colour=list(names).index(name)))
         title = "Fall of AUC, 95 %" + (f", {label}" if len({line["label"] for line in lines}) > 1 else "")
         parts.append(dots(title, features, series, "AUC", guide=0.0))
     columns = ["run", "label", "features", "auc_drop", "standard_error", "low", "high", "log_loss_rise"]

@@ -150,7 +150,8 @@ def _of_groups(
 
 def _times(counts: npt.NDArray[Any], losses: Floats) -> Floats:
     """Their product, 0 where there is no row, however large the loss would be."""
-    return np.multiply(counts, losses, out=np.zeros(len(losses)), where=counts > 0)
+    product: Floats = np.multiply(counts, losses, out=np.zeros(len(losses)), where=counts > 0)
+    return product
 
 
 def _codes(groups: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -314,8 +314,8 @@ def gauc_of_blocks(of_group: npt.NDArray[np.int64], p: Floats, n: Floats, rows: 
     num_used = int(np.count_nonzero(used))
     value = error = math.nan
     if num_used:
-        share = group_p[used] + group_n[used]
-        of_groups = in_order[used] / (group_p[used] * group_n[used])
+        share: Floats = (group_p[used] + group_n[used]).astype(np.float64)
+        of_groups: Floats = in_order[used] / (group_p[used] * group_n[used])
         value = float(share @ of_groups / share.sum())
         error = mean_error(share, share * of_groups)
     return GroupAUC(value, num_used, len(used) - num_used, int(rows[~used].sum()), error)
