@@ -45,6 +45,8 @@ _NAMES = {
     "serving.update": ("update",),
     "serving.warm_start": ("warm_start",),
     "estimator": ("CTRClassifier",),
+    "selection.comparison": ("compare",),
+    "selection.tuning": ("tune",),
 }
 _MODULES = (*_lazy.PACKAGES, "losses", "metrics", "plots", "testing")
 __version__ = "0.1.0"

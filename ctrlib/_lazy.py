@@ -129,4 +129,5 @@ PACKAGES = (
     "training",
     "ranking",
     "analysis",
+    "selection",
 )

@@ -16,7 +16,20 @@ from ctrlib._lock import locked, refuse_held
 from ctrlib.errors import CtrlibError, check_path
 from ctrlib.making import settle
 
-Kind = Literal["file", "prepared", "model", "compressed", "search", "ranking", "retrieval", "export", "run", "other"]
+Kind = Literal[
+    "file",
+    "prepared",
+    "model",
+    "compressed",
+    "search",
+    "ranking",
+    "retrieval",
+    "export",
+    "comparison",
+    "tuning",
+    "run",
+    "other",
+]
 NAMES: dict[Kind, str] = {
     "file": "a file",
     "prepared": "a prepared folder",
@@ -26,6 +39,8 @@ NAMES: dict[Kind, str] = {
     "ranking": "a folder of `ctrlib rank`",
     "retrieval": "a folder of `ctrlib retrieve train`",
     "export": "a folder of `ctrlib export`",
+    "comparison": "a folder of `ctrlib compare`",
+    "tuning": "a folder of `ctrlib tune`",
     "run": "the folder of a run",
     "other": "a folder with other files",
 }
@@ -37,11 +52,22 @@ MARKERS: dict[Kind, tuple[str, ...]] = {
     "ranking": ("ranking.json",),
     "retrieval": ("retrieval.json",),
     "export": ("export.json",),
+    "comparison": ("comparison.json", "comparing.json"),
+    "tuning": ("trials.json",),
     "model": ("model.json",),
     "run": ("metrics.json", "log.jsonl", "checkpoints", "plan.json", "non_finite_batch.pt"),
     "prepared": ("schema.json",),
 }
-RESULTS = ("model.json", "metrics.json", "search.json", "ranking.json", "retrieval.json", "export.json")
+RESULTS = (
+    "model.json",
+    "metrics.json",
+    "search.json",
+    "ranking.json",
+    "retrieval.json",
+    "export.json",
+    "comparison.json",
+    "best.json",
+)
 GOES_ON = ("checkpoints", "search")  # folders of checkpoints, which are gone when all is done
 FINISHED = ".finished"  # there while what a run needed to go on is removed (`ctrlib.training.finished`)
 

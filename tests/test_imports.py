@@ -24,7 +24,7 @@ LAYERS = [
     {"structure", "inputs"},
     {"models"},
     {"sharding"},
-    {"training", "search", "retrieval", "ranking", "serving", "analysis", "export"},
+    {"training", "search", "retrieval", "ranking", "serving", "analysis", "export", "selection"},
     {"estimator"},
     {"cli"},
     {"__main__"},

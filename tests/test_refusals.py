@@ -74,6 +74,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "searched": ["model.json", "schema.json", "search.json", "plan.safetensors"],
         "ranked": ["ranking.json", "ranking.parquet"],
         "retrieved": ["retrieval.json"],
+        "compared": ["comparison.json"],
+        "tuned": ["trials.json", "best.json"],
         "run": ["metrics.json", "log.jsonl", "curve.png"],
         "other": ["thesis.txt"],
     }.items():
@@ -124,11 +126,14 @@ def no_work(no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 KINDS: dict[str, Kind] = {
     **{"data2": "prepared", "model2": "model", "compressed": "compressed", "searched": "search", "run": "run"},
-    **{"ranked": "ranking", "retrieved": "retrieval", "other": "other", "scores.csv": "file"},
+    **{"ranked": "ranking", "retrieved": "retrieval", "compared": "comparison", "tuned": "tuning"},
+    **{"other": "other", "scores.csv": "file"},
 }
 COMMANDS = {
     "prepare x.csv": ("prepared",),
     "train data --epochs 1": ("model", "run"),
+    "compare data --models fm,mlp": ("comparison",),
+    "tune data --trials 1": ("tuning",),
     "search optfs data": ("search",),
     "compress model data --ratio 2": ("compressed",),
     "predict model x.csv": ("file",),
@@ -171,6 +176,8 @@ READ = {
     ("train", "--warm-start"): ("model", "train data --epochs 1 --warm-start model"),
     ("train", "--plan"): ("plan.json", "train data --epochs 1 --engine fused --plan plan.json"),
     ("train", "--config"): ("model/model.json", "train data --config model/model.json"),
+    ("compare", "DATA"): ("data", "compare data --models fm,mlp"),
+    ("tune", "DATA"): ("data", "tune data --trials 1"),
     ("predict", "MODEL"): ("model", "predict model x.csv"),
     ("predict", "DATA"): ("x.csv", "predict model x.csv"),
     ("report", "RUN"): ("model", "report model"),
