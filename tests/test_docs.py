@@ -251,6 +251,19 @@ def documented_metrics() -> set[str]:
     return set(first_cells(section(page("training.md"), "metrics.json")))
 
 
+def check_tuning(ran: Ran) -> None:
+    assert 0 <= ran.number(1) <= 1 and set(ran.names["config"]["training"]) == {"max_epochs", "batch_size"}
+    (compared,) = ran.ctrlib["compare"]
+    assert all(re.search(rf"^ *{name} ", compared, re.MULTILINE) for name in ("fm", "mlp")) and "p (Holm)" in compared
+    assert sorted(path.name for path in Path("runs/compared").iterdir() if path.is_dir()) == [
+        *("fm-0", "fm-1"),
+        *("mlp-2", "mlp-3"),
+    ]
+    assert "0 (defaults)" in ran.ctrlib["tune"][0] and ran.names["found"]["best"]["value"] > 0.6
+    above(0.6, *ran.aucs("train"))
+    above(0.55, *map(float, re.findall(r"0\.\d+", ran.python[3].splitlines()[0])))
+
+
 CHECKS: dict[str, Callable[[Ran], None]] = {
     "data.md": check_data,
     "models.md": check_models,
@@ -261,6 +274,7 @@ CHECKS: dict[str, Callable[[Ran], None]] = {
     "serving.md": check_serving,
     "metrics.md": check_metrics,
     "reports.md": check_reports,
+    "tuning.md": check_tuning,
     "retrieval.md": check_retrieval,
 }
 
