@@ -197,7 +197,7 @@ def test_a_comparison_says_what_its_runs_are(data: Path, tmp_path: Path) -> None
 def test_rows_of_a_group_count_as_one_draw(data: Path, tmp_path: Path) -> None:
     ctr.compare(data, MODELS, tmp_path / "out", seeds=2)
     scores = module._scored(data, tmp_path / "out" / "good-0")
-    value, of_groups = module._value(scores, auc_influence)
+    value, of_groups = module.value_of(scores, auc_influence)
     assert len(of_groups) == len(np.unique(scores.groups)) < len(scores.labels)
     expected, rows = auc_influence(scores.labels[:, 0], scores.logits[:, 0])
     assert value == expected

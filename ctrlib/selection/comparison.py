@@ -226,7 +226,7 @@ def _tests(data: Path, out: Path, lines: list[dict[str, Any]], chosen: str) -> l
     scored = [_scored(data, folder) for folders in runs.values() for folder in folders]
     found: list[dict[str, Any]] = [{"name": name, "chosen": chosen} for name in runs if name != chosen]
     for measure, influence in (("auc", auc_influence), ("log_loss", log_loss_influence)):
-        pairs = [_value(scores, influence) for scores in scored]
+        pairs = [value_of(scores, influence) for scores in scored]
         values, influences = np.array([value for value, _ in pairs]), np.stack([rows for _, rows in pairs])
         covariance = influences @ influences.T
         tests = []
@@ -264,7 +264,7 @@ def _scored(data: Path, folder: Path) -> Scores:
     return predict(model, load_to_score(data, "test", Training(), schema))
 
 
-def _value(scores: Scores, influence: Callable[..., tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
+def value_of(scores: Scores, influence: Callable[..., tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
     """The mean over labels, and what each row, or each group of rows, adds to its error."""
     total, rows = 0.0, np.zeros(len(scores.labels))
     tasks = scores.labels.shape[1]
