@@ -74,6 +74,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "searched": ["model.json", "schema.json", "search.json", "plan.safetensors"],
         "ranked": ["ranking.json", "ranking.parquet"],
         "retrieved": ["retrieval.json"],
+        "exported": ["export.json", "model.onnx"],
         "compared": ["comparison.json"],
         "tuned": ["trials.json", "best.json"],
         "run": ["metrics.json", "log.jsonl", "curve.png"],
@@ -113,6 +114,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctrlib.search.stages.search_epochs", reached)
     monkeypatch.setattr("ctrlib.ranking.run.rank", reached)
     monkeypatch.setattr("ctrlib.retrieval.run.train", reached)
+    monkeypatch.setattr("ctrlib.export.folder.Program", reached)
     monkeypatch.setattr(ctr.Predictor, "_encoded", reached)
 
 
@@ -126,7 +128,13 @@ def no_work(no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 KINDS: dict[str, Kind] = {
     **{"data2": "prepared", "model2": "model", "compressed": "compressed", "searched": "search", "run": "run"},
-    **{"ranked": "ranking", "retrieved": "retrieval", "compared": "comparison", "tuned": "tuning"},
+    **{
+        "ranked": "ranking",
+        "retrieved": "retrieval",
+        "exported": "export",
+        "compared": "comparison",
+        "tuned": "tuning",
+    },
     **{"other": "other", "scores.csv": "file"},
 }
 COMMANDS = {
@@ -136,6 +144,7 @@ COMMANDS = {
     "tune data --trials 1": ("tuning",),
     "search optfs data": ("search",),
     "compress model data --ratio 2": ("compressed",),
+    "export model": ("export",),
     "predict model x.csv": ("file",),
     "report model": ("file",),
     "rank data": ("ranking",),
@@ -185,6 +194,7 @@ READ = {
     ("compress", "MODEL"): ("model", "compress model data --ratio 2"),
     ("compress", "DATA"): ("data", "compress model data --ratio 2"),
     ("compress", "--teachers"): ("model2", "compress model data --ratio 2 --teachers model2"),
+    ("export", "MODEL"): ("model", "export model"),
     ("search", "DATA"): ("data", "search optfs data"),
     ("search", "--config"): ("search.json", "search optfs data --config search.json"),
     ("prepare", "--from-ranking"): ("ranked", "prepare x.csv --from-ranking ranked --top 1"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,8 +49,6 @@ class Export(Command):
         check_model(self.model)
         from ctrlib.export.folder import export_model
 
-        if not self.json:
-            print(f"exporting to {self.output.to}, which takes seconds to a minute ...", file=sys.stderr)
         found = export_model(self.model, self.output.out, to=self.output.to, overwrite=self.output.overwrite)
         if self.json:
             print(json.dumps({"out": str(self.output.out), **found}))

@@ -16,7 +16,7 @@ from ctrlib.cli.paths import check_model, check_raw
 
 @dataclass(frozen=True)
 class Update(Command):
-    """Add new events to those that a model's histories and rates are made of.
+    """Add new events to those that a model's columns are made of.
 
     For models of data that was prepared with --history or --rate. The weights stay; rows that `ctrlib predict` scores
     from then on are told of these events, too. Events come in the order of time, each once.
