@@ -576,6 +576,16 @@ def test_a_model_goes_on_with_newer_events(
     assert {path.name: path.read_bytes() for path in (run / "events").iterdir()} == expected
 
 
+def test_candidates_are_told_the_past_of_their_user(trained: tuple[Path, Path]) -> None:
+    """`Predictor.rank` gives what `predict` gives, with rates of user and candidate together."""
+    predictor, context = ctr.Predictor.load(trained[0]), {"user": 3, "ts": 5000}
+    items = pl.DataFrame({"item": range(12), "kind": [0, 1, 2, 3] * 3})
+    ranked = predictor.rank(context, items)
+    whole, _ = predictor.predict(items.with_columns(**{name: pl.lit(cell) for name, cell in context.items()}))
+    assert ranked["click"].to_list() == pytest.approx(whole["click"][ranked["row"].to_list()].to_list(), abs=1e-6)
+    assert ranked["click"].is_sorted(descending=True)
+
+
 def ctr_events(folder: Path) -> Events:
     return Events.of_dict((ctr.Schema.load(folder).raw_format or {})["events"])
 
