@@ -24,6 +24,7 @@ by how much of the sum s^2 is not:
 
     df = (2 s^2 / S + 2 (Cov2 - Cov3))^2 / ((2 s^2 / S)^2 / (2 (S - 1)))
 
+Scores of seeds are taken for normal, as in any t-test: where some runs fail to learn at all, a few seeds tell little.
 The rows of train are as they are: the test speaks of these training rows, other seeds, and other rows of test.
 """
 
