@@ -35,6 +35,10 @@ class UnsupportedError(CtrlibError, NotImplementedError):
     """What was asked for is not there: on this device, in several processes, or with these versions."""
 
 
+class MissingPackageError(CtrlibError, ImportError):
+    """A package is not installed that only some of ctrlib needs; the message says how to have it."""
+
+
 class UnknownNameError(CtrlibError, KeyError):
     """Nothing is called so."""
 

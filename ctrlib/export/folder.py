@@ -52,7 +52,8 @@ def export_model(model: str | Path, out: str | Path, *, to: str = "onnx", overwr
         and missing ids and empty bags among them.
 
     Raises:
-        UnsupportedError: the model has no such form, or a package is not installed; the message says why.
+        UnsupportedError: the model has no such form; the message says why.
+        MissingPackageError: a package is not installed.
         ValueError: there is no such format.
         TargetError, LockedError: as in `ctrlib._target.target`.
     """

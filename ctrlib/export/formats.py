@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ctrlib.errors import ArgumentError, UnsupportedError
+from ctrlib.errors import ArgumentError, MissingPackageError
 from ctrlib.export.program import Arrays, Program, quiet
 
 Run = Callable[[Arrays], npt.NDArray[np.float32]]
@@ -37,13 +37,13 @@ class Format:
         """Refuse before any work.
 
         Raises:
-            UnsupportedError: a package is not installed.
+            MissingPackageError: a package is not installed.
         """
         for package in self.packages:
             try:
                 importlib.import_module(package)
             except ImportError as error:
-                raise UnsupportedError(
+                raise MissingPackageError(
                     f"this format needs {package}, which is not installed: pip install 'ctrlib[export]'"
                 ) from error
 

@@ -23,7 +23,15 @@ from ctrlib._lazy import instead
 from ctrlib._lock import holding
 from ctrlib._target import check_target
 from ctrlib.distributed import world_size
-from ctrlib.errors import ArgumentError, UnsupportedError, check_number, check_path, check_type, check_whole
+from ctrlib.errors import (
+    ArgumentError,
+    MissingPackageError,
+    UnsupportedError,
+    check_number,
+    check_path,
+    check_type,
+    check_whole,
+)
 from ctrlib.making import remove, write_text
 from ctrlib.manifest import check_folder, data_hash, load_schema
 from ctrlib.models.build import plain
@@ -92,7 +100,7 @@ def tune(
         ValueError: an argument does not fit, or `out` holds another search.
         TargetError: `out` is the data, or a folder of another kind.
         LockedError: somebody else writes into `out`; the message says who.
-        ImportError: Optuna is not installed.
+        MissingPackageError: Optuna is not installed.
     """
     check_path("a prepared folder", data=data)
     check_path("a folder", out=out)
@@ -158,7 +166,7 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise ImportError(f"Optuna is not installed ({error}): pip install 'ctrlib[tune]'") from error
+        raise MissingPackageError(f"Optuna is not installed ({error}): pip install 'ctrlib[tune]'") from error
     return optuna
 
 

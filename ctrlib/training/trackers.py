@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from ctrlib._json import to_json
-from ctrlib.errors import ArgumentError, check_has
+from ctrlib.errors import ArgumentError, MissingPackageError, check_has
 from ctrlib.making import remove, write_text
 
 P = ParamSpec("P")
@@ -77,14 +77,16 @@ class TensorBoard:
     """Event files in a folder, a scalar for each number of each epoch; needs the extra `ctrlib[tensorboard]`.
 
     Raises:
-        ImportError: it is not installed.
+        MissingPackageError: it is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(f"TensorBoard is not installed ({error}): pip install 'ctrlib[tensorboard]'") from error
+            raise MissingPackageError(
+                f"TensorBoard is not installed ({error}): pip install 'ctrlib[tensorboard]'"
+            ) from error
         self._events = SummaryWriter(str(folder), purge_step=1)  # a run that goes on writes its epochs again
 
     def start(self, config: Mapping[str, Any]) -> None:
@@ -117,7 +119,7 @@ class Mlflow:
         client: in the place of `mlflow.MlflowClient(uri)`.
 
     Raises:
-        ImportError: MLflow is not installed.
+        MissingPackageError: MLflow is not installed.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class Mlflow:
             try:
                 import mlflow
             except ImportError as error:
-                raise ImportError(f"MLflow is not installed ({error}): pip install 'ctrlib[mlflow]'") from error
+                raise MissingPackageError(f"MLflow is not installed ({error}): pip install 'ctrlib[mlflow]'") from error
             client = mlflow.MlflowClient(tracking_uri=uri)
         self._client, self._experiment, self._name = client, experiment, name
         self._resume = None if resume is None else Path(resume)
