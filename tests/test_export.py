@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 import torch
 from test_models import SCHEMA, make
+from torch import nn
 
 import ctrlib as ctr
 from ctrlib.cli import main
@@ -22,7 +23,7 @@ from ctrlib.data.encoder import Encoder
 from ctrlib.data.quick import MISSING_RAW_ID
 from ctrlib.errors import ArgumentError, UnsupportedError
 from ctrlib.export.folder import Exported, export_model
-from ctrlib.export.onnx import row_of_each
+from ctrlib.export.onnx import DECOMPOSED, aten, row_of_each
 from ctrlib.export.program import Program, Signature
 from ctrlib.export.reader import Reader
 from ctrlib.schema import MISSING_RAW_ID as OF_SCHEMA
@@ -197,6 +198,31 @@ def test_a_program_shares_nothing_with_the_model() -> None:
 def test_row_of_each_with_empty_rows() -> None:
     offsets = torch.tensor([0, 0, 3, 3, 4, 4])
     assert row_of_each(offsets, 4).tolist() == [1, 1, 1, 3]
+
+
+def test_operations_that_onnx_lacks_are_written_in_others() -> None:
+    """To the bit, with empty bags and bags of one id."""
+    torch.manual_seed(0)
+    weight, ids, offsets = torch.randn(9, 4), torch.tensor([1, 8, 3, 3, 0]), torch.tensor([0, 0, 3, 4, 4, 5])
+    bag, repeat = DECOMPOSED[aten.embedding_bag.padding_idx], DECOMPOSED[aten.repeat_interleave.self_Tensor]
+    for mode, number in (("sum", 0), ("mean", 1)):
+        expected = nn.functional.embedding_bag(ids, weight, offsets, mode=mode, include_last_offset=True)
+        torch.testing.assert_close(bag(weight, ids, offsets, mode=number, include_last_offset=True)[0], expected)
+        expected = nn.functional.embedding_bag(ids, weight, offsets[:-1], mode=mode)
+        torch.testing.assert_close(bag(weight, ids, offsets[:-1], mode=number)[0], expected)
+    counts = offsets.diff()
+    assert torch.equal(repeat(weight[:5], counts, 0, output_size=5), weight[:5].repeat_interleave(counts, 0))
+    scores = torch.tensor([2.0, 1.0, 2.5, 3.0, 1.5])  # of equal ones torch's topk takes any, ONNX's the first
+    for descending in (True, False):
+        expected = scores.argsort(stable=True, descending=descending)
+        assert torch.equal(DECOMPOSED[aten.argsort.stable](scores, descending=descending), expected)
+    values = torch.randn(5, 4)
+    padded = DECOMPOSED[torch.ops.fbgemm.jagged_to_padded_dense.default]
+    expected = torch.ops.fbgemm.jagged_to_padded_dense(values, [offsets], [4], 0.0)
+    assert torch.equal(padded(values, [offsets], [4]), expected)
+    cumsum = torch.ops.fbgemm.asynchronous_complete_cumsum
+    assert torch.equal(DECOMPOSED[cumsum.default](counts), cumsum(counts))
+    assert torch.equal(DECOMPOSED[aten.remainder.Scalar](torch.tensor([-1, 0, 7]), 5), torch.tensor([4, 0, 2]))
 
 
 def test_code_is_run_only_where_it_is_trusted(exported_folder: Path, tmp_path: Path) -> None:

@@ -107,7 +107,31 @@ def _argsort(x: Tensor, *, stable: bool = True, dim: int = -1, descending: bool 
     return x.topk(x.shape[dim], dim, largest=descending).indices
 
 
+def _foreach_add(tensors: list[Tensor], scalars: list[Any]) -> list[Tensor]:
+    return [tensor + scalar for tensor, scalar in zip(tensors, scalars)]
+
+
+def _foreach_mul(tensors: list[Tensor], scalars: list[Any]) -> list[Tensor]:
+    return [tensor * scalar for tensor, scalar in zip(tensors, scalars)]
+
+
+def _to_padded(values: Tensor, offsets: list[Tensor], max_lengths: list[Any], padding_value: float = 0.0) -> Tensor:
+    rows = row_of_each(offsets[0], values.shape[0])
+    places = torch.arange(values.shape[0]) - offsets[0][rows]
+    padded = values.new_full((offsets[0].shape[0] - 1, max_lengths[0], values.shape[1]), padding_value)
+    return padded.index_put([rows, places], values)
+
+
+def _complete_cumsum(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x.cumsum(0), (1, 0))
+
+
 DECOMPOSED: dict[Any, Any] = {
+    aten._foreach_add.ScalarList: _foreach_add,
+    aten._foreach_mul.ScalarList: _foreach_mul,
+    torch.ops.fbgemm.jagged_to_padded_dense.default: _to_padded,
+    torch.ops.fbgemm.jagged_to_padded_dense_forward.default: _to_padded,
+    torch.ops.fbgemm.asynchronous_complete_cumsum.default: _complete_cumsum,
     aten.remainder.Scalar: _remainder,
     aten.argsort.stable: _argsort,
     aten.embedding_bag.padding_idx: _embedding_bag,

@@ -40,6 +40,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "hash_embedding": {"num_embeddings": 32},
     "memcom": {"num_embeddings": 16},
     "quotient_remainder": {"num_embeddings": 16},
+    "mixed_dimension": {"dimensions": {"user": 4, "item": 8, "genres": 2}},
 }
 
 
