@@ -206,6 +206,10 @@ def test_rows_of_a_group_count_as_one_draw(data: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(of_groups, np.bincount(groups, rows) * factor)
 
 
+class Killed(BaseException):
+    """What no part of ctrlib catches. A KeyboardInterrupt in the wrong place would end the tests as well."""
+
+
 def test_killed_in_any_run_it_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ctr.compare(data, MODELS, tmp_path / "whole", seeds=2)
     run, started = module.run, []
@@ -213,12 +217,12 @@ def test_killed_in_any_run_it_ends_the_same(data: Path, tmp_path: Path, monkeypa
     def stopped(*arguments: Any, **named: Any) -> Any:
         started.append(named["out"].name)
         if len(started) % 2 == 0:
-            named["on_epoch"] = lambda line: (_ for _ in ()).throw(KeyboardInterrupt)
+            named["on_epoch"] = lambda line: (_ for _ in ()).throw(Killed)
         return run(*arguments, **named)
 
     monkeypatch.setattr(module, "run", stopped)
     for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             ctr.compare(data, MODELS, tmp_path / "out", seeds=2)
     found = ctr.compare(data, MODELS, tmp_path / "out", seeds=2)
     assert started == ["good-0", "good-1", "good-1", "slow-2", "slow-2", "slow-3", "slow-3"]
@@ -226,6 +230,7 @@ def test_killed_in_any_run_it_ends_the_same(data: Path, tmp_path: Path, monkeypa
     assert not list((tmp_path / "out").rglob("checkpoints")) and not (tmp_path / "out" / "comparing.json").exists()
     with pytest.raises(ctr.CtrlibError, match="is a folder of `ctrlib compare` already"):
         ctr.compare(data, MODELS, tmp_path / "out", seeds=2)
+    monkeypatch.setattr(module, "run", run)
     (tmp_path / "out" / "good-0" / "mark").touch()
     again = ctr.compare(data, MODELS, tmp_path / "out", seeds=2, overwrite=True)
     assert without_clock(again) == without_clock(whole) and not (tmp_path / "out" / "good-0" / "mark").exists()
@@ -233,10 +238,10 @@ def test_killed_in_any_run_it_ends_the_same(data: Path, tmp_path: Path, monkeypa
 
 def test_another_comparison_does_not_go_on_there(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
+        raise Killed
 
     monkeypatch.setattr(module, "run", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         ctr.compare(data, MODELS, tmp_path / "out", seeds=2)
     other = {**MODELS, "slow": quick(learning_rate=2e-5)}
     with pytest.raises(ctr.CtrlibError, match=r"models.slow.training.learning_rate was 1e-05, is now 2e-05"):

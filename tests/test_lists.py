@@ -75,7 +75,7 @@ def table_of(cells: list[Any]) -> pl.DataFrame:
 
 def events_of(columns: Encoded, encoder: Encoder, name: str) -> list[list[str | None]]:
     """What stands behind the ids, with None for the missing id."""
-    values = {one: value for value, one in encoder._known[name].items()}
+    values = {one: value for value, one in encoder.known[name].items()}
     ragged = columns.ragged[name]
     parts = np.split(ragged.values, ragged.offsets[1:-1])
     return [[_ if one == 1 else values.get(one, "?") for one in part.tolist()] for part in parts]
@@ -98,7 +98,7 @@ def test_a_cell_means_the_same_on_every_road(prepared: tuple[pl.DataFrame, Path]
         "bag": [bag or [_] for _history, bag in GOOD.values()],
     }
     for name, events in expected.items():
-        values = {one: value for value, one in encoder._known[name].items()}
+        values = {one: value for value, one in encoder.known[name].items()}
         for split in ("train", "valid"):
             ids = pl.read_parquet(folder / "p" / split)[name].to_list()
             assert [[values.get(one) for one in row] for row in ids] == events
