@@ -23,7 +23,7 @@ from ctrlib import models
 from ctrlib.data import stream
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns, Ragged, decode, find_row_groups, offsets_of
-from ctrlib.data.encoder import FEW_CELLS, Counts, Encoder, _frame_of
+from ctrlib.data.encoder import FEW_CELLS, Counts, Encoder, frame_of
 from ctrlib.data.quick import Careful, texts_of_column
 from ctrlib.data.scan import DataError
 from ctrlib.data.stream import blocks
@@ -166,7 +166,7 @@ def test_the_roads_agree_cell_by_cell(kind: str, data: st.DataObject) -> None:
         quick, counts = encoder._quick({key: [item] for key, item in row.items()}, NAMES)
     except Careful:
         return
-    raw = RawTable((numbered(clean(_frame_of([row], "rows").lazy(), encoder._missing)),), "rows")
+    raw = RawTable((numbered(clean(frame_of([row], "rows").lazy(), encoder._missing)),), "rows")
     careful, counts_too = encoder.transform_table(raw)
     assert_same(quick, careful, encoder.schema)
     assert counts == counts_too

@@ -20,7 +20,7 @@ from ctrlib._lazy import instead
 # Each is a module here, and in it the class of that name: what its fields say is what the command takes.
 COMMANDS = (
     *("prepare", "rank", "train", "compare", "tune", "evaluate", "report", "predict", "update"),
-    *("compress", "export", "search", "retrieve", "models", "doctor"),
+    *("compress", "export", "serve", "search", "retrieve", "models", "doctor"),
 )
 HELP = ("-h", "--help")
 PANIC = "PanicException"  # what polars raises of its own faults, which is no Exception

@@ -36,7 +36,7 @@ from ctrlib.data.stream import ahead, blocks
 from ctrlib.data.table import ROW, RawTable, as_frame, clean, naming, numbered
 from ctrlib.data.unknown import judge
 from ctrlib.data.vocabulary import load_counts, load_vocabulary, vocabulary_path
-from ctrlib.errors import WrongTypeError
+from ctrlib.errors import WrongTypeError, shown
 from ctrlib.making import new_folder
 from ctrlib.manifest import load_schema, write_manifest
 from ctrlib.schema import (
@@ -308,7 +308,7 @@ class Encoder:
             if 0 < len(rows) * len(names) <= FEW_CELLS:
                 with contextlib.suppress(Careful, KeyError, TypeError):
                     return self._quick({name: [row[name] for row in rows] for name in names}, rows[0])
-            frame = _frame_of(rows, name)
+            frame = frame_of(rows, name)
         else:
             frame = as_frame(rows, name)
             columns = dict(zip(frame.columns, frame.get_columns()))
@@ -328,7 +328,7 @@ class Encoder:
         if isinstance(rows, list | tuple) and 0 < len(rows) * len(self._names) <= FEW_CELLS:
             with contextlib.suppress(Careful, KeyError, TypeError, AttributeError):
                 return state.add_to_cells(rows, frozenset(self._missing))
-        frame = _frame_of(rows, name) if isinstance(rows, list | tuple) else as_frame(rows, name)
+        frame = frame_of(rows, name) if isinstance(rows, list | tuple) else as_frame(rows, name)
         return state.add(self._table(frame, name)).frame.drop(ROW).collect()
 
     def judge(self, counts: Counts, name: str) -> list[str]:
@@ -558,7 +558,13 @@ def _cells(column: pl.Series) -> list[Any]:
     return column.to_list()
 
 
-def _frame_of(rows: Sequence[Mapping[str, Any]], name: str) -> pl.DataFrame:
+def frame_of(rows: Sequence[Mapping[str, Any]], name: str) -> pl.DataFrame:
+    """Rows as a frame, every cell taken as it is.
+
+    Raises:
+        DataError: there is no row, or a column holds cells of several types.
+        WrongTypeError: a row is no dictionary.
+    """
     if not rows:
         raise DataError(f"{name} has no rows: expected at least one")
     if wrong := [row for row in rows if not isinstance(row, Mapping)]:
@@ -566,10 +572,39 @@ def _frame_of(rows: Sequence[Mapping[str, Any]], name: str) -> pl.DataFrame:
     names = list(dict.fromkeys(key for row in rows for key in row))
     columns = {}
     for key in names:
+        cells = [row.get(key) for row in rows]
         try:
-            columns[key] = pl.Series(key, [row.get(key) for row in rows], strict=True)
+            columns[key] = pl.Series(key, _of_one_kind(cells), strict=True)
         except (TypeError, OverflowError, pl.exceptions.PolarsError) as error:
+            several = f"column {key!r} holds cells of several types"
+            present = [(row, cell) for row, cell in enumerate(cells, 1) if cell is not None]
+            others = [one for one in present if type(one[1]) is not type(present[0][1])]
+            if not others:  # what is in lists differs, or one cell fits nowhere
+                raise DataError(f"{name}: {several} ({str(error).splitlines()[0]}): give all one type") from error
+            (row, cell), (first, before) = others[0], present[0]
             raise DataError(
-                f"{name}: column {key!r} holds cells of several types ({str(error).splitlines()[0]}): give all one type"
+                f"{name}: {several}, {shown(cell)} in row {row} and {shown(before)} in row {first}: give all one type"
             ) from error
     return pl.DataFrame(columns)
+
+
+def _of_one_kind(cells: list[Any]) -> list[Any]:
+    """The cells as polars may take them; in a list it would read 1.5 as 1 beside whole numbers, and true as 1.
+
+    >>> _of_one_kind([1, None, 1.5]), _of_one_kind([[1, 2], [2.5]])
+    ([1.0, None, 1.5], [[1.0, 2.0], [2.5]])
+    """
+    kinds = {type(cell) for cell in cells}
+    if list in kinds:
+        kinds |= {type(one) for cell in cells if type(cell) is list for one in cell}
+    if bool in kinds and kinds & {int, float}:
+        raise WrongTypeError("true or false beside numbers")
+    if not {int, float} <= kinds:
+        return cells
+
+    def as_float(cell: Any) -> Any:
+        if type(cell) is list:
+            return [as_float(one) for one in cell]
+        return float(cell) if type(cell) is int and abs(cell) <= 2**53 else cell  # others would be other ids
+
+    return [as_float(cell) for cell in cells]

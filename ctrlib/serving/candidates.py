@@ -10,7 +10,7 @@ import numpy.typing as npt
 import polars as pl
 
 from ctrlib.data.columns import Columns, Ragged
-from ctrlib.data.encoder import Encoder
+from ctrlib.data.encoder import Encoder, frame_of
 from ctrlib.data.scan import DataError
 from ctrlib.data.table import as_frame
 from ctrlib.errors import ArgumentError, check_type
@@ -30,7 +30,7 @@ def joined(encoder: Encoder, context: Mapping[str, Any], items: Any) -> Columns:
         DataError: there is no candidate, or a cell is damaged.
     """
     check_type("a dictionary of cells", Mapping, context=context)
-    frame = pl.DataFrame(items) if isinstance(items, list | tuple) else as_frame(items, "items")
+    frame = frame_of(items, "items") if isinstance(items, list | tuple) else as_frame(items, "items")
     if not frame.height:
         raise DataError("items has no rows: expected at least one candidate")
     of_items = [name for name in encoder.inputs if name in frame.columns]
@@ -88,3 +88,13 @@ def best(scores: npt.NDArray[np.float64], k: int | None) -> npt.NDArray[np.int64
         raise ArgumentError(f"k={k}: expected 1 or more, or None for all")
     found: npt.NDArray[np.int64] = np.argsort(-scores, kind="stable")[:k]
     return found
+
+
+def ranked(probabilities: pl.DataFrame, by: str, k: int | None) -> pl.DataFrame:
+    """The rows with the largest probabilities of `by`, and before them `row`, their place.
+
+    >>> ranked(pl.DataFrame({"click": [0.2, 0.5, 0.3]}), "click", 2).to_dict(as_series=False)
+    {'row': [1, 2], 'click': [0.5, 0.3]}
+    """
+    chosen = best(probabilities[by].to_numpy(), k)
+    return pl.DataFrame({"row": chosen}).hstack(probabilities[chosen])

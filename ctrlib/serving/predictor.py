@@ -32,7 +32,7 @@ from ctrlib.errors import ArgumentError, check_path, check_type, check_whole
 from ctrlib.making import new_file
 from ctrlib.manifest import load_schema
 from ctrlib.schema import Schema, SchemaError
-from ctrlib.serving.candidates import best, joined
+from ctrlib.serving.candidates import joined, ranked
 from ctrlib.serving.direct import Rows as DirectRows
 from ctrlib.serving.direct import direct
 from ctrlib.serving.model_folder import load_model
@@ -119,13 +119,48 @@ class Predictor:
             DataError: there is no candidate, or a cell is damaged.
             ValueError: there is no such label, or `k` is below 1.
         """
+        by = self.label_named(by)
+        found = self._probabilities(joined(self.encoder, context, items), 8192, Report(self.encoder, "items"))
+        return ranked(found, by, k)
+
+    def label_named(self, by: str | None) -> str:
+        """The label of that name, or the first for None.
+
+        Raises:
+            ArgumentError: there is none.
+        """
         by = self.schema.labels[0] if by is None else by
         if by not in self.schema.labels:
             raise ArgumentError(f"by={by!r} is no label; {instead([by], self.schema.labels)}")
-        columns = joined(self.encoder, context, items)
-        found = self._probabilities(columns, 8192, Report(self.encoder))
-        chosen = best(found[by].to_numpy(), k)
-        return pl.DataFrame({"row": chosen}).hstack(found[chosen])
+        return by
+
+    def encode(self, rows: Rows, *, name: str = "data") -> tuple[Columns, dict[str, Any]]:
+        """Rows in memory as the model reads them, for `score_encoded`, and the counts that `predict` gives.
+
+        Args:
+            rows: as in `predict`, no file.
+            name: what to call them in messages.
+
+        Raises:
+            SchemaError, DataError: as `predict`.
+        """
+        columns, counts = self.encoder.transform(rows, name=name)
+        report = Report(self.encoder, name)
+        report.add(counts)
+        report.check()
+        return columns, report.as_dict()
+
+    def score_encoded(self, parts: Sequence[Columns], *, name: str = "data") -> list[pl.DataFrame]:
+        """Probabilities of several tables of encoded rows, in one call of the model.
+
+        Those of a single table are what `predict` gives, to the last bit; together, but for the last digits.
+
+        Raises:
+            DataError: the model gives no finite score for a row, whose number is counted over all parts.
+        """
+        found = self._probabilities(Columns.concatenate(parts), 8192, Report(self.encoder, name))
+        ends = np.cumsum([len(part.ids) for part in parts]).tolist()
+        return [found[start:end] for start, end in zip([0, *ends], ends)]
 
     def predict_to(
         self,
@@ -377,11 +412,11 @@ class Predictor:
 class Report:
     """What was found in the rows that a predictor scored, for `Predictor.stream` to fill."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, name: str = "data") -> None:
         self._encoder = encoder
         self.counts = Counts()
         self.remarks: list[str] = []
-        self.name = "data"  # of the rows that were counted last
+        self.name = name  # of the rows that were counted last
         self._raw: RawTable | None = None
         self._unfit: list[Any] = []
 

@@ -1,0 +1,101 @@
+"""`ctrlib serve`: a trained model behind HTTP."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ctrlib.cli.flags import Command
+from ctrlib.cli.paths import check_model
+from ctrlib.errors import UnsupportedError, check_whole
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where it is reached, and how it ends."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; by default only this machine reaches it."""
+    port: int = 8000
+    """Port to listen at; 0 is any that is free, which is printed."""
+    grace: int = 20
+    """Seconds that requests at work have after SIGTERM; then they are cut off."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much it takes."""
+
+    max_rows: int = 10_000
+    """Rows, or candidates, of one request; more are refused."""
+    threads: int = 1
+    """Threads of a call of the model; more than one pays for thousands of rows a request."""
+
+
+@dataclass(frozen=True)
+class Serve(Command):
+    """Answer requests for a trained model's probabilities over HTTP.
+
+    POST /predict takes {"rows": [{"COLUMN": CELL, ...}, ...]}, POST /rank the candidates of one user. GET /model,
+    /health and /metrics say what there is. SIGTERM and Ctrl-C end it when the requests at work are answered. It knows
+    no TLS and no passwords: put it behind a proxy. It needs Starlette and uvicorn: pip install 'ctrlib[serve]'.
+
+    Example:
+
+        ctrlib serve runs/clicks --port 8000
+    """
+
+    model: Positional[Path]
+    """Model folder, as `ctrlib train` or `ctrlib compress` writes it."""
+    listening: Listening = field(default_factory=Listening)
+    load: Load = field(default_factory=Load)
+
+    def __call__(self) -> int:
+        """Run the command; the exit status."""
+        check_model(self.model)
+        host, port, grace = self.listening.host, self.listening.port, self.listening.grace
+        check_whole(0, port=port)
+        check_whole(1, grace=grace, max_rows=self.load.max_rows, threads=self.load.threads)
+        try:
+            from ctrlib.serving.server import bind, serve
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "anyio"):
+                raise
+            raise UnsupportedError(f"the server is not installed ({error}): pip install 'ctrlib[serve]'") from error
+        import torch
+
+        from ctrlib.serving.predictor import Predictor
+        from ctrlib.serving.requests import Limits
+
+        with bind(host, port) as bound:
+            url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+            torch.set_num_threads(self.load.threads)
+            predictor = Predictor.load(self.model)
+            if not _is_loopback(host):
+                print(
+                    f"{host} may be reached by others, and nobody is asked for a password", file=sys.stderr, flush=True
+                )
+
+            def started() -> None:
+                found = {"url": url, "model": str(self.model), "schema_hash": predictor.schema.hash}
+                print(json.dumps(found) if self.json else f"{self.model} is served at {url}", flush=True)
+
+            serve(predictor, bound, Limits(rows=self.load.max_rows), grace=grace, started=started)
+        return 0
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address.
+
+    >>> [_is_loopback(host) for host in ("localhost", "127.0.0.1", "::1", "0.0.0.0", "server.example")]
+    [True, True, True, False, False]
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
