@@ -107,9 +107,10 @@ class Scorer:
         except BaseException as error:
             if len(batch) == 1:
                 batch[0][0].answer.set_exception(refusal(error))
-            else:
-                for one in batch:  # whose fault it is shows alone
-                    self._score([one])
+                return
+            half = len(batch) // 2  # whose fault it is shows alone, and the others stay together
+            self._score(batch[:half])
+            self._score(batch[half:])
             return
         self.calls += 1
         for (job, asked), probabilities in zip(batch, found):
