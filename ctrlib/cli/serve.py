@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from ctrlib.cli.flags import Command
 from ctrlib.cli.paths import check_model
-from ctrlib.errors import UnsupportedError, check_whole
+from ctrlib.errors import MissingPackageError, check_whole
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Serve(Command):
         except ImportError as error:
             if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "anyio"):
                 raise
-            raise UnsupportedError(f"the server is not installed ({error}): pip install 'ctrlib[serve]'") from error
+            raise MissingPackageError(f"the server is not installed ({error}): pip install 'ctrlib[serve]'") from error
         import torch
 
         from ctrlib.serving.predictor import Predictor
