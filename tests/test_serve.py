@@ -24,7 +24,7 @@ from torch import nn
 
 import ctrlib as ctr
 from ctrlib import cli
-from ctrlib.data.encoder import FEW_CELLS
+from ctrlib.data.encoder import FEW_CELLS_OF_ROWS
 from ctrlib.errors import ArgumentError
 from ctrlib.serving import requests
 from ctrlib.serving.requests import Limits
@@ -32,7 +32,7 @@ from ctrlib.serving.scoring import Scorer
 from ctrlib.serving.server import application, bind
 
 LABELS = ("click", "buy")
-LIMITS = Limits(rows=2_000, body=1 << 20)
+LIMITS = Limits(rows=4_000, body=1 << 20)
 
 
 def frame(rows: int, seed: int = 0) -> pl.DataFrame:
@@ -117,7 +117,7 @@ def post(app: Any, path: str, body: bytes | Any, **headers: str) -> httpx.Respon
 # What is answered.
 
 
-@pytest.mark.parametrize("number", [1, 7, 100, 1_500])
+@pytest.mark.parametrize("number", [1, 7, 100, 3_500])
 def test_a_request_alone_gets_the_bits_of_the_predictor(app: Any, predictor: ctr.Predictor, number: int) -> None:
     given = rows(number)
     given[0] |= {"user": 10_000, "item": None, "page": "front"}
@@ -206,9 +206,10 @@ def test_what_waits_is_scored_in_one_call(predictor: ctr.Predictor) -> None:
 
 def test_whole_numbers_may_stand_beside_others_in_requests_of_any_size(app: Any) -> None:
     """JSON's writers drop the `.0` of a number."""
-    given = rows(FEW_CELLS // 5 + 1)
+    given = rows(FEW_CELLS_OF_ROWS // 5 + 1)
     given[5]["price"], given[6]["price"] = 3, 4.0
     answer = post(app, "/predict", {"rows": given}).json()
+    assert len(answer["predictions"]["click"]) == len(given)
     given[5]["price"], given[6]["price"] = 3.0, 4
     assert post(app, "/predict", {"rows": given}).json() == answer
     few = post(app, "/predict", {"rows": given[:7]}).json()
@@ -227,7 +228,7 @@ def test_what_there_is(app: Any, predictor: ctr.Predictor) -> None:
             {"name": "item", "kind": "categorical"},
         ],
         "schema_hash": predictor.schema.hash,
-        "max_rows": 2_000,
+        "max_rows": 4_000,
     }
     assert asked(app, "GET", "/").json() == answer.json()
     assert asked(app, "HEAD", "/model").content == b""
@@ -314,7 +315,7 @@ BAD = {
     ),
     "text for a number": (json.dumps({"rows": [{**ROW, "user": "u1"}]}).encode(), 400, "column 'user'"),
     "true for a number": (changed(user=True), 400, "column 'user'"),
-    "too many": (json.dumps({"rows": [{}] * 2001}).encode(), 413, "rows has 2,001 rows, and this server takes 2,000"),
+    "too many": (json.dumps({"rows": [{}] * 4001}).encode(), 413, "rows has 4,001 rows, and this server takes 4,000"),
     "too long": (b" " * ((1 << 20) + 1), 413, "the body has more than 1,048,576 bytes: send rows in several"),
 }
 
@@ -347,7 +348,7 @@ BAD_RANKS = {
         400,
         "items: column 'price' holds cells of several types, str 'x' in row 2 and float",
     ),
-    "too many": ({"context": {}, "items": [{}] * 2001}, 413, "items has 2,001 rows"),
+    "too many": ({"context": {}, "items": [{}] * 4001}, 413, "items has 4,001 rows"),
     "too far": (
         {"context": {}, "items": [ROW, {**ROW, "price": 3e38}]},
         400,

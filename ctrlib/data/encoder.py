@@ -59,6 +59,7 @@ from ctrlib.schema import Sequence as History
 # A row as a dictionary, a list of them, a polars or pandas frame, an Arrow table, or the path of a file, or several.
 Rows: TypeAlias = Any
 FEW_CELLS = 4096  # go cell by cell
+FEW_CELLS_OF_ROWS = 4 * FEW_CELLS  # of rows as dictionaries, from which a frame would have to be made first
 NUM_EXAMPLES = 10  # unseen values that are kept to be shown
 
 
@@ -305,7 +306,7 @@ class Encoder:
         if self._state is not None:
             rows = self._with_past(self._state, rows, name)
         if isinstance(rows, list | tuple):
-            if 0 < len(rows) * len(names) <= FEW_CELLS:
+            if 0 < len(rows) * len(names) <= FEW_CELLS_OF_ROWS:
                 with contextlib.suppress(Careful, KeyError, TypeError):
                     return self._quick({name: [row[name] for row in rows] for name in names}, rows[0])
             frame = frame_of(rows, name)

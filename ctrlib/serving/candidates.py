@@ -10,10 +10,10 @@ import numpy.typing as npt
 import polars as pl
 
 from ctrlib.data.columns import Columns, Ragged
-from ctrlib.data.encoder import Encoder, frame_of
+from ctrlib.data.encoder import Encoder
 from ctrlib.data.scan import DataError
 from ctrlib.data.table import as_frame
-from ctrlib.errors import ArgumentError, check_type
+from ctrlib.errors import ArgumentError, WrongTypeError, check_type, shown
 from ctrlib.schema import SchemaError
 
 
@@ -30,28 +30,35 @@ def joined(encoder: Encoder, context: Mapping[str, Any], items: Any) -> Columns:
         DataError: there is no candidate, or a cell is damaged.
     """
     check_type("a dictionary of cells", Mapping, context=context)
-    frame = frame_of(items, "items") if isinstance(items, list | tuple) else as_frame(items, "items")
-    if not frame.height:
+    # Dictionaries stay as they are: to make a frame of them takes longer than to encode some thousand cells.
+    as_rows = isinstance(items, list | tuple)
+    if as_rows and (wrong := [row for row in items if not isinstance(row, Mapping)]):
+        raise WrongTypeError(f"items: a row is {shown(wrong[0])}, expected a dictionary of cells")
+    rows = items if as_rows else as_frame(items, "items")
+    size, there = len(rows), {name for row in rows for name in row} if as_rows else set(rows.columns)
+    if not size:
         raise DataError("items has no rows: expected at least one candidate")
-    of_items = [name for name in encoder.inputs if name in frame.columns]
+    of_items = [name for name in encoder.inputs if name in there]
     if both := [name for name in of_items if name in context]:
         raise SchemaError(f"columns {both} are in the context and in the items: leave them out of one of the two")
-    if lacking := [name for name in encoder.inputs if name not in context and name not in frame.columns]:
+    if lacking := [name for name in encoder.inputs if name not in context and name not in there]:
         raise SchemaError(f"columns {lacking} are neither in the context nor in the items: the model reads them")
     if encoder.has_past:  # which depends on context and candidate together
-        given = {name: cell for name, cell in context.items() if name in encoder.inputs}
-        whole = frame.with_columns(pl.lit(pl.Series([cell])).first().alias(name) for name, cell in given.items())
+        past = {name: cell for name, cell in context.items() if name in encoder.inputs}
+        if as_rows:
+            return encoder.transform([{**row, **past} for row in rows], name="items")[0]
+        whole = rows.with_columns(pl.lit(pl.Series([cell])).first().alias(name) for name, cell in past.items())
         return encoder.transform(whole, name="items")[0]
     of_context = [name for name in encoder.inputs if name in context]
     parts: list[tuple[Columns, Encoder, npt.NDArray[np.int64]]] = []
-    for names, rows, place in (
-        (of_items, frame.select(of_items), np.arange(frame.height)),
-        (of_context, {name: context[name] for name in of_context}, np.zeros(frame.height, np.int64)),
+    for names, given, place in (
+        (of_items, rows if as_rows else rows.select(of_items), np.arange(size)),
+        (of_context, {name: context[name] for name in of_context}, np.zeros(size, np.int64)),
     ):
         if names:
             part = encoder.only(names)
-            parts.append((part.transform(rows, name="items" if names is of_items else "context")[0], part, place))
-    return _side_by_side(encoder, parts, frame.height)
+            parts.append((part.transform(given, name="items" if names is of_items else "context")[0], part, place))
+    return _side_by_side(encoder, parts, size)
 
 
 def _side_by_side(

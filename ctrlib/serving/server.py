@@ -18,7 +18,6 @@ import contextlib
 import json
 import signal
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -43,7 +42,6 @@ from ctrlib.serving.scoring import Read, Scorer
 PATHS = ("/", "/model", "/health", "/metrics", "/predict", "/rank")
 # Upper ends of the bars of the histogram of seconds.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-SWITCH = 1e-3  # seconds
 
 
 def application(predictor: Predictor, limits: Limits | None = None) -> Starlette:
@@ -332,11 +330,7 @@ def serve(
         proxy_headers=False,
         timeout_graceful_shutdown=grace,
     )
-    switch = sys.getswitchinterval()
-    # While the model's thread is in Python, an answer would wait 5 ms, by default, for its turn to be sent.
-    sys.setswitchinterval(SWITCH)
     try:
         _Server(config, app.state.service, started).run([bound])
     finally:
-        sys.setswitchinterval(switch)
         app.state.service.close()

@@ -43,6 +43,8 @@ class Arguments:
     """Candidates of a request to /rank."""
     ranks: int = 200
     """Requests to /rank."""
+    hidden: tuple[int, ...] = (400, 400, 400)
+    """Hidden layers of the model."""
     threads: int = 1
     """Threads of the server's model."""
 
@@ -128,7 +130,7 @@ async def one_after_another(client: Client, arguments: Arguments) -> None:
 def main(arguments: Arguments) -> None:
     """Serve, load, stop."""
     with tempfile.TemporaryDirectory() as name:
-        model = model_folder(Path(name), arguments.values)
+        model = model_folder(Path(name), arguments.values, hidden=list(arguments.hidden))
         command = [sys.executable, "-m", "ctrlib.cli", "serve", str(model), "--port", "0", "--json"]
         command += ["--threads", str(arguments.threads)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as server:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -44,14 +45,14 @@ class Arguments:
     """Only score this file with the model beside it; for processes that this script starts."""
 
 
-def model_folder(folder: Path, num_values: int) -> Path:
+def model_folder(folder: Path, num_values: int, **config: Any) -> Path:
     """A model with fresh weights, and vocabularies of that size."""
     rng = np.random.default_rng(0)
     columns = {f"c{n}": rng.permutation(num_values) * 7919 + n for n in range(FIELDS)}
     frame = pl.DataFrame({**columns, "label": np.arange(num_values) % 2})
     features = [ctr.Categorical(name) for name in columns]
     schema = ctr.prepare({"train": frame}, folder / "data", features=features, labels="label", log=None)
-    config = {"model": "dcnv2", "embedding_dim": 16}
+    config = {"model": "dcnv2", "embedding_dim": 16, **config}
     ctr.save_model(ctr.models.build(config, schema), config, folder / "data", folder / "model")
     return folder / "model"
 
