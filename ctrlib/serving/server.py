@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import signal
 import socket
@@ -330,7 +331,10 @@ def serve(
         proxy_headers=False,
         timeout_graceful_shutdown=grace,
     )
+    gc.collect()
+    gc.freeze()  # what is there stays, and is not to be looked through while requests wait
     try:
         _Server(config, app.state.service, started).run([bound])
     finally:
+        gc.unfreeze()
         app.state.service.close()

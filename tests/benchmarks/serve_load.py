@@ -92,7 +92,13 @@ def report(what: str, taken: list[float], statuses: list[int]) -> None:
     )
 
 
-async def open_loop(client: Client, arguments: Arguments) -> None:
+def processor_seconds(process: int) -> float:
+    """Of all threads of a process, up to now (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def open_loop(client: Client, arguments: Arguments, server: int) -> None:
     bodies, taken, statuses = bodies_of(arguments), [], []
 
     async def one(due: float, body: bytes) -> None:
@@ -101,6 +107,7 @@ async def open_loop(client: Client, arguments: Arguments) -> None:
 
     for body in bodies:  # connections and caches
         await client.post("/predict", body)
+    ours, theirs = time.process_time(), processor_seconds(server)
     began, tasks = time.perf_counter(), []
     for number in range(int(arguments.rate * arguments.seconds)):
         due = began + number / arguments.rate
@@ -108,6 +115,8 @@ async def open_loop(client: Client, arguments: Arguments) -> None:
         tasks.append(asyncio.create_task(one(due, bodies[number % len(bodies)])))
     await asyncio.gather(*tasks)
     report(f"{arguments.rate:g} requests of {arguments.rows} rows a second", taken, statuses)
+    used = [1000 * some / len(tasks) for some in (processor_seconds(server) - theirs, time.process_time() - ours)]
+    print(f"  processor's time of a request: {used[0]:.1f} ms in the server, {used[1]:.1f} ms here")
 
 
 async def one_after_another(client: Client, arguments: Arguments) -> None:
@@ -140,7 +149,7 @@ def main(arguments: Arguments) -> None:
 
                 async def load() -> None:
                     client = Client(str(address.hostname), int(address.port or 0))
-                    await open_loop(client, arguments)
+                    await open_loop(client, arguments, server.pid)
                     await one_after_another(client, arguments)
                     client.close()
 
