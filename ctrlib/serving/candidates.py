@@ -46,7 +46,7 @@ def joined(encoder: Encoder, context: Mapping[str, Any], items: Any) -> Columns:
     if encoder.has_past:  # which depends on context and candidate together
         past = {name: cell for name, cell in context.items() if name in encoder.inputs}
         if as_rows:
-            return encoder.transform([{**row, **past} for row in rows], name="items")[0]
+            return encoder.transform([{**row, **past} for row in items], name="items")[0]
         whole = rows.with_columns(pl.lit(pl.Series([cell])).first().alias(name) for name, cell in past.items())
         return encoder.transform(whole, name="items")[0]
     of_context = [name for name in encoder.inputs if name in context]
