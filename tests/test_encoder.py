@@ -514,3 +514,15 @@ def test_a_score_that_is_no_number_is_an_error(tmp_path: Path) -> None:
     predictor = ctr.Predictor(model.eval(), schema, tmp_path / "p")
     with pytest.raises(DataError, match=r"row 2: the model gives .* is one of them far outside"):
         predictor.predict([{"age": 1.0}, {"age": 1e30}])
+
+
+def test_buckets_at_the_ends_of_64_bits_agree_on_both_roads() -> None:
+    ends = ["-9223372036854775808", "-9.223372036854778e+18", "-9.3e18", "1e30", "2", "5"]
+    frame = pl.DataFrame({"x": ends * 2, "label": [0, 1] * 6})
+    encoder = Encoder.fit(frame, labels="label", features=[Categorical("x", bucket="log_squared")])
+    assert encoder.known["x"].keys() == {"-9223372036854775808", "4771", "2"}
+    for text, bucket in zip(ends, ["-9223372036854775808", None, None, "4771", "2", "2"]):
+        expected = MISSING_ID if bucket is None else encoder.known["x"][bucket]
+        assert encoder.transform([{"x": text}])[0].ids.tolist() == [[expected]]
+        column = pl.DataFrame({"x": [text] * 20_000})
+        assert encoder.transform(column)[0].ids[-1].tolist() == [expected]

@@ -70,7 +70,9 @@ def text_of_cell(feature: VocabularyFeature, fitted: str, missing: frozenset[str
 
         def bucket_of(cell: Any) -> str | None:
             x = number_of(cell)
-            return None if x is None else str(math.floor(math.pow(math.log(x), 2) if x > 2 else x))
+            bucket = None if x is None else math.floor(math.pow(math.log(x), 2) if x > 2 else x)
+            # Beyond 64 bits there is none, as in a column.
+            return None if bucket is None or bucket < -(2**63) else str(bucket)
 
         return bucket_of
 
