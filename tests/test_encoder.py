@@ -526,3 +526,13 @@ def test_buckets_at_the_ends_of_64_bits_agree_on_both_roads() -> None:
         assert encoder.transform([{"x": text}])[0].ids.tolist() == [[expected]]
         column = pl.DataFrame({"x": [text] * 20_000})
         assert encoder.transform(column)[0].ids[-1].tolist() == [expected]
+
+
+def test_a_single_column_may_lack_its_separator_only_in_text(tmp_path: Path) -> None:
+    encoder = Encoder.fit(pl.DataFrame({"a": ["x", "y"], "b": ["u", "v"], "label": [0, 1]}), labels="label")
+    (tmp_path / "rows.csv").write_text("a;b\nx;u\n")
+    with pytest.raises(SchemaError, match=r"there is only one, so the separator is probably another"):
+        encoder.transform(tmp_path / "rows.csv")
+    for rows in ([{"a": "x"}], pl.DataFrame({"a": ["x"]})):
+        with pytest.raises(SchemaError, match=r"columns \['b'\] are missing, it has \['a'\]: name columns"):
+            encoder.transform(rows)

@@ -197,7 +197,7 @@ def check_columns(raw: RawTable, schema: Schema, *, with_labels: bool) -> None:
     needed += [name for name in extra if name is not None]
     missing = [name for name in dict.fromkeys(needed) if name not in dtypes]
     if missing:
-        raise SchemaError(f"{raw.name}: columns {missing} are missing, it has {shortened(list(dtypes))}{_hint(dtypes)}")
+        raise SchemaError(f"{raw.name}: columns {missing} are missing, it has {shortened(list(dtypes))}{_hint(raw)}")
     for name in needed[len(schema.features) :]:
         if name is not None and not is_cell(dtypes[name]):
             raise SchemaError(f"{raw.name}: column {name!r} has type {dtypes[name]}, expected text or numbers: cast it")
@@ -231,8 +231,8 @@ def shortened(names: list[str], most: int = 20) -> str:
     return str(names) if len(names) <= most else f"{names[:most]} and {len(names) - most} more"
 
 
-def _hint(dtypes: Mapping[str, pl.DataType]) -> str:
-    if len(dtypes) > 1:
+def _hint(raw: RawTable) -> str:
+    if len(raw.dtypes) > 1 or not raw.parsed:  # only text has a separator
         return ": name columns that it has, or mend the data"
     return ": there is only one, so the separator is probably another; say separator=... (--separator)"
 
