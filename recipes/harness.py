@@ -23,9 +23,10 @@ from ctrlib.distributed import rank, world_size
 from ctrlib.model import Ensemble, Model
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import Device, EngineName, Training
+from ctrlib.training.engines import choose_device
 from ctrlib.training.evaluate import predict
 from ctrlib.training.loop import to_json
-from ctrlib.training.run import choose_device, run, score_once, write_result
+from ctrlib.training.run import run, score_once, write_result
 from ctrlib.training.splits import load_splits
 from records import record
 

@@ -45,7 +45,7 @@ from ctrlib import distributed, models
 from ctrlib.batch import Batch
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.training.config import EngineName
-from ctrlib.training.run import make_engine
+from ctrlib.training.engines import make_engine
 
 CONFIG = {"model": "deepfm", "embedding_dim": 8, "hidden": [16], "wide_columns": 4, "dropout": 0.1, "batch_norm": True}
 TEACHER = Teacher(num_rows=5200, cardinalities=(50, 40, 30), num_numeric=2, max_history=5, seed=3)

@@ -262,8 +262,8 @@ class Train(Command):
         from ctrlib.distributed import gather, init_process_group, rank, world_size
         from ctrlib.manifest import data_hash, load_schema
         from ctrlib.training.config import counted_anew, identity_of
+        from ctrlib.training.engines import choose_device
         from ctrlib.training.finished import clean_up, finished
-        from ctrlib.training.run import choose_device
 
         hashes = load_schema(self.data).hash, data_hash(self.data)
         identity = identity_of(config, *hashes)

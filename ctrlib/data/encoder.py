@@ -31,12 +31,12 @@ from ctrlib.data.event_state import State, has_events
 from ctrlib.data.quantiles import has_points, points_path, read_points
 from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, texts_of_cell, texts_of_column
 from ctrlib.data.raw import RawData, in_files
+from ctrlib.data.rows import cells_of, frame_of
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.stream import ahead, blocks
 from ctrlib.data.table import ROW, RawTable, as_frame, clean, naming, numbered
 from ctrlib.data.unknown import judge
 from ctrlib.data.vocabulary import load_counts, load_vocabulary, vocabulary_path
-from ctrlib.errors import WrongTypeError, shown
 from ctrlib.making import new_folder
 from ctrlib.manifest import load_schema, write_manifest
 from ctrlib.schema import (
@@ -315,7 +315,7 @@ class Encoder:
             columns = dict(zip(frame.columns, frame.get_columns()))
             if 0 < frame.height * len(names) <= FEW_CELLS and columns.keys() >= set(names):
                 with contextlib.suppress(Careful):
-                    return self._quick({name: _cells(columns[name]) for name in names}, columns)
+                    return self._quick({name: cells_of(columns[name]) for name in names}, columns)
         return self.transform_table(self._table(frame, name))
 
     def _table(self, frame: pl.DataFrame, name: str) -> RawTable:
@@ -546,66 +546,3 @@ def _expression(feature: Feature, dtype: pl.DataType) -> pl.Expr:
     if isinstance(feature, RawId):
         return raw_id(feature).fill_null(MISSING_RAW_ID).alias(feature.name)
     return text(feature, dtype).alias(feature.name)
-
-
-def _cells(column: pl.Series) -> list[Any]:
-    """The cells of a column in Python; `Careful` is raised where they are not of usual types."""
-    dtype = column.dtype
-    inner = dtype.inner if isinstance(dtype, pl.List) else dtype
-    usual = (pl.String, pl.Boolean, pl.Null)
-    whole = (pl.Categorical, pl.Enum, pl.Float64)  # a float32's digits are not those of a float64
-    if not (inner.is_integer() or inner in usual or dtype in whole):
-        raise Careful
-    return column.to_list()
-
-
-def frame_of(rows: Sequence[Mapping[str, Any]], name: str) -> pl.DataFrame:
-    """Rows as a frame, every cell taken as it is.
-
-    Raises:
-        DataError: there is no row, or a column holds cells of several types.
-        WrongTypeError: a row is no dictionary.
-    """
-    if not rows:
-        raise DataError(f"{name} has no rows: expected at least one")
-    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
-        raise WrongTypeError(f"{name}: a row is a {type(wrong[0]).__name__}, expected a dictionary of cells")
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    columns = {}
-    for key in names:
-        cells = [row.get(key) for row in rows]
-        try:
-            columns[key] = pl.Series(key, _of_one_kind(cells), strict=True)
-        except (TypeError, OverflowError, pl.exceptions.PolarsError) as error:
-            several = f"column {key!r} holds cells of several types"
-            present = [(row, cell) for row, cell in enumerate(cells, 1) if cell is not None]
-            others = [one for one in present if type(one[1]) is not type(present[0][1])]
-            if not others:  # what is in lists differs, or one cell fits nowhere
-                raise DataError(f"{name}: {several} ({str(error).splitlines()[0]}): give all one type") from error
-            (row, cell), (first, before) = others[0], present[0]
-            raise DataError(
-                f"{name}: {several}, {shown(cell)} in row {row} and {shown(before)} in row {first}: give all one type"
-            ) from error
-    return pl.DataFrame(columns)
-
-
-def _of_one_kind(cells: list[Any]) -> list[Any]:
-    """The cells as polars may take them; in a list it would read 1.5 as 1 beside whole numbers, and true as 1.
-
-    >>> _of_one_kind([1, None, 1.5]), _of_one_kind([[1, 2], [2.5]])
-    ([1.0, None, 1.5], [[1.0, 2.0], [2.5]])
-    """
-    kinds = {type(cell) for cell in cells}
-    if list in kinds:
-        kinds |= {type(one) for cell in cells if type(cell) is list for one in cell}
-    if bool in kinds and kinds & {int, float}:
-        raise WrongTypeError("true or false beside numbers")
-    if not {int, float} <= kinds:
-        return cells
-
-    def as_float(cell: Any) -> Any:
-        if type(cell) is list:
-            return [as_float(one) for one in cell]
-        return float(cell) if type(cell) is int and abs(cell) <= 2**53 else cell  # others would be other ids
-
-    return [as_float(cell) for cell in cells]

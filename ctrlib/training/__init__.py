@@ -6,7 +6,7 @@ __getattr__, __dir__ = _lazy.named(
     __name__,
     {
         "config": ("MAY_CHANGE", "Training", "complete", "differences"),
-        "run": ("choose_device", "make_engine"),
+        "engines": ("choose_device", "make_engine"),
         "keeper": ("Engine", "Terminated"),
         "loop": ("History", "LostProcessError", "NonFiniteLossError", "to_json"),
         "evaluate": ("Scores", "score"),

@@ -10,11 +10,10 @@ import contextlib
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -33,14 +32,11 @@ from ctrlib.making import new_file, write_text
 from ctrlib.model import Model
 from ctrlib.models.build import check_calibratable
 from ctrlib.schema import SchemaError
-from ctrlib.sharding.plan import Sharding, ShardingPlan, load_plan, save_plan
+from ctrlib.sharding.plan import load_plan, save_plan
 from ctrlib.structure import describe
 from ctrlib.training.baselines import compare, remarks
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.config import (
-    Device,
-    EngineName,
-    Precision,
     Training,
     complete,
     counted_anew,
@@ -49,8 +45,8 @@ from ctrlib.training.config import (
     training_of,
 )
 from ctrlib.training.crossing import crossed
+from ctrlib.training.engines import choose_device, make_engine
 from ctrlib.training.evaluate import Scores, calibrated, calibration_of, predict, reliability_of, score, whole
-from ctrlib.training.exact import ExactEngine
 from ctrlib.training.finished import finish, finished
 from ctrlib.training.fused import FusedEngine
 from ctrlib.training.guard import Loss
@@ -59,85 +55,6 @@ from ctrlib.training.loop import History, OnEpoch, fit, to_json
 from ctrlib.training.record import KEY, recorded
 from ctrlib.training.splits import load_to_score, load_train_and_valid
 from ctrlib.training.trackers import Tracker, finishing
-
-
-def choose_device(device: Device) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Of several processes on a machine, each gets a card of its own.
-
-    Raises:
-        ValueError: CUDA is asked for and there is none.
-
-    >>> choose_device("cpu")
-    device(type='cpu')
-    """
-    if device not in get_args(Device):
-        raise ArgumentError(f"unknown device {device!r}, expected one of {get_args(Device)}")
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise ArgumentError(
-            "device 'cuda' was asked for, but torch sees none: use --device cpu, or run `ctrlib doctor`"
-        )
-    if device == "cpu" or not available:
-        return torch.device("cpu")
-    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(chosen)
-    return chosen
-
-
-def make_engine(
-    model: Model,
-    engine: EngineName,
-    *,
-    learning_rate: float = 1e-3,
-    embedding_l2: float = 0.0,
-    embedding_learning_rate: float = 0.02,
-    precision: Precision = "fp32",
-    sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
-    plan: ShardingPlan | None = None,
-    check_ids: bool = True,
-    loss: Loss = binary_cross_entropy,
-    device: str | torch.device = "cpu",
-) -> Engine:
-    """The engine of that name, given the arguments that concern it.
-
-    Raises:
-        ValueError: there is no such engine, a rate is negative, or an argument is given that the engine would ignore.
-    """
-    if engine not in get_args(EngineName):
-        raise ArgumentError(f"unknown engine {engine!r}, expected one of {get_args(EngineName)}")
-    rates = {
-        "learning_rate": learning_rate,
-        "embedding_l2": embedding_l2,
-        "embedding_learning_rate": embedding_learning_rate,
-    }
-    for name, rate in rates.items():
-        if not rate >= 0:
-            raise ArgumentError(f"{name} must be 0 or more, got {rate}")
-    if engine == "exact":
-        if precision != "fp32":
-            raise ArgumentError("the exact engine computes in fp32 only: drop --precision, or use --engine fused")
-        if sharding != "auto" or plan is not None:
-            raise ArgumentError(
-                "the exact engine copies every table to every process: drop --sharding and --plan, or use "
-                "--engine fused"
-            )
-        return ExactEngine(model, learning_rate=learning_rate, embedding_l2=embedding_l2, loss=loss, device=device)
-    if embedding_l2:
-        raise ArgumentError(
-            f"the fused engine has no L2 on tables (it leaves untouched rows alone), got embedding_l2={embedding_l2}: "
-            "set it to 0, or use the exact engine"
-        )
-    return FusedEngine(
-        model,
-        learning_rate=learning_rate,
-        embedding_learning_rate=embedding_learning_rate,
-        precision=precision,
-        sharding=sharding,
-        plan=plan,
-        check_ids=check_ids,
-        loss=loss,
-        device=device,
-    )
 
 
 def start_at_base_rate(model: Model, data: str | Path) -> None:

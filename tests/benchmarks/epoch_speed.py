@@ -24,7 +24,7 @@ import ctrlib as ctr
 from ctrlib.cli.kinds import ModelName
 from ctrlib.distributed import rank, world_size
 from ctrlib.training.allocator import keep_freed_memory
-from ctrlib.training.run import make_engine
+from ctrlib.training.engines import make_engine
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tyro.conf import Positional
 import ctrlib as ctr
 from ctrlib import models
 from ctrlib.training.allocator import keep_freed_memory
-from ctrlib.training.run import make_engine
+from ctrlib.training.engines import make_engine
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 from census_income import COMMON, VARIANTS

@@ -1,0 +1,102 @@
+"""Which engine trains a model, and on which device, by the names that an experiment has for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+
+from ctrlib.errors import ArgumentError
+from ctrlib.losses import binary_cross_entropy
+from ctrlib.model import Model
+from ctrlib.sharding.plan import Sharding, ShardingPlan
+from ctrlib.training.config import (
+    Device,
+    EngineName,
+    Precision,
+)
+from ctrlib.training.exact import ExactEngine
+from ctrlib.training.fused import FusedEngine
+from ctrlib.training.guard import Loss
+from ctrlib.training.keeper import Engine
+
+
+def choose_device(device: Device) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Of several processes on a machine, each gets a card of its own.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if device not in get_args(Device):
+        raise ArgumentError(f"unknown device {device!r}, expected one of {get_args(Device)}")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ArgumentError(
+            "device 'cuda' was asked for, but torch sees none: use --device cpu, or run `ctrlib doctor`"
+        )
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def make_engine(
+    model: Model,
+    engine: EngineName,
+    *,
+    learning_rate: float = 1e-3,
+    embedding_l2: float = 0.0,
+    embedding_learning_rate: float = 0.02,
+    precision: Precision = "fp32",
+    sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
+    plan: ShardingPlan | None = None,
+    check_ids: bool = True,
+    loss: Loss = binary_cross_entropy,
+    device: str | torch.device = "cpu",
+) -> Engine:
+    """The engine of that name, given the arguments that concern it.
+
+    Raises:
+        ValueError: there is no such engine, a rate is negative, or an argument is given that the engine would ignore.
+    """
+    if engine not in get_args(EngineName):
+        raise ArgumentError(f"unknown engine {engine!r}, expected one of {get_args(EngineName)}")
+    rates = {
+        "learning_rate": learning_rate,
+        "embedding_l2": embedding_l2,
+        "embedding_learning_rate": embedding_learning_rate,
+    }
+    for name, rate in rates.items():
+        if not rate >= 0:
+            raise ArgumentError(f"{name} must be 0 or more, got {rate}")
+    if engine == "exact":
+        if precision != "fp32":
+            raise ArgumentError("the exact engine computes in fp32 only: drop --precision, or use --engine fused")
+        if sharding != "auto" or plan is not None:
+            raise ArgumentError(
+                "the exact engine copies every table to every process: drop --sharding and --plan, or use "
+                "--engine fused"
+            )
+        return ExactEngine(model, learning_rate=learning_rate, embedding_l2=embedding_l2, loss=loss, device=device)
+    if embedding_l2:
+        raise ArgumentError(
+            f"the fused engine has no L2 on tables (it leaves untouched rows alone), got embedding_l2={embedding_l2}: "
+            "set it to 0, or use the exact engine"
+        )
+    return FusedEngine(
+        model,
+        learning_rate=learning_rate,
+        embedding_learning_rate=embedding_learning_rate,
+        precision=precision,
+        sharding=sharding,
+        plan=plan,
+        check_ids=check_ids,
+        loss=loss,
+        device=device,
+    )
