@@ -219,7 +219,7 @@ def facts(**changed: Any) -> Facts:
             {"embedding_dim": 8, "hidden": [128, 64]},
             {"batch_size": 512, "learning_rate": 2e-3, "embedding_l2": 0.021},
         ),
-        ({"values": 7_000, "numbers": 0}, {"embedding_dim": 16}, {"embedding_l2": 0.021}),
+        ({"values": 7_000, "numbers": 0}, {"embedding_dim": 16}, {"embedding_l2": 0.085}),
         ({"rows": 5_000}, {"hidden": [128, 64]}, {"batch_size": 128, "embedding_l2": 0.17}),
         ({"rows": 1_000_000}, {"hidden": [256, 128]}, {"batch_size": 4096, "embedding_l2": 0.00085}),
         ({"rows": 100_000_000}, {"hidden": [400, 200]}, {"batch_size": 4096, "embedding_l2": 8.5e-6}),
@@ -237,20 +237,22 @@ def test_settings_by_the_data(changed: dict[str, Any], model: dict[str, Any], tr
     assert {name: settings.training[name] for name in training} == training
     assert ("numeric" in settings.model) == (changed.get("numbers") != 0)
     assert settings.model["dropout"] == 0.2 and settings.training["start_at_base_rate"] is True
+    assert settings.training["average_weights"] is True
     Training(**settings.training)  # takes them
 
 
-def test_the_fused_engine_has_no_l2_and_widths_of_four() -> None:
+def test_the_fused_engine_has_no_l2_no_average_and_widths_of_four() -> None:
     settings = settings_for(facts(), "fused")
     assert "embedding_l2" not in settings.training and settings.model["embedding_dim"] % 4 == 0
-    assert "L2" not in settings.reason
+    assert "average_weights" not in settings.training
+    assert "L2" not in settings.reason and "average" not in settings.reason
 
 
 def test_the_reason_is_one_line_with_the_counts_and_what_they_led_to() -> None:
     expected = (
         "settings by the data: 40,000 rows (9,600 of the rarer class), so layers of 128-64, batches of 512, and L2 of "
-        "0.021; 875 values per id field, so width 16; 6 numbers, piecewise linear; the epoch by log-loss "
-        "(flags change them)"
+        "0.085; 875 values per id field, so width 16; the average of weights; 6 numbers, piecewise "
+        "linear; the epoch by log-loss (flags change them)"
     )
     assert settings_for(facts(values=7_000)).reason == expected
 

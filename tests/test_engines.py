@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,6 +78,37 @@ def test_exact_engine_is_adam_on_bce_plus_l2_with_clipping(name: str) -> None:
         if key in NOISE:
             continue
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_the_model_holds_the_polynomial_average_of_the_weights_that_are_trained() -> None:
+    """The same steps as without an average, and 10 / (t + 9) of the way to each of their weights."""
+    torch.manual_seed(0)
+    model = MODELS["mlp"]()
+    last = ctr.ExactEngine(copy.deepcopy(model), learning_rate=0.01, embedding_l2=0.5)
+    averaged = ctr.ExactEngine(model, learning_rate=0.01, embedding_l2=0.5, average_weights=True)
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(1, 7):
+        batch = example_batch(SCHEMA, 32, seed=step)
+        assert torch.equal(last.step(batch), averaged.step(batch))
+        for name, parameter in last.model.named_parameters():
+            now = parameter.detach().double()
+            expected[name] = now if step == 1 else expected[name] + 10 / (step + 9) * (now - expected[name])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-7)
+        trained = averaged.state()[f"trained.{name}"]
+        assert torch.equal(trained, last.model.get_parameter(name))
+    # Buffers, such as running statistics, are those of training.
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), last.model.buffers(), strict=True))
+
+
+def test_other_weights_start_their_average_anew() -> None:
+    engine = ctr.ExactEngine(MODELS["fm"](), learning_rate=0.01, average_weights=True)
+    start = engine.weights()
+    first = engine.step(example_batch(SCHEMA, 16))
+    engine.step(example_batch(SCHEMA, 16, seed=1))
+    engine.load_weights(start)
+    assert torch.equal(engine.step(example_batch(SCHEMA, 16)), first)  # the trained weights are those given, too
+    assert all(torch.equal(p, engine.state()[f"trained.{name}"]) for name, p in engine.model.named_parameters())
 
 
 def test_exact_engine_decays_rows_that_no_batch_touches() -> None:
@@ -158,8 +190,11 @@ def test_cutting_the_learning_rate_to_zero_freezes_everything(engine_class: type
     assert all(torch.equal(before[name], after[name]) for name in learned)
 
 
-@pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine])
-def test_a_non_finite_loss_changes_no_weight(engine_class: type) -> None:
+AVERAGING = functools.partial(ctr.ExactEngine, average_weights=True)
+
+
+@pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine, AVERAGING])
+def test_a_non_finite_loss_changes_no_weight(engine_class: Callable[..., Any]) -> None:
     engine = engine_class(MODELS["mlp"]())
     engine.model.train()
     before = engine.weights()
@@ -195,8 +230,8 @@ def test_a_loss_of_ones_own() -> None:
     torch.testing.assert_close(ctr.ExactEngine(model, loss=squared).step(batch), expected.detach())
 
 
-@pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine])
-def test_weights_round_trip_and_refuse_other_keys(engine_class: type) -> None:
+@pytest.mark.parametrize("engine_class", [ctr.ExactEngine, ctr.FusedEngine, AVERAGING])
+def test_weights_round_trip_and_refuse_other_keys(engine_class: Callable[..., Any]) -> None:
     engine = engine_class(MODELS["deepfm"](wide_columns=4))
     kept = engine.weights()
     engine.step(example_batch(SCHEMA, 16))

@@ -183,6 +183,22 @@ def test_new_id_starts_anew_under_torchs_optimisers() -> None:
     torch.testing.assert_close(step([3, 4]), (-size * direction.sign()).expand(2, 4), rtol=1e-4, atol=1e-6)
 
 
+def test_new_id_starts_its_average_anew() -> None:
+    """A row that changes hands has the average of its new id alone: here its first weights, since that is one step."""
+    torch.manual_seed(0)
+    embedding = make_embedding(rows=3)
+    tower = ctr.MLP(embedding.out_shape, hidden=(8,))
+    nn.init.ones_(tower.layers[0].bias)  # no gradient comes through a ReLU at 0
+    engine = ctr.ExactEngine(ctr.Model(embedding, tower, ctr.LinearHead(tower.out_shape)), average_weights=True)
+    name = next(name for name, _ in engine.model.named_parameters() if name.endswith("table_item.weight"))
+    for _ in range(40):
+        engine.step(make_batch([1, 2]))
+    old = engine.model.get_parameter(name)[:2].detach().clone()
+    engine.step(make_batch([3, 4]))
+    average, trained = engine.model.get_parameter(name)[:2], engine.state()[f"trained.{name}"][:2]
+    assert (average - trained).abs().max() < 1e-3 < (old - trained).abs().max()
+
+
 def test_new_id_starts_anew_under_the_fused_engine() -> None:
     torch.manual_seed(0)
     embedding = make_embedding(rows=3)

@@ -101,12 +101,17 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("engine", ["exact", "fused"])
+@pytest.mark.parametrize(("engine", "average"), [("exact", False), ("exact", True), ("fused", False)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    data: Path, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, engine: str, average: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the middle of the second epoch, just before its validation, and just before the test."""
-    arguments: dict[str, Any] = {"engine": engine, "dropout": 0.2, "checkpoint_seconds": 0.0}
+    arguments: dict[str, Any] = {
+        "engine": engine,
+        "dropout": 0.2,
+        "checkpoint_seconds": 0.0,
+        "average_weights": average,
+    }
     expected, result = quick_run(data, **arguments)
 
     def patch_calls(patch: pytest.MonkeyPatch, where: Any, name: str, allowed: int) -> None:

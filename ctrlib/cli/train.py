@@ -13,7 +13,16 @@ from tyro.conf import Positional
 from ctrlib._target import target
 from ctrlib.cli.experiment import Experiment, training_entries
 from ctrlib.cli.flags import Command, ModelFlags, TrainingFlags
-from ctrlib.cli.kinds import OptionalFloat, OptionalName, OptionalPath, OptionalSelectBy, Switch, Texts, shown
+from ctrlib.cli.kinds import (
+    OptionalBool,
+    OptionalFloat,
+    OptionalName,
+    OptionalPath,
+    OptionalSelectBy,
+    Switch,
+    Texts,
+    shown,
+)
 from ctrlib.cli.paths import check_model, check_prepared
 from ctrlib.cli.tables import print_beside, print_scores
 from ctrlib.errors import ArgumentError, check_number, check_whole
@@ -39,6 +48,8 @@ class Start(TrainingFlags):
     """Smallest improvement of that score that counts; log-loss counts in nats."""
     cut_factor: OptionalFloat = None
     """Factor of the learning rates after a pass without a better score, at most 1."""
+    average_weights: OptionalBool = None
+    """Whether a moving average of the weights is scored and kept, rather than the last ones (exact engine)."""
     warm_start: OptionalPath = None
     """Model folder to start from: its rows follow their values into the new vocabularies."""
 

@@ -33,7 +33,7 @@ overrides:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,9 @@ from ctrlib.errors import ArgumentError, UnsupportedError
 from ctrlib.schema import Feature, Numeric, RawId, vocabulary_of
 
 NO_ID = torch.iinfo(torch.int64).max  # TorchRec's mark of a row that belongs to nobody
+
+
+Forget = Callable[[nn.Parameter, Tensor], None]
 
 
 class ManagedEmbedding(nn.Module):
@@ -182,8 +185,10 @@ class ManagedEmbedding(nn.Module):
         found: Tensor = mapped[""].values()
         return torch.where(found == of_ids.output_size() - 1, -1, found)
 
-    def forget_evicted(self, optimiser: torch.optim.Optimizer) -> None:
+    def forget_evicted(self, optimiser: torch.optim.Optimizer, forget: Forget | None = None) -> None:
         """From now on, before `optimiser` steps, zero its state in rows that changed hands since the last step.
+
+        `forget` is called with each table that has such rows, and with them: for what else remembers a row.
 
         Otherwise a new id inherits the moments of the old one in optimisers of torch, which keep them where the
         embedding cannot see them. Dense Adam lets the first moment fade in tens of steps, the second in thousands.
@@ -197,6 +202,8 @@ class ManagedEmbedding(nn.Module):
                 for state in optimiser.state.get(weight, {}).values():
                     if isinstance(state, Tensor) and state.shape == weight.shape:
                         state[torch.cat(rows)] = 0
+                if forget is not None:
+                    forget(weight, torch.cat(rows))
 
         optimiser.register_step_pre_hook(zero_state)
 

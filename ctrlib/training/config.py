@@ -50,6 +50,8 @@ class Training:
     """Adam's step, per update of a weight."""
     embedding_l2: float = 0.0
     """Penalty on whole tables (exact engine)."""
+    average_weights: bool = False
+    """Whether a moving average of the weights is scored and kept, rather than the last ones (exact engine)."""
     embedding_learning_rate: float = 0.02
     """Row-wise Adagrad's step (fused engine)."""
     precision: Precision = "fp32"
@@ -95,7 +97,7 @@ class Training:
             raise ArgumentError(
                 f"keep_negatives must be above 0 and at most 1, got {self.keep_negatives}: 0.1 keeps one of ten"
             )
-        check_type("True or False", bool, calibrate=self.calibrate)
+        check_type("True or False", bool, calibrate=self.calibrate, average_weights=self.average_weights)
         check_schedule(self.max_epochs, self.patience, self.select_by, self.min_delta, self.cut_factor)
         check_type("True or False", bool, start_at_base_rate=self.start_at_base_rate)
         if self.checkpoint_seconds is not None:

@@ -18,7 +18,11 @@ from ctrlib.data.quantiles import quantile_edges
 from ctrlib.errors import ArgumentError, WrongTypeError
 from ctrlib.models.table import MODELS
 
-PRIOR = 2000.0  # of L2 on tables, in rows, each counted by the standard deviation of its label
+# Of L2 on tables, in rows, each counted by the standard deviation of its label: where fields are ids, and elsewhere.
+# Where a field has few values each has many rows, and little is won by drawing them together.
+PRIOR_OF_IDS = 8000.0
+PRIOR = 2000.0
+MANY_VALUES = 100  # per field, from which on its values are ids
 FEW_POSITIVES = 1000
 BINS = 32  # per number
 
@@ -41,7 +45,7 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
     >>> settings.model["hidden"], settings.training["batch_size"], settings.training["embedding_l2"]
     ([128, 64], 512, 0.021)
     """
-    dim = 16 if facts.values_per_field >= 100 else 8
+    dim = 16 if facts.values_per_field >= MANY_VALUES else 8
     hidden = hidden_for(facts.rows)
     batch = rows_per_step(facts.rows, steps=50, least=128)
     model: dict[str, Any] = {
@@ -69,9 +73,11 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
         f"batches of {batch:,}",
         f"{facts.values_per_field:,.0f} values per id field, so width {dim}",
     ]
-    if engine == "exact":  # the fused one has no L2 on tables
+    if engine == "exact":  # the fused one has neither, since it leaves untouched rows alone
         training["embedding_l2"] = l2_for(facts)
+        training["average_weights"] = True
         said[0] += f", and L2 of {training['embedding_l2']:g}"
+        said.append("the average of weights")
     if facts.numbers:
         said.append(f"{facts.numbers} numbers, piecewise linear")
     said.append("the epoch by log-loss")
@@ -126,18 +132,21 @@ def hidden_for(rows: int) -> list[int]:
 
 
 def l2_for(facts: Facts) -> float:
-    """`PRIOR` times sqrt(rate (1 - rate)) by rows, of several labels their mean.
+    """A number of rows (`PRIOR_OF_IDS` or `PRIOR`) times sqrt(rate (1 - rate)) by rows, of several labels their mean.
 
     The penalty stands beside a mean over rows, so that by rows it draws a row of a table to 0 as strongly whatever the
     data's size is. A row of a rare label tells less of a logit (its variance is rate (1 - rate)), and wants less.
 
     >>> l2_for(Facts(rows=40_000, rates=(0.5,), positives=20_000, values=100, fields=3, numbers=0))
     0.025
+    >>> l2_for(Facts(rows=40_000, rates=(0.5,), positives=20_000, values=3_000, fields=3, numbers=0))
+    0.1
     >>> l2_for(Facts(rows=40_000, rates=(0.005,), positives=200, values=100, fields=3, numbers=0))
     0.0035
     """
     deviation = sum(math.sqrt(rate * (1 - rate)) for rate in facts.rates) / len(facts.rates)
-    return two_digits(PRIOR * deviation / facts.rows)
+    prior = PRIOR_OF_IDS if facts.values_per_field >= MANY_VALUES else PRIOR
+    return two_digits(prior * deviation / facts.rows)
 
 
 def rows_per_step(rows: int, *, steps: int = 100, least: int = 64, most: int = 4096) -> int:

@@ -52,6 +52,7 @@ def make_engine(
     *,
     learning_rate: float = 1e-3,
     embedding_l2: float = 0.0,
+    average_weights: bool = False,
     embedding_learning_rate: float = 0.02,
     precision: Precision = "fp32",
     sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
@@ -83,11 +84,23 @@ def make_engine(
                 "the exact engine copies every table to every process: drop --sharding and --plan, or use "
                 "--engine fused"
             )
-        return ExactEngine(model, learning_rate=learning_rate, embedding_l2=embedding_l2, loss=loss, device=device)
+        return ExactEngine(
+            model,
+            learning_rate=learning_rate,
+            embedding_l2=embedding_l2,
+            average_weights=average_weights,
+            loss=loss,
+            device=device,
+        )
     if embedding_l2:
         raise ArgumentError(
             f"the fused engine has no L2 on tables (it leaves untouched rows alone), got embedding_l2={embedding_l2}: "
             "set it to 0, or use the exact engine"
+        )
+    if average_weights:
+        raise ArgumentError(
+            "the fused engine averages no weights (it leaves untouched rows alone): drop --average-weights, or use "
+            "--engine exact"
         )
     return FusedEngine(
         model,

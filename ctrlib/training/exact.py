@@ -15,6 +15,7 @@ from ctrlib.errors import check_has
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
 from ctrlib.sharding.shards import State
+from ctrlib.training.average import WeightAverage
 from ctrlib.training.batch_norm import synchronise_batch_norm
 from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_what_needs_one_process
 from ctrlib.training.state import make_adam, optimiser_state
@@ -32,6 +33,9 @@ class ExactEngine:
     `train` does so for every batch of an epoch. `model` is the module to call for predictions; `loss` is any function
     of logits, labels and weights. "Tables" are all weights of embedding and wide part, vectors of numeric features
     included, but for the parameters of a module that a part publishes as `gates`: those say what of a table is used.
+
+    With `average_weights` the model holds, whenever it is not in a step, the average of weights that `WeightAverage`
+    documents: that is what is scored and kept.
 
     Started by `torchrun`, every process holds a copy of the whole model and takes its part of each batch; the sum is
     what one process computes on the whole batch.
@@ -56,6 +60,7 @@ class ExactEngine:
         learning_rate: float = 1e-3,
         embedding_l2: float = 0.0,
         max_grad_norm: float | None = 10.0,
+        average_weights: bool = False,
         loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -74,9 +79,10 @@ class ExactEngine:
         gates = {id(p) for part in published if isinstance(part, nn.Module) for p in part.parameters()}
         self._regularised = [p for p in self._parameters if id(p) not in network | gates]
         self._optimiser = make_adam(self._named, learning_rate)
+        self._average = WeightAverage(self._named) if average_weights else None
         for module in model.modules():
             if isinstance(module, ManagedEmbedding):
-                module.forget_evicted(self._optimiser)
+                module.forget_evicted(self._optimiser, None if self._average is None else self._average.forget)
         self._forward: Callable[[Batch], Tensor] = self.model
         if world_size() > 1:
             init_process_group(self.device)
@@ -85,6 +91,15 @@ class ExactEngine:
 
     def step(self, batch: Batch) -> Tensor:
         """One optimisation step; returns the batch's loss. Nothing is updated if the loss is not finite."""
+        if self._average is None:
+            return self._step(batch)
+        with self._average.trained():
+            loss = self._step(batch)
+        if torch.isfinite(loss):
+            self._average.update()
+        return loss
+
+    def _step(self, batch: Batch) -> Tensor:
         self._optimiser.zero_grad(set_to_none=True)
         loss, total = guarded_loss(self._forward, batch.to(self.device), self.loss, self._buffers)
         if not torch.isfinite(total):
@@ -115,9 +130,11 @@ class ExactEngine:
             group["lr"] = rate
 
     def state(self) -> State:
-        """Every tensor that the next step depends on, itself and not a copy: model.NAME, optimiser.NAME.STATISTIC."""
+        """Every tensor that the next step depends on, itself and not a copy: model.NAME, optimiser.NAME.STATISTIC, and
+        those of the `WeightAverage` if there is one."""
         weights = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
-        return {**weights, **optimiser_state(self._optimiser, self._named)}
+        average = {} if self._average is None else self._average.state()
+        return {**weights, **average, **optimiser_state(self._optimiser, self._named)}
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of all weights and buffers on the CPU, by the names of the plain `Model`, on rank 0; elsewhere none.
@@ -131,3 +148,5 @@ class ExactEngine:
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Put back what `weights` returned; the key sets must agree."""
         self.model.load_state_dict(weights)
+        if self._average is not None:
+            self._average.start_anew()
