@@ -16,7 +16,7 @@ LAYERS = [
     {"doctor"},
     {"errors"},
     {"making", "_launcher", "_lock", "_json"},
-    {"_lazy", "_target"},  # an installation that does not load is explained by `doctor`
+    {"_lazy", "_target", "remote"},  # an installation that does not load is explained by `doctor`
     {"schema", "batch", "layers", "metrics", "plots", "distributed"},
     {"losses", "manifest", "calibration"},
     {"data", "embeddings", "towers", "heads"},
@@ -40,6 +40,7 @@ STRICT = {
     "_lock": ({"errors"}, set()),
     # Nobody waits for torch to be told that a folder is taken.
     "_target": ({"errors", "making", "_launcher", "_lock"}, set()),
+    "remote": ({"errors", "making", "_launcher"}, {"s3fs"}),
     "_lazy": ({"doctor"}, set()),
     "metrics": ({"errors"}, {"numpy"}),  # an offline AUC needs no torch
     "layers": ({"errors"}, {"torch"}),

@@ -8,6 +8,7 @@ what needs torch, TorchRec, polars or rich is imported where a command runs, nev
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -77,18 +78,17 @@ def _run(arguments: list[str]) -> int:
 
     if name in usage.COMPLETIONS:
         return usage.complete({command: command_class(command) for command in COMMANDS}, arguments)
+    debug = "--debug" in rest
     try:
         if name not in COMMANDS:
             known = ("--help", "--version") if name.startswith("-") else COMMANDS
             raise usage.WrongUsage(f"there is no command {name}; {instead([name], known)}", "ctrlib")
-        command = usage.parse(command_class(name), f"ctrlib {name}", rest)
+        with _local(rest) as arguments:
+            command = usage.parse(command_class(name), f"ctrlib {name}", arguments)
+            return 0 if command is None else int(command())  # None: its help was asked for, and shown
     except usage.WrongUsage as wrong:
         print(wrong, file=sys.stderr)
         return 2
-    if command is None:  # its help was asked for, and shown
-        return 0
-    try:
-        return int(command())
     except (BrokenPipeError, SystemExit):
         raise
     except BaseException as error:
@@ -96,11 +96,20 @@ def _run(arguments: list[str]) -> int:
             raise
         from ctrlib.cli.refusals import explain
 
-        if command.debug:
+        if debug:
             traceback.print_exc()
         said, status = f"ctrlib: {explain(error)}", 130 if isinstance(error, KeyboardInterrupt) else 1
         print(usage.fill(said) if sys.stderr.isatty() else said, file=sys.stderr)
         return status
+
+
+def _local(arguments: list[str]) -> contextlib.AbstractContextManager[list[str]]:
+    """The arguments, with a path on this machine for each URL, as `ctrlib.remote.staged` says."""
+    if not any("://" in argument for argument in arguments):
+        return contextlib.nullcontext(arguments)
+    from ctrlib.remote import staged
+
+    return staged(arguments, log=lambda said: print(said, file=sys.stderr))
 
 
 def _overview() -> str:
