@@ -19,6 +19,7 @@ from ctrlib.embeddings.blocks import BlockTables
 from ctrlib.embeddings.crosses import CrossTables
 from ctrlib.embeddings.narrow import NarrowTables
 from ctrlib.embeddings.packed import PackedTables
+from ctrlib.embeddings.small_events import NarrowEvents, PackedEvents
 from ctrlib.errors import ArgumentError
 from ctrlib.layers import LowRankLinear
 from ctrlib.model import Model
@@ -26,7 +27,9 @@ from ctrlib.model import Model
 # Kind -> what makes the module from its description, which its `describe` gives.
 KINDS: dict[str, type[nn.Module]] = {
     "packed": PackedTables,
+    "packed_events": PackedEvents,
     "narrow": NarrowTables,
+    "narrow_events": NarrowEvents,
     "blocks": BlockTables,
     "crosses": CrossTables,
     "low_rank_linear": LowRankLinear,

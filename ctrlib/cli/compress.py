@@ -119,7 +119,12 @@ class Compress(Command):
         if self.json:
             print(to_json(result))
             return 0
-        print(fill(f"{self.model} on {self.data}: bytes of embeddings, how many times fewer, validation AUC"))
+        print(
+            fill(
+                f"{self.model} on {self.data}: bytes of embeddings, how many times fewer, validation AUC, "
+                "and the largest relative error of a row"
+            )
+        )
         print_tried(result["tried"])
         if "test_tasks_before" in result:
             print_labels(result["test_tasks_before"], result["test_tasks_after"])
@@ -135,7 +140,7 @@ class Compress(Command):
 def print_tried(tried: list[dict[str, Any]]) -> None:
     """The models that were tried, first the original, last the one that is kept."""
     first, last = tried[0], tried[-1]
-    table = new_table("method", "bytes", "ratio", "valid AUC", "change", numbers=4)
+    table = new_table("method", "bytes", "ratio", "valid AUC", "change", "row error", numbers=5)
     for one in tried:
         table.add_row(
             one["method"],
@@ -143,6 +148,7 @@ def print_tried(tried: list[dict[str, Any]]) -> None:
             f"{first['embedding_bytes'] / one['embedding_bytes']:.1f}",
             f"{one['valid_auc']:.5f}",
             f"{one['valid_auc'] - first['valid_auc']:+.5f}",
+            f"{one['row_error']:.1e}",
             style="bold" if one is last else None,
         )
     show(table)

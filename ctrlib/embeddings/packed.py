@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from ctrlib.embeddings.sequence import mean_events, sum_events
 from ctrlib.errors import ArgumentError
+
+LARGEST_HALF = 65_504  # of float16
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,12 @@ class PackedTables(nn.Module):
         """What the constructor takes, in plain data."""
         return {"tables": [dataclasses.asdict(table) for table in self.tables], "names": self.names}
 
+    def split(self) -> None:
+        """Lay rows out as runtimes without torch can read them, in place; such tables are run, and not saved."""
+        for group in self._parts():
+            if isinstance(group, _Rowwise):
+                group.split()
+
     def _parts(self) -> list[_Group]:
         return cast("list[_Group]", list(self.groups))
 
@@ -150,35 +159,32 @@ class _Group(nn.Module):
         """Store the rows of one of the members."""
         raise NotImplementedError
 
-    def rows_of(self, ids: Tensor, features: slice) -> Tensor:
+    def rows_of(self, ids: Tensor, features: slice | list[int]) -> Tensor:
         """Where the ids (F, N) are stored."""
         first, rows, dropped = self.limits[features].unbind(1)
         return torch.where(ids < rows, ids, dropped) + first
 
-    def look_up(self, ids: Tensor, features: slice) -> Tensor:
+    def look_up(self, ids: Tensor, features: slice | list[int]) -> Tensor:
         """Ids (F, N) -> (F, N, D)."""
         raise NotImplementedError
 
     def forward(self, ids: KeyedJaggedTensor) -> Sequence[Tensor]:
         """KeyedJaggedTensor -> (B, D) for each of `keys`."""
         keys, size = ids.keys(), ids.stride()
-        bags = [key for place, key in zip(self.places, self.keys) if self.members[place].pooling == "mean"]
-        if not bags and ids.values().numel() == len(keys) * size:
+        # torch.export knows nothing of how many ids a bag holds.
+        counted = not torch.compiler.is_compiling() and ids.values().numel() == len(keys) * size
+        if counted and bool((ids.lengths() == 1).all()):
             rows = ids.values().view(len(keys), size)
             if keys != self.keys:
                 rows = rows[[keys.index(key) for key in self.keys]]
             return self.look_up(rows, slice(None)).unbind(0)
-        columns = []
-        for place, key in enumerate(self.keys):
-            jagged = ids[key]
-            vectors = self.look_up(jagged.values()[None], slice(place, place + 1))[0]
-            lengths = jagged.lengths()
-            owner = torch.arange(size, device=lengths.device).repeat_interleave(lengths, output_size=len(vectors))
-            pooled = vectors.new_zeros(size, self.embedding_dim).index_add(0, owner, vectors)
-            if self.members[self.places[place]].pooling == "mean":
-                pooled = pooled / lengths.clamp(min=1)[:, None]
-            columns.append(pooled)
-        return columns
+        return [self.pool(place, ids[key].values(), ids[key].offsets()) for place, key in enumerate(self.keys)]
+
+    def pool(self, place: int, ids: Tensor, offsets: Tensor) -> Tensor:
+        """Bags of the feature at `place` of `keys`: ids (N,), offsets (B + 1,) -> (B, D)."""
+        vectors = self.look_up(ids[None], slice(place, place + 1))[0]
+        is_mean = self.members[self.places[place]].pooling == "mean"
+        return (mean_events if is_mean else sum_events)(vectors, offsets)
 
 
 class _Half(_Group):
@@ -191,11 +197,25 @@ class _Half(_Group):
         self.register_buffer("rows", torch.zeros(self.first_rows[-1], self.embedding_dim, dtype=torch.float16))
 
     def fill(self, place: int, codes: Tensor, axes: Tensor | None, offset: Tensor | None) -> None:
+        check_half(self.members[place].name, codes)
         self.rows[self.first_rows[place] : self.first_rows[place + 1]] = codes.to(torch.float16)
 
-    def look_up(self, ids: Tensor, features: slice) -> Tensor:
+    def look_up(self, ids: Tensor, features: slice | list[int]) -> Tensor:
         """Ids (F, N) -> (F, N, D)."""
         return self.rows[self.rows_of(ids, features)].float()
+
+
+def check_half(name: str, rows: Tensor) -> None:
+    """Refuse rows that float16 has no numbers for.
+
+    Raises:
+        ArgumentError: as said.
+    """
+    if not (rows.abs() <= LARGEST_HALF).all():
+        raise ArgumentError(
+            f"table {name!r} has numbers of up to {rows.abs().max().item():,.0f}, and float16, which rounded rows and "
+            f"their scales are in, ends at {LARGEST_HALF:,}: leave this table as it is, or train with smaller rows"
+        )
 
 
 class _Rowwise(_Group):
@@ -207,8 +227,11 @@ class _Rowwise(_Group):
         self.rows: Tensor
         self.stored = ["rows"]
         self.register_buffer("rows", torch.zeros(self.first_rows[-1], members[0].row_bytes, dtype=torch.uint8))
+        self.ends: Tensor | None
+        self.register_buffer("ends", None)
 
     def fill(self, place: int, codes: Tensor, axes: Tensor | None, offset: Tensor | None) -> None:
+        check_half(self.members[place].name, codes)
         low, high = codes.min(1).values, codes.max(1).values
         # As they will be read back.
         low = low.half().float()
@@ -220,13 +243,28 @@ class _Rowwise(_Group):
         ends = torch.stack([scale, low], 1).half().view(torch.uint8)
         self.rows[self.first_rows[place] : self.first_rows[place + 1]] = torch.cat([packed, ends], 1)
 
-    def look_up(self, ids: Tensor, features: slice) -> Tensor:
+    def look_up(self, ids: Tensor, features: slice | list[int]) -> Tensor:
         """Ids (F, N) -> (F, N, D)."""
-        rows = self.rows[self.rows_of(ids, features)]
-        scale, low = rows[..., -4:].contiguous().view(torch.float16).float().unsqueeze(-1).unbind(-2)
-        shifts = self.bits * torch.arange(8 // self.bits, dtype=torch.uint8, device=rows.device)
-        integers = (rows[..., :-4].unsqueeze(-1) >> shifts & (2**self.bits - 1)).flatten(-2)
-        return integers[..., : self.embedding_dim].float() * scale + low
+        places = self.rows_of(ids, features)
+        rows = self.rows[places]
+        if self.ends is None:
+            rows, ends = rows[..., :-4], rows[..., -4:].clone(memory_format=torch.contiguous_format).view(torch.float16)
+        else:
+            ends = self.ends[places]
+        scale, low = ends.float().unsqueeze(-1).unbind(-2)
+        if self.bits < 8:
+            shifts = self.bits * torch.arange(8 // self.bits, dtype=torch.uint8, device=rows.device)
+            rows = (rows.unsqueeze(-1) >> shifts & (2**self.bits - 1)).flatten(-2)
+        return rows[..., : self.embedding_dim].float() * scale + low
+
+    def split(self) -> None:
+        """Keep scales and offsets apart from the integers, in place: as many bytes in two tensors.
+
+        For runtimes that cannot read two bytes as a float16. What is saved has them in one.
+        """
+        if self.ends is None:
+            self.ends = self.rows[:, -4:].contiguous().view(torch.float16)
+            self.rows = self.rows[:, :-4].contiguous()
 
 
 class _Coded(_Group):
@@ -288,7 +326,7 @@ class _Coded(_Group):
         self.axes[place].copy_(axes / self.get_buffer(f"units_{place}"))
         self.offset[place] = offset
 
-    def look_up(self, ids: Tensor, features: slice) -> Tensor:
+    def look_up(self, ids: Tensor, features: slice | list[int]) -> Tensor:
         """Ids (F, N) -> (F, N, D)."""
         places = self.rows_of(ids, features).flatten()
         numbers = []

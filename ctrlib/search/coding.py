@@ -17,24 +17,28 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from ctrlib.batch import Batch
 from ctrlib.embeddings.packed import PackedTable, PackedTables
+from ctrlib.embeddings.small_events import PackedEvents
 from ctrlib.errors import ArgumentError
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS
 from ctrlib.search.bytes import bytes_of
 from ctrlib.search.plan import Plan, materialise
+from ctrlib.sharding.plan import TABLES, tables_of
 from ctrlib.structure import unstack
+
+TableConfig: TypeAlias = EmbeddingBagConfig | EmbeddingConfig
 
 # Mean squared error of the best uniform quantiser of a unit normal, for 0, 1, ... 8 bits (J. Max, "Quantizing for
 # minimum distortion", IRE Transactions on Information Theory 6, 1960, table II, up to 5 bits; from there on computed).
@@ -60,22 +64,28 @@ def usage(model: Model, batches: Iterable[Batch], *, gradient_batches: int = 32)
     Raises:
         ValueError: no batch came.
     """
-    collections = {path: part for path, part in model.named_modules() if isinstance(part, EmbeddingBagCollection)}
-    configs = {
-        (path, name): config
-        for path, part in collections.items()
-        for config in part.embedding_bag_configs()
-        for name in config.feature_names
-    }
-    reads = {weight_name(path, c): torch.zeros(c.num_embeddings) for (path, _), c in configs.items()}
-    metrics = {weight_name(path, c): torch.zeros((c.embedding_dim,) * 2).double() for (path, _), c in configs.items()}
-    seen: list[tuple[str, KeyedJaggedTensor, KeyedTensor]] = []
+    tables = tables_of(model)
+    collections = {path: part for path, part, _ in tables.values()}
+    owners = {(path, feature): name for name, (path, _, config) in tables.items() for feature in config.feature_names}
+    reads = {name: torch.zeros(config.num_embeddings) for name, (_, _, config) in tables.items()}
+    metrics = {name: torch.zeros((config.embedding_dim,) * 2).double() for name, (_, _, config) in tables.items()}
+    seen: list[_LookUp] = []
 
-    def watching(path: str) -> Callable[..., KeyedTensor]:
-        def hook(_: nn.Module, arguments: tuple[KeyedJaggedTensor], pooled: KeyedTensor) -> KeyedTensor:
-            values = pooled.values().detach().requires_grad_(torch.is_grad_enabled())
-            seen.append((path, arguments[0], KeyedTensor(pooled.keys(), pooled.length_per_key(), values)))
-            return seen[-1][2]
+    def watching(path: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, arguments: tuple[KeyedJaggedTensor], found: Any) -> Any:
+            if isinstance(found, KeyedTensor):
+                keys, widths = found.keys(), found.length_per_key()
+                leaf = found.values().detach().requires_grad_(torch.is_grad_enabled())
+                seen.append(_LookUp(path, arguments[0], leaf, lambda x: KeyedTensor(keys, widths, x).to_dict()))
+                return KeyedTensor(keys, widths, leaf)
+            counts = [len(events.values()) for events in found.values()]
+            leaf = torch.cat([events.values() for events in found.values()]).detach()
+            leaf.requires_grad_(torch.is_grad_enabled())
+            seen.append(_LookUp(path, arguments[0], leaf, lambda x: dict(zip(found, torch.split(x, counts)))))
+            return {
+                name: JaggedTensor(values, lengths=events.lengths(), offsets=events.offsets())
+                for (name, events), values in zip(found.items(), torch.split(leaf, counts))
+            }
 
         return hook
 
@@ -91,27 +101,29 @@ def usage(model: Model, batches: Iterable[Batch], *, gradient_batches: int = 32)
             with_gradient = number < gradient_batches
             with torch.set_grad_enabled(with_gradient):
                 logits = model(batch) if with_gradient else _look_up(model, batch)
-            for path, ids, _ in seen:
-                for name, bags in ids.to_dict().items():
-                    if config := configs.get((path, name)):
-                        counts = torch.bincount(bags.values(), minlength=config.num_embeddings)
-                        reads[weight_name(path, config)] += counts
+            for look_up in seen:
+                for feature, bags in look_up.ids.to_dict().items():
+                    if name := owners.get((look_up.path, feature)):
+                        reads[name] += torch.bincount(bags.values(), minlength=len(reads[name]))
             if not with_gradient:
                 continue
             num_with_gradient += batch.size
             curvature = (torch.sigmoid(logits) * torch.sigmoid(-logits)).detach().sqrt()
             coins = torch.randint(0, 2, logits.shape, generator=signs) * 2 - 1
-            gradients = torch.autograd.grad((logits * curvature * coins).sum(), [out.values() for _, _, out in seen])
-            for (path, ids, pooled), gradient in zip(seen, gradients):
-                by_name = KeyedTensor(pooled.keys(), pooled.length_per_key(), gradient.double()).to_dict()
-                for name, g in by_name.items():
-                    config = configs[path, name]
-                    lengths = ids[name].lengths().double()
+            gradients = torch.autograd.grad((logits * curvature * coins).sum(), [look_up.leaf for look_up in seen])
+            for look_up, gradient in zip(seen, gradients):
+                for feature, g in look_up.by_feature(gradient.double()).items():
+                    name = owners[look_up.path, feature]
+                    config = tables[name][2]
+                    if isinstance(config, EmbeddingConfig):  # each event's gradient is its own
+                        metrics[name] += g.T @ g
+                        continue
+                    lengths = look_up.ids[feature].lengths().double()
                     # A row of a bag of L moves its sum by what it moves itself, its mean by 1 / L of that: over the bag
                     # the squares add up to L and 1 / L (nothing, if it is empty).
                     is_mean = config.pooling == PoolingType.MEAN
                     weight = lengths.clamp(max=1) / lengths.clamp(min=1) if is_mean else lengths
-                    metrics[weight_name(path, config)] += (g * weight[:, None]).T @ g
+                    metrics[name] += (g * weight[:, None]).T @ g
     finally:
         for hook in hooks:
             hook.remove()
@@ -125,15 +137,41 @@ def usage(model: Model, batches: Iterable[Batch], *, gradient_batches: int = 32)
     return found
 
 
+class _LookUp(NamedTuple):
+    """One call of a collection: its ids, what was found as one leaf of the graph, and how that is split by feature."""
+
+    path: str
+    ids: KeyedJaggedTensor
+    leaf: Tensor
+    by_feature: Callable[[Tensor], dict[str, Tensor]]
+
+
 def _look_up(model: Model, batch: Batch) -> Tensor:
     """Only read the tables."""
     fields: Tensor = model.embedding(batch)
     return fields if model.wide is None else model.wide(batch)
 
 
-def weight_name(path: str, config: EmbeddingBagConfig) -> str:
-    """The name of a table's weight in the model, as in `tables_of`."""
-    return f"{path}.embedding_bags.{config.name}.weight"
+def pooling_in(config: TableConfig) -> Literal["sum", "mean"]:
+    """How a table's bags are pooled; where events come one by one, no matter what is said."""
+    return "mean" if getattr(config, "pooling", None) == PoolingType.MEAN else "sum"
+
+
+def packed(part: nn.Module, tables: Sequence[PackedTable]) -> tuple[str, PackedTables]:
+    """What takes the place of a collection with these tables, still without rows, and its kind in `structure.KINDS`.
+
+    Raises:
+        ArgumentError: it is read with a weight for each id, as the tables are that some searches leave.
+    """
+    if getattr(part, "is_weighted", bool)():
+        raise ArgumentError(
+            f"the tables of {tables[0].feature_names[0]!r} and others are read with weights, as a search has left "
+            "them, and packed rows have none: compress a model with all of its rows"
+        )
+    names = [name for table in tables for name in table.feature_names]
+    if isinstance(part, EmbeddingCollection):
+        return "packed_events", PackedEvents(tables, names=names)
+    return "packed", PackedTables(tables, names=names)
 
 
 def transform_coding(
@@ -148,8 +186,8 @@ def transform_coding(
 
     Each table keeps its rows in float16 or coded in one byte or more, from its most frequent one to one that is not
     worth its bytes; the rows after that share a single one, their mean. All choices are made at one price for a byte,
-    and the price is sought at which the budget is met. Sequence features of attention (EmbeddingCollection) stay as
-    they are.
+    and the price is sought at which the budget is met. A target and its histories, which attention reads event by event
+    (EmbeddingCollection), are one table.
 
     Args:
         model: trained; it is not changed.
@@ -163,8 +201,8 @@ def transform_coding(
     """
     model = copy.deepcopy(model)
     unstack(model)
-    if not any(isinstance(part, EmbeddingBagCollection) for part in model.modules()):
-        raise ArgumentError("the model has no tables to code: they are coded already, or of sequences only")
+    if not any(isinstance(part, TABLES) for part in model.modules()):
+        raise ArgumentError("the model has no tables to code: they are coded already")
     num_rows = 0
 
     def counted() -> Iterable[Batch]:
@@ -174,17 +212,10 @@ def transform_coding(
             yield batch
 
     used = usage(model, counted(), gradient_batches=gradient_batches)
-    collections = {path: part for path, part in model.named_modules() if isinstance(part, EmbeddingBagCollection)}
+    weights = dict(model.named_parameters())
     coders = [
-        TableCoder(
-            path,
-            config,
-            part.embedding_bags[config.name].weight.detach(),
-            used[weight_name(path, config)],
-            smoothing / num_rows,
-        )
-        for path, part in collections.items()
-        for config in part.embedding_bag_configs()
+        TableCoder(path, part, config, weights[name].detach(), used[name], smoothing / num_rows)
+        for name, (path, part, config) in tables_of(model).items()
     ]
 
     smallest = [min(coder.choices, key=lambda choice: (choice.num_bytes, choice.damage)) for coder in coders]
@@ -212,12 +243,11 @@ def _plan(coders: list[TableCoder], chosen: list[Choice]) -> Plan:
     weights: dict[str, Tensor] = {}
     for path in dict.fromkeys(coder.path for coder in coders):
         mine = [(coder, choice) for coder, choice in zip(coders, chosen) if coder.path == path]
-        names = [name for coder, _ in mine for name in coder.config.feature_names]
-        packed = PackedTables([coder.describe(choice) for coder, choice in mine], names=names)
+        kind, made = packed(mine[0][0].part, [coder.describe(choice) for coder, choice in mine])
         for coder, choice in mine:
-            packed.fill(coder.config.name, *coder.encode(choice))
-        replaced[path] = {"kind": "packed", **packed.describe()}
-        weights |= {f"{path}.{name}": tensor for name, tensor in packed.state_dict().items()}
+            made.fill(coder.config.name, *coder.encode(choice))
+        replaced[path] = {"kind": kind, **made.describe()}
+        weights |= {f"{path}.{name}": tensor for name, tensor in made.state_dict().items()}
     return Plan("transform_coding", replaced, weights, {"damage": sum(choice.damage for choice in chosen)})
 
 
@@ -263,8 +293,10 @@ def choose(coders: list[TableCoder], num_bytes: int) -> list[Choice]:
 class TableCoder:
     """Everything about one table: its axes, what each choice costs, and its codes."""
 
-    def __init__(self, path: str, config: EmbeddingBagConfig, weight: Tensor, used: Usage, smoothing: float) -> None:
-        self.path, self.config = path, config
+    def __init__(
+        self, path: str, part: nn.Module, config: TableConfig, weight: Tensor, used: Usage, smoothing: float
+    ) -> None:
+        self.path, self.part, self.config = path, part, config
         self.weight = weight.float()
         self.reads = used.reads.float() + smoothing
         values, vectors = torch.linalg.eigh(used.metric)
@@ -339,7 +371,7 @@ class TableCoder:
             self.config.embedding_dim,
             rows=choice.rows + (choice.rows < rows),
             bits=self.codings[choice.row_bytes].bits if choice.row_bytes else (),
-            pooling="mean" if self.config.pooling == PoolingType.MEAN else "sum",
+            pooling=pooling_in(self.config),
             dropped_to=choice.rows if choice.rows < rows else 0,
         )
 

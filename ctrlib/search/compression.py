@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ctrlib import plots
 from ctrlib._lock import holding
@@ -25,6 +24,7 @@ from ctrlib.search.floors import frequency_cut, rounded_rows
 from ctrlib.search.mimicking import apply_low_rank, low_rank
 from ctrlib.search.plan import Plan, materialise
 from ctrlib.search.ranks import Goal
+from ctrlib.search.row_errors import row_errors
 from ctrlib.search.settings import check_settings
 from ctrlib.serving.model_folder import model_in_the_making
 from ctrlib.serving.predictor import Predictor
@@ -41,13 +41,14 @@ SAMPLE_ROWS = 400_000  # of train, to see how tables are used
 
 @dataclass(frozen=True)
 class Candidate:
-    """A compressed model that was tried."""
+    """A compressed model that was tried; `row_error` is the largest relative one (`ctrlib.search.row_errors`)."""
 
     method: str
     embedding_bytes: int
     total_bytes: int
     valid_auc: float
     valid_log_loss: float
+    row_error: float
 
 
 @holding()
@@ -125,9 +126,13 @@ def compress(
 
     def look_at(method: str, candidate: Model, plan: Plan | None) -> None:
         size, scores = bytes_of(candidate), evaluate(candidate, valid, quick=True)
-        tried.append(Candidate(method, size.embedding, size.total, scores["auc"], scores["log_loss"]))
+        error = row_errors(model, candidate).largest
+        tried.append(Candidate(method, size.embedding, size.total, scores["auc"], scores["log_loss"], error))
         plans.append(plan)
-        console.print(f"{method}: {size.embedding:,} bytes, valid AUC {scores['auc']:.6f}")
+        console.print(
+            f"{method}: {size.embedding:,} bytes, valid AUC {scores['auc']:.6f}, "
+            f"largest relative error of a row {error:.1e}"
+        )
 
     look_at("uncompressed", model, None)
     schema, tables = predictor.schema, before.weights + before.remap + before.decoder
@@ -178,6 +183,7 @@ def compress(
         "budget": budget,
         "embedding_bytes_before": before.embedding,
         "embedding_bytes_after": bytes_of(smaller).embedding,
+        "row_error": tried[-1].row_error,
         "bytes_before": asdict(before),
         "bytes_after": asdict(bytes_of(smaller)),
         "total_ratio": before.total / bytes_of(smaller).total,
@@ -207,8 +213,8 @@ def check_tables(model: Model, folder: str | Path) -> None:
             f"the model in {folder} has no tables, so there is nothing to compress: expected one with features that "
             "have ids (categorical, multi-valued or histories)"
         )
-    if not any(isinstance(part, EmbeddingBagCollection) for part in model.embedding.modules()):
-        kinds = {type(part).__name__ for part in model.embedding.modules() if isinstance(part, (*TABLES, *SMALLER))}
+    if not any(isinstance(part, TABLES) for part in model.embedding.modules()):
+        kinds = {type(part).__name__ for part in model.embedding.modules() if isinstance(part, SMALLER)}
         raise ArgumentError(
             f"the tables of the model in {folder} cannot be compressed, they are {', '.join(sorted(kinds)) or 'others'}"
             ": expected plain tables, such as those of features with one id a row; a model that was made smaller "

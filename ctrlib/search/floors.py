@@ -12,20 +12,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ctrlib.batch import Batch
 from ctrlib.data.loader import Loader
 from ctrlib.data.vocabulary import check_order
-from ctrlib.embeddings.packed import PackedTable, PackedTables
+from ctrlib.embeddings.packed import PackedTable
 from ctrlib.errors import ArgumentError
 from ctrlib.model import Model
 from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID, Schema
 from ctrlib.search.bytes import bytes_of
-from ctrlib.search.coding import usage, weight_name
+from ctrlib.search.coding import TableConfig, packed, pooling_in, usage
 from ctrlib.search.gates import prune, vocabularies_of, with_own_tables
 from ctrlib.search.plan import Plan, materialise
+from ctrlib.sharding.plan import tables_of
 from ctrlib.structure import unstack
 
 
@@ -55,8 +54,8 @@ def frequency_cut(model: Model, batches: Iterable[Batch], *, num_bytes: int, bit
     rowwise = 0 if bits == 16 else bits
 
     def cut(limit: float) -> Plan:
-        def kept(path: str, config: EmbeddingBagConfig) -> tuple[int, int]:
-            reads = used[weight_name(path, config)].reads[NUM_RESERVED_IDS:]
+        def kept(name: str, config: TableConfig) -> tuple[int, int]:
+            reads = used[name].reads[NUM_RESERVED_IDS:]
             return NUM_RESERVED_IDS + int((reads >= limit).sum()), rowwise
 
         return _plan("frequency_cut", model, kept)
@@ -74,34 +73,31 @@ def frequency_cut(model: Model, batches: Iterable[Batch], *, num_bytes: int, bit
     return cut(limits[low])
 
 
-def _plan(method: str, model: Model, rows_of: Callable[[str, EmbeddingBagConfig], tuple[int, int]]) -> Plan:
+def _plan(method: str, model: Model, rows_of: Callable[[str, TableConfig], tuple[int, int]]) -> Plan:
     """Every table's first rows, how many and in what form `rows_of` says."""
     model = copy.deepcopy(model)
     unstack(model)
     replaced: dict[str, dict[str, Any]] = {}
     weights: dict[str, Tensor] = {}
-    for path, part in model.named_modules():
-        if not isinstance(part, EmbeddingBagCollection):
-            continue
-        tables = []
-        for config in part.embedding_bag_configs():
-            rows, rowwise = rows_of(path, config)
-            tables.append(
-                PackedTable(
-                    config.name,
-                    tuple(config.feature_names),
-                    config.embedding_dim,
-                    rows=rows,
-                    rowwise=rowwise,  # type: ignore[arg-type]  # one of its choices
-                    pooling="mean" if config.pooling == PoolingType.MEAN else "sum",
-                    dropped_to=OOV_ID if rows < config.num_embeddings else 0,
-                )
-            )
-        packed = PackedTables(tables, names=[name for table in tables for name in table.feature_names])
-        for table in tables:
-            packed.fill(table.name, part.embedding_bags[table.name].weight.detach()[: table.rows])
-        replaced[path] = {"kind": "packed", **packed.describe()}
-        weights |= {f"{path}.{name}": tensor for name, tensor in packed.state_dict().items()}
+    full = dict(model.named_parameters())
+    collections: dict[str, dict[str, PackedTable]] = {}
+    for name, (path, _, config) in tables_of(model).items():
+        rows, rowwise = rows_of(name, config)
+        collections.setdefault(path, {})[name] = PackedTable(
+            config.name,
+            tuple(config.feature_names),
+            config.embedding_dim,
+            rows=rows,
+            rowwise=rowwise,  # type: ignore[arg-type]  # one of its choices
+            pooling=pooling_in(config),
+            dropped_to=OOV_ID if rows < config.num_embeddings else 0,
+        )
+    for path, tables in collections.items():
+        kind, made = packed(model.get_submodule(path), list(tables.values()))
+        for name, table in tables.items():
+            made.fill(table.name, full[name].detach()[: table.rows])
+        replaced[path] = {"kind": kind, **made.describe()}
+        weights |= {f"{path}.{name}": tensor for name, tensor in made.state_dict().items()}
     return Plan(method, replaced, weights)
 
 

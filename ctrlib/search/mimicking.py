@@ -30,11 +30,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from ctrlib.batch import Batch
 from ctrlib.distributed import gather
 from ctrlib.embeddings.narrow import NarrowTable, NarrowTables
+from ctrlib.embeddings.small_events import NarrowEvents
 from ctrlib.embeddings.table import TableEmbedding, by_vocabulary, num_rows, pooling_of
-from ctrlib.errors import ArgumentError, UnsupportedError
+from ctrlib.errors import ArgumentError
 from ctrlib.layers import LowRankLinear
 from ctrlib.model import Model
-from ctrlib.schema import Schema, vocabulary_of
+from ctrlib.schema import Pooling, Schema, SparseFeature, vocabulary_of
 from ctrlib.search.counting import count_reads
 from ctrlib.search.ranks import Goal, Level, choose_ranks, smaller_levels, table_levels
 
@@ -86,7 +87,6 @@ def low_rank(
 
     Raises:
         ValueError: there is no goal, or as those functions do.
-        NotImplementedError: as `low_rank_tables`.
 
     >>> from ctrlib import models
     >>> from ctrlib.inputs import Inputs
@@ -129,7 +129,7 @@ def low_rank_tables(
     smooth: float = 1.0,
     centred: bool = True,
 ) -> dict[str, list[LowRankTable]]:
-    """Path of the tables of each `TableEmbedding` -> a low-rank table for each vocabulary, by what `count_reads` found.
+    """Path of each collection of tables -> a low-rank table for each vocabulary, by what `count_reads` found.
 
     Every feature counts the same, so a vocabulary's energy is that of a look-up times its number of features. Ranks are
     multiples of `multiple_of`, 4 being what the fused engine wants, or the whole width: that of tables which a decoder
@@ -141,13 +141,12 @@ def low_rank_tables(
     Raises:
         ValueError: the goal cannot be met (the message says what can), `counts` lack a vocabulary, or there is no
             table.
-        NotImplementedError: the model looks up sequences event by event.
     """
     embeddings = table_embeddings(model)
     vocabularies = {
         (path, vocabulary_of(members[0])): members
         for path, embedding in embeddings.items()
-        for members in by_vocabulary([feature for feature in schema.sparse if feature.name in embedding.names])
+        for members in by_vocabulary([feature for feature in schema.sparse if feature.name in _names(embedding)])
     }
     found: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
     sizes: dict[tuple[str, str], tuple[int, Tensor]] = {}
@@ -175,7 +174,7 @@ def low_rank_tables(
             tuple(member.name for member in members),
             rows=num_rows(members),
             rank=rank,
-            pooling="mean" if pooling_of(members) == "mean" else "sum",
+            pooling=_pooling(embeddings[path], members),
             centred=centred,
         )
         mean_of = mean.float() if is_narrow and centred else None
@@ -403,14 +402,19 @@ def apply_low_rank(model: Model, plan: LowRankPlan) -> Model:
     # Copied is only what stays: a part that the memo holds is taken for its own copy.
     small = copy.deepcopy(model, {id(part): part for part in map(model.get_submodule, paths)})
     for path, tables in plan.tables.items():
-        before, after = (one.get_submodule(path.rpartition(".")[0]) for one in (model, small))
-        assert isinstance(before, TableEmbedding) and isinstance(after, TableEmbedding)
+        before: Any = model.get_submodule(path.rpartition(".")[0])
+        after: Any = small.get_submodule(path.rpartition(".")[0])
         stored = [table.stored for table in tables]
-        narrow = NarrowTables(stored, embedding_dim=before.out_shape[1], names=before.names)
+        narrow: Any
+        if isinstance(before, TableEmbedding):
+            narrow = NarrowTables(stored, embedding_dim=before.out_shape[1], names=before.names)
+            after.first_rows = None
+        else:
+            narrow = NarrowEvents(stored, embedding_dim=before.out_shape[-1])
         for table in tables:
             full = full_table(before, table.stored.feature_names[0], table.stored.rows)
             narrow.fill(table.stored.name, full, mean=table.mean, decoder=table.basis)
-        after.tables, after.first_rows = narrow, None
+        after.tables = narrow
     for path, layer in plan.layers.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
@@ -418,12 +422,13 @@ def apply_low_rank(model: Model, plan: LowRankPlan) -> Model:
     return small.to(next(model.parameters()).device).train(model.training)
 
 
-def table_embeddings(model: nn.Module) -> dict[str, TableEmbedding]:
-    """Path of the tables -> each `TableEmbedding` that has TorchRec's, which can be made smaller.
+def table_embeddings(model: nn.Module) -> dict[str, Any]:
+    """Path of the tables -> each embedding that has TorchRec's, which can be made smaller.
+
+    That is a `TableEmbedding`, or one whose events are looked up one by one, such as `SequenceEmbedding`.
 
     Raises:
         ValueError: there is none.
-        NotImplementedError: the model looks up sequences event by event.
 
     >>> from ctrlib import models
     >>> from ctrlib.inputs import Inputs
@@ -431,28 +436,41 @@ def table_embeddings(model: nn.Module) -> dict[str, TableEmbedding]:
     >>> list(table_embeddings(models.mlp(Inputs(example_schema()))))
     ['embedding.tables']
     """
-    events = [path for path, module in model.named_modules() if isinstance(module, EmbeddingCollection)]
-    if events:
-        raise UnsupportedError(
-            f"{events} look up sequences event by event, which low-rank tables do not: pool histories "
-            "(sequence='pooled'), or compress the layers only"
-        )
-    found = {
-        f"{path}.tables" if path else "tables": module
-        for path, module in model.named_modules()
-        if isinstance(module, TableEmbedding) and isinstance(module.tables, EmbeddingBagCollection)
-    }
+    found = {}
+    for path, module in model.named_modules():
+        tables = getattr(module, "tables", None)
+        of_bags = isinstance(module, TableEmbedding) and isinstance(tables, EmbeddingBagCollection)
+        of_events = isinstance(tables, EmbeddingCollection) and hasattr(module, "out_shape")
+        if of_bags or of_events:
+            found[f"{path}.tables" if path else "tables"] = module
     if not found:
         raise ArgumentError(
-            "the model has no TableEmbedding with tables of TorchRec: nothing to make smaller, or it was done already"
+            "the model has no embedding with tables of TorchRec: nothing to make smaller, or it was done already"
         )
     return found
 
 
-def full_table(embedding: TableEmbedding, feature: str, rows: int) -> Tensor:
+def _names(embedding: Any) -> list[str]:
+    """The features that an embedding's own tables look up."""
+    return [name for config in _configs(embedding.tables) for name in config.feature_names]
+
+
+def _pooling(embedding: Any, members: Sequence[SparseFeature]) -> Pooling:
+    is_mean = isinstance(embedding, TableEmbedding) and pooling_of(members) == "mean"
+    return "mean" if is_mean else "sum"
+
+
+def _configs(tables: Any) -> list[Any]:
+    of_bags = isinstance(tables, EmbeddingBagCollection)
+    return list(tables.embedding_bag_configs() if of_bags else tables.embedding_configs())
+
+
+def full_table(embedding: Any, feature: str, rows: int) -> Tensor:
     """The `rows` of the vocabulary that a feature looks up, cut out of a stack if need be; not a copy: (rows, D)."""
-    tables: Any = embedding.tables
-    name = next(config.name for config in tables.embedding_bag_configs() if feature in config.feature_names)
-    first = embedding.first_rows[feature] if embedding.first_rows else 0
-    weight: Tensor = tables.embedding_bags[name].weight.detach().cpu()
+    tables = embedding.tables
+    name = next(config.name for config in _configs(tables) if feature in config.feature_names)
+    shifts = getattr(embedding, "first_rows", None)
+    first = shifts[feature] if shifts else 0
+    held = tables.embedding_bags if isinstance(tables, EmbeddingBagCollection) else tables.embeddings
+    weight: Tensor = held[name].weight.detach().cpu()
     return weight[first : first + rows]
