@@ -37,11 +37,13 @@ from ctrlib.data.prepare import prepare
 from ctrlib.data.table import as_frame
 from ctrlib.errors import ArgumentError, check_number, check_path, check_type, check_whole
 from ctrlib.making import new_folder
+from ctrlib.manifest import inside
 from ctrlib.schema import Categorical, Feature, Numeric, Schema, SchemaError
 from ctrlib.schema import Sequence as History
 from ctrlib.serving.model_folder import model_in_the_making
 from ctrlib.serving.predictor import Predictor
 from ctrlib.training.defaults import config_for
+from ctrlib.training.record import KEY
 from ctrlib.training.run import run
 
 SAID = "classifier.json"  # of a saved estimator: what its model folder does not hold
@@ -188,7 +190,8 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         made: Path = data.with_name("model")
         with torch.random.fork_rng(devices=[]):  # whoever calls keeps their random numbers
             model, self.result_ = run(data, config, score_test=False, console=Console(quiet=True))
-        with model_in_the_making(model, config, data, made):
+        record = {**self.result_[KEY], "data": "rows given to CTRClassifier.fit"}  # which lie nowhere from now on
+        with model_in_the_making(model, config, data, made, result={**self.result_, KEY: record}):
             pass
         self.config_ = config
         self._fitted = _Fitted(made)
@@ -348,10 +351,15 @@ class _Fitted:
     """
 
     def __init__(self, folder: Path) -> None:
+        for path in _files(folder):
+            inside(folder, path.relative_to(folder).as_posix())  # of which a copy is made
         self.folder = Path(tempfile.mkdtemp(prefix="ctrlib-"))
         weakref.finalize(self, _remove, self.folder, os.getpid())
         shutil.copytree(folder, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SAID, ".*"))
-        self.predictor = Predictor.load(self.folder)
+        try:
+            self.predictor = Predictor.load(self.folder)
+        except SchemaError as error:  # of the folder that was given, and not of its copy
+            raise SchemaError(str(error).replace(str(self.folder), str(folder))) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         files = {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in _files(self.folder)}

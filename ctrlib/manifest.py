@@ -28,6 +28,7 @@ from ctrlib.schema import Schema, SchemaError
 
 LOGGER = logging.getLogger(__name__)
 NAME = "MANIFEST"
+CARD = "README.md"  # for people, who may write into it: no checksum is taken of it
 FORMAT = 1
 MISSING = "missing"
 BLOCK = 1 << 24  # bytes hashed at a time
@@ -43,6 +44,9 @@ MENDS = {
 }
 
 Parts = tuple[tuple[int, str], ...]  # first byte and sha256
+
+
+ROWS = ("train", "valid", "test")  # parts of a prepared folder that may lie on another disk, behind a link
 
 
 class Damage(Exception):
@@ -127,6 +131,71 @@ def read_sealed(path: Path, name: str, version: int) -> tuple[dict[str, Any], st
     return value, said.decode()
 
 
+# ------------------------------------------------------------------------------------------- folders of somebody else
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """Where a file of a folder lies, which must be in it: a folder of somebody else's does not choose what is read.
+
+    Raises:
+        SchemaError: the name is absolute or leads up, or what has this name is a link that leads out.
+
+    >>> inside("model", "vocab/item.parquet").as_posix()
+    'model/vocab/item.parquet'
+    >>> inside("model", "../x")
+    Traceback (most recent call last):
+        ...
+    ctrlib.schema.SchemaError: model names '../x', which does not lie in it: whoever made it may not choose what is read
+    """
+    folder = Path(folder)
+    if not _is_within(name):
+        raise SchemaError(
+            f"{folder} names {name!r}, which does not lie in it: whoever made it may not choose what is read"
+        )
+    path = folder / name
+    if not (real := path.resolve()).is_relative_to(folder.resolve()):
+        raise SchemaError(
+            f"{path} is a link out of the folder, to {real}, and is not followed: if that is what you want, copy the "
+            f"folder with the files themselves in it, such as by `cp -rL {folder} COPY`"
+        )
+    return path
+
+
+def _is_within(name: object) -> bool:
+    """Whether this names something in a folder, wherever that lies."""
+    parts = name.replace("\\", "/").split("/") if isinstance(name, str) else [".."]
+    return not {"", ".", ".."} & set(parts) and "\0" not in str(name)
+
+
+def is_entry(name: object) -> bool:
+    """Whether this names something in a folder itself, neither in one of its folders nor elsewhere.
+
+    >>> is_entry("tensors-0.bin"), is_entry(".."), is_entry("vocab/item.parquet"), is_entry(None)
+    (True, False, False, False)
+    """
+    return _is_within(name) and not set(str(name)) & {"/", "\\"}
+
+
+def refuse_pickle(path: Path) -> None:
+    """Say of a file that could not be read that it is a pickle, alone or as `torch.save` packs it, if it is one.
+
+    Nothing of it is executed.
+
+    Raises:
+        SchemaError: as said.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError:  # which whoever reads it says better
+        return
+    if start == b"PK" or (len(start) == 2 and start[0] == 0x80 and 2 <= start[1] <= 5):
+        raise SchemaError(
+            f"{path} is a pickle, or an archive as those that hold some, which may run code when it is opened: it is "
+            "not opened; copy the folder again, as ctrlib wrote it"
+        )
+
+
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
@@ -145,6 +214,8 @@ class Manifest:
         Raises:
             SchemaError: as said.
         """
+        if name.partition("/")[0] not in ROWS:
+            inside(self.folder, name)
         if name not in self.files:
             raise SchemaError(f"{self.folder / name} is not in {self.folder / NAME}: {self._cure()}")
         if damage := damage_of(self.folder / name, *self.files[name], parts):
@@ -177,6 +248,8 @@ def manifest_of(folder: str | Path) -> Manifest | None:
             name: (num_bytes, tuple((start, sha256) for start, sha256 in parts))
             for name, (num_bytes, parts) in value["files"].items()
         }
+        if outside := [name for name in files if not _is_within(name)]:
+            raise Damage(f"it names {outside[0]!r}, which does not lie in the folder")
         return Manifest(folder, value["kind"], digest, files)
     except (Damage, KeyError, TypeError, ValueError, AttributeError) as error:
         if (folder / NAME).exists():
@@ -213,7 +286,7 @@ def _had_one(folder: Path) -> bool:
 
 
 def write_manifest(folder: str | Path, kind: str | None = None) -> str:
-    """Write the MANIFEST of all that lies in a folder, but for what is hidden, and return its seal.
+    """Write the MANIFEST of all that lies in a folder, but for README.md and what is hidden, and return its seal.
 
     For folders that other programs write, or that were changed on purpose. `kind` is one of `MENDS`; by default
     "model" where there is a model.json, else "prepared".
@@ -259,7 +332,8 @@ def _names(folder: Path) -> Iterator[str]:
         *folders, name = path.relative_to(folder).parts
         # Files of columns are called as these are, which may begin with a dot.
         may_be_hidden = [*folders, *([] if folders[:1] in (["vocab"], ["numbers"], ["events"]) else [name])]
-        if path.is_file() and not any(part.startswith(".") for part in may_be_hidden) and [*folders, name] != [NAME]:
+        is_left_out = [*folders, name] in ([NAME], [CARD]) or any(part.startswith(".") for part in may_be_hidden)
+        if path.is_file() and not is_left_out:
             yield "/".join([*folders, name])
 
 
@@ -302,11 +376,12 @@ def _row_groups(path: Path) -> list[int]:
 
 
 def check_file(folder: str | Path, name: str) -> None:
-    """Refuse a file of a folder with a manifest that is not what was written.
+    """Refuse a file that lies outside of its folder, or is not what was written as far as a manifest says.
 
     Raises:
         SchemaError: as said.
     """
+    inside(folder, name)
     manifest = manifest_of(folder)
     if manifest is not None:
         manifest.check(name)
@@ -320,8 +395,8 @@ def load_schema(folder: str | Path) -> Schema:
     """
     check_path("a prepared folder", folder=folder)
     folder = Path(folder)
-    if folder.is_dir() and (manifest := manifest_of(folder)) is not None:
-        manifest.check("schema.json")
+    if folder.is_dir():
+        check_file(folder, "schema.json")
     return Schema.load(folder)
 
 

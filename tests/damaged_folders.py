@@ -23,7 +23,7 @@ import tyro
 
 import ctrlib as ctr
 from ctrlib.data import codes
-from ctrlib.manifest import check_folder
+from ctrlib.manifest import CARD, check_folder
 
 CONFIG = {"model": "mlp", "embedding_dim": 4, "hidden": [8], "numeric": "bucketised"}
 KINDS = ("data", "model", "checkpoints")
@@ -120,7 +120,9 @@ def read(folder: Path) -> None:
 
 def damage(folder: Path, other: Path, rng: random.Random) -> str:
     """Damage a file of `folder`, if need be by that of `other`; what was done, for people."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != CARD
+    )  # which people may change
     path, how = rng.choice(files), rng.choice(DAMAGES)
     content = path.read_bytes()
     if how == "flip":

@@ -124,7 +124,7 @@ def test_an_export_scores_as_the_model_does(model_folder: Path, tmp_path: Path, 
     known = [{name: cell for name, cell in row.items() if name != "other"} for row in ROWS]
     predictor = ctr.Predictor.load(model_folder)
     expected = [predictor.predict([row])[0]["click"][0] for row in known]
-    exported = Exported(tmp_path / "out")
+    exported = Exported(tmp_path / "out", trust=to == "pt2")
     np.testing.assert_allclose(exported.predict(ROWS)[:, 0], expected, rtol=0, atol=1e-6)
     for place, row in enumerate(ROWS):  # alone
         np.testing.assert_allclose(exported.predict([row])[0, 0], expected[place], rtol=0, atol=1e-6)
@@ -235,6 +235,9 @@ def test_code_is_run_only_where_it_is_trusted(exported_folder: Path, tmp_path: P
     ctr.manifest.write_manifest(tmp_path / "out", "export")
     with pytest.raises(UnsupportedError, match=r"machine instructions .*trust=True"):
         Exported(tmp_path / "out")
+    with pytest.raises(UnsupportedError, match=r"a program of torch's .*model\.pt2.*trust=True"):
+        Exported(exported_folder)
+    Exported(exported_folder, trust=True)
 
 
 def test_what_is_no_export_is_refused(model_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ctrlib.data.columns import find_row_groups
 from ctrlib.data.vocabulary import vocabulary_path
 from ctrlib.errors import ArgumentError, check_path, check_type
-from ctrlib.manifest import check_file, load_schema, manifest_of
+from ctrlib.manifest import check_file, load_schema, manifest_of, refuse_pickle
 from ctrlib.schema import Schema, SchemaError
 
 # Of columns with more values: a multiple of 2, 4, ... 256, of 5, 10, ... 100 and of 200, whose edges so are exact.
@@ -185,6 +185,7 @@ def read_points(folder: Path, name: str) -> pl.DataFrame:
     try:
         points = pl.read_parquet(path, glob=False).select("value", "count")
     except (pl.exceptions.PolarsError, OSError) as error:
+        refuse_pickle(path)
         raise SchemaError(f"{path} cannot be read ({error}): copy the folder, or prepare the data, again") from error
     value, count = points["value"], points["count"]
     if not (len(points) and value.is_finite().all() and (value.diff().drop_nulls() > 0).all() and (count > 0).all()):

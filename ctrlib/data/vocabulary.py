@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ctrlib.data.cells import holds, is_raw_integer, number, text, transformed
 from ctrlib.data.moments import SMALLEST, moments
 from ctrlib.data.table import Plan, RawTable
-from ctrlib.manifest import check_file
+from ctrlib.manifest import check_file, refuse_pickle
 from ctrlib.schema import (
     NUM_RESERVED_IDS,
     Categorical,
@@ -267,6 +267,7 @@ def load_vocabulary(folder: Path, name: str, schema: Schema) -> pl.Series:
     try:
         values = pl.read_parquet(path, columns=["value"], glob=False)["value"]
     except pl.exceptions.PolarsError as error:
+        refuse_pickle(path)
         raise SchemaError(f"{path} cannot be read ({error}): copy it, or prepare the data, again") from error
     expected = (schema.vocabulary_hashes or {}).get(name)
     if hash_values(values) != expected:

@@ -6,6 +6,7 @@
 | `export.json` | its format, inputs and labels, and how far it is from the model that was trained |
 | `encoder.json`, `vocab.json` | how raw cells become inputs |
 | `reader.py`, `quick.py` | what reads these two, with numpy alone |
+| `README.md` | the model's card, and how the export is loaded |
 | `MANIFEST` | checksums of all |
 """
 
@@ -29,8 +30,9 @@ from ctrlib.export import reader
 from ctrlib.export.formats import Run, format_named
 from ctrlib.export.program import Program, Signature
 from ctrlib.making import new_folder, size_of
-from ctrlib.manifest import check_folder, write_manifest
-from ctrlib.schema import kind_of
+from ctrlib.manifest import CARD, check_file, check_folder, manifest_of, write_manifest
+from ctrlib.schema import SchemaError, kind_of
+from ctrlib.serving.card import exported_card
 from ctrlib.serving.predictor import Predictor
 
 VERSION = 1
@@ -79,6 +81,8 @@ def export_model(model: str | Path, out: str | Path, *, to: str = "onnx", overwr
             }
             (making / "export.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             _write_encoder(predictor, making)
+            text = exported_card(model, found, is_code=bool(form.code))
+            (making / CARD).write_text(text, encoding="utf-8")
             write_manifest(making, "export")
     return found
 
@@ -139,11 +143,11 @@ class Exported:
 
     Args:
         folder: what `export_model` wrote.
-        trust: run machine instructions of the folder. A format that is code (aoti) is refused without: whoever wrote
-            the folder decides what it does. Nothing else in a folder is executed.
+        trust: run code of the folder. Formats that are code (aoti, and pt2 as torch reads it) are refused without:
+            whoever wrote the folder decides what they do. Nothing of a folder in another format is executed.
 
     Raises:
-        SchemaError: a file of the folder is damaged.
+        SchemaError: a file of the folder is damaged, or names or links to what lies outside of it.
         UnsupportedError: it is code, and `trust` was not said.
     """
 
@@ -152,17 +156,29 @@ class Exported:
         self.folder = Path(folder)
         if not (self.folder / "export.json").is_file():
             raise ArgumentError(f"{folder} has no export.json: expected a folder that `ctrlib export` wrote")
+        if manifest_of(self.folder) is None:
+            raise SchemaError(f"{folder} has no MANIFEST, which `ctrlib export` writes last: export the model again")
         check_folder(self.folder)
-        self.about = json.loads((self.folder / "export.json").read_text(encoding="utf-8"))
-        form = format_named(self.about["format"])
-        if form.is_code and not trust:
+        try:
+            self.about = dict(json.loads((self.folder / "export.json").read_text(encoding="utf-8")))
+            form, inputs = format_named(self.about["format"]), [str(one["name"]) for one in self.about["inputs"]]
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise SchemaError(
+                f"{self.folder / 'export.json'} is of no use ({error}): export the model again"
+            ) from error
+        if form.code and not trust:
             raise UnsupportedError(
-                f"{folder} holds machine instructions ({form.file}), which can do anything that you can: say "
-                "trust=True (--trust) if you know who made it"
+                f"{folder} holds {form.code} ({form.file}): it can do anything that you can; say trust=True if you "
+                "know who made it"
             )
         form.check()
-        self.reader = reader.Reader(self.folder)
-        self._run = form.read(self.folder / form.file, [one["name"] for one in self.about["inputs"]])
+        for name in (form.file, "encoder.json", "vocab.json"):
+            check_file(self.folder, name)
+        try:
+            self.reader = reader.Reader(self.folder)
+        except ValueError as error:
+            raise SchemaError(str(error)) from error
+        self._run = form.read(self.folder / form.file, inputs)
 
     def logits(self, rows: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float32]:
         """Logits of raw rows, (B, T)."""

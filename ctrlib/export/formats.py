@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 
 from ctrlib.errors import ArgumentError, MissingPackageError
 from ctrlib.export.program import Arrays, Program, quiet
+from ctrlib.manifest import refuse_pickle
+from ctrlib.schema import SchemaError
 
 Run = Callable[[Arrays], npt.NDArray[np.float32]]
 
@@ -23,7 +25,7 @@ Run = Callable[[Arrays], npt.NDArray[np.float32]]
 class Format:
     """One form: the file's name, how it is written and read, which packages that takes, and whether it is code.
 
-    A file that `is_code` is a library of machine instructions: whoever loads it runs what it says.
+    `code` says why whoever loads the file runs what its author says; empty for a file of plain data.
     """
 
     file: str
@@ -31,7 +33,7 @@ class Format:
     write: Callable[[Program, Path], None]
     read: Callable[[Path, list[str]], Run]
     packages: tuple[str, ...] = ()
-    is_code: bool = False
+    code: str = ""
 
     def check(self) -> None:
         """Refuse before any work.
@@ -100,6 +102,7 @@ def _write_int8(program: Program, path: Path) -> None:
 def _read_onnx(path: Path, names: list[str]) -> Run:
     import onnxruntime
 
+    refuse_files_beside(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(arrays: Arrays) -> npt.NDArray[np.float32]:
@@ -109,17 +112,55 @@ def _read_onnx(path: Path, names: list[str]) -> Run:
     return run
 
 
+def refuse_files_beside(path: Path) -> None:
+    """Refuse a model in ONNX that reads other files, of which it may name any; what `ctrlib export` writes is one file.
+
+    Raises:
+        SchemaError: as said, or it is no ONNX.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        refuse_pickle(path)
+        raise SchemaError(f"{path} is no ONNX ({error}): export the model again") from error
+
+    def tensors(graph: Any) -> Iterator[Any]:
+        yield from getattr(graph, "initializer", ())  # a function has none
+        for one in getattr(graph, "sparse_initializer", ()):
+            yield from (one.values, one.indices)
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from tensors(inner)
+
+    for tensor in (one for graph in (model.graph, *model.functions) for one in tensors(graph)):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            where = {entry.key: entry.value for entry in tensor.external_data}.get("location")
+            raise SchemaError(
+                f"{path}: {tensor.name or 'a tensor'} is read from another file, {where!r}, and a model may not choose "
+                "which: export it again"
+            )
+
+
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 FORMATS = {
+    # torch.export's reader is not made for files of strangers.
     "pt2": Format(
-        "model.pt2", "torch.export's program, for torch of the same or a later version", _write_pt2, _read_pt2
+        "model.pt2",
+        "torch.export's program, for torch of the same or a later version",
+        _write_pt2,
+        _read_pt2,
+        code="a program of torch's",
     ),
     "aoti": Format(
         "model.aoti.pt2",
         "compiled by AOTInductor for this kind of processor, runs without Python",
         _write_aoti,
         _read_aoti,
-        is_code=True,
+        code="machine instructions",
     ),
     "onnx": Format("model.onnx", "for onnxruntime and other runtimes", _write_onnx, _read_onnx, _ONNX),
     "ort-int8": Format("model.int8.onnx", "as onnx, with matrices in 8-bit integers", _write_int8, _read_onnx, _ONNX),

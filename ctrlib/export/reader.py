@@ -36,15 +36,14 @@ class Reader:
         folder: an export's folder.
 
     Raises:
-        ValueError: the folder was written by another version.
+        ValueError: the folder was written by another version, or a file is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        described = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        described, values = (self._json(folder / name) for name in ("encoder.json", "vocab.json"))
         if described.get("version") != VERSION:
             raise ValueError(f"{folder} has encoder.json of version {described.get('version')}, expected {VERSION}")
-        values = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         self.labels: list[str] = described["labels"]
         self.features = [SimpleNamespace(**feature) for feature in described["features"]]
         self._known = {name: dict(zip(texts, range(FIRST_ID, FIRST_ID + len(texts)))) for name, texts in values.items()}
@@ -89,6 +88,13 @@ class Reader:
         """Logits (B, T) -> probabilities in float64, exact where float32 would have none."""
         with np.errstate(over="ignore"):
             return 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+
+    @staticmethod
+    def _json(path: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}): copy the folder again") from None
 
     def _column(self, feature: SimpleNamespace, rows: Sequence[Mapping[str, Any]]) -> list[int]:
         if feature.kind == "raw_id":

@@ -2,7 +2,7 @@
 
 It holds retrieval.json (the method with its settings, how it was selected, what it reached), method.safetensors (what
 it has learnt), pairs.safetensors (the pairs of training, so that they can be left out), users.parquet and items.parquet
-(the ids in the order of their numbers), and MANIFEST with checksums of these.
+(the ids in the order of their numbers), MANIFEST with checksums of these, and README.md, a card for people.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ctrlib.data.scan import DataError
 from ctrlib.errors import CtrlibError
 from ctrlib.making import new_folder, settle
-from ctrlib.manifest import check_file, write_manifest
+from ctrlib.manifest import CARD, check_file, refuse_pickle, write_manifest
+from ctrlib.retrieval.card import retrieval_card
 from ctrlib.retrieval.interactions import Interactions
 from ctrlib.retrieval.methods import Retriever, csr_of, csr_state
 from ctrlib.retrieval.table import build
+from ctrlib.schema import SchemaError
 
 FORMAT = 1
 
@@ -46,6 +50,8 @@ def save(trained: Trained, out: str | Path) -> None:
         save_file(csr_state("pairs", trained.log.matrix), making / "pairs.safetensors")
         trained.log.users.to_frame("user").write_parquet(making / "users.parquet")
         trained.log.items.to_frame("item").write_parquet(making / "items.parquet")
+        text = retrieval_card(trained.config, trained.record, trained.log.counts)
+        (making / CARD).write_text(text, encoding="utf-8")
         write_manifest(making, "retrieval")
 
 
@@ -60,17 +66,28 @@ def load(folder: str | Path) -> Trained:
     check_retrieval(folder)
     for name in ("retrieval.json", "method.safetensors", "pairs.safetensors", "users.parquet", "items.parquet"):
         check_file(folder, name)
-    said = json.loads((folder / "retrieval.json").read_text(encoding="utf-8"))
-    if said["format"] != FORMAT:
-        raise DataError(f"{folder} is of format {said['format']}, this version reads {FORMAT}: train it again")
-    pairs = csr_of("pairs", load_file(folder / "pairs.safetensors"))
+    try:
+        said = dict(json.loads((folder / "retrieval.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SchemaError(f"{folder / 'retrieval.json'} is damaged ({error}): copy the folder again") from error
+    if said.get("format") != FORMAT:
+        raise DataError(f"{folder} is of format {said.get('format')}, this version reads {FORMAT}: train it again")
+    pairs = csr_of("pairs", _tensors(folder / "pairs.safetensors"))
     users, items = (pl.read_parquet(folder / f"{what}s.parquet")[what] for what in ("user", "item"))
     log = Interactions(pairs.astype("float32"), users, items, said["counts"])
     method = build(said["config"])
     prepare = getattr(method, "prepare", None)
     if prepare is not None:
         prepare(log)
-    return Trained(method.load(load_file(folder / "method.safetensors")), log, said["config"], said["record"])
+    return Trained(method.load(_tensors(folder / "method.safetensors")), log, said["config"], said["record"])
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        refuse_pickle(path)
+        raise SchemaError(f"{path} is damaged ({error}): copy the folder again, or train it again") from error
 
 
 def check_retrieval(folder: str | Path) -> None:

@@ -195,7 +195,7 @@ def compress(
         **{f"test_tasks_{name}": found["tasks"] for name, found in scores.items() if "tasks" in found},
         "tried": [asdict(candidate) for candidate in tried],
     }
-    with model_in_the_making(smaller, config, folder, out, "compress") as making:
+    with model_in_the_making(smaller, config, folder, out, "compress", rows=data) as making:
         draw = functools.partial(plots.compression, tried, budget)
         write_result(making, result, ("compression.json", "compression.png"), draw)
     return result

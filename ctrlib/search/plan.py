@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ctrlib.errors import ArgumentError
 from ctrlib.making import new_file
+from ctrlib.manifest import refuse_pickle
 from ctrlib.model import Model
 from ctrlib.structure import describe, restructure
 
@@ -68,6 +69,7 @@ class Plan:
                 raise ArgumentError("damaged: its sha256 differs")
             return cls(text["method"], json.loads(text["replaced"]), weights, json.loads(text["summary"]))
         except (SafetensorError, KeyError, ValueError) as error:
+            refuse_pickle(Path(path))
             raise ArgumentError(f"{path} is not a plan ({error!r}): expected a file that Plan.save wrote") from error
 
 

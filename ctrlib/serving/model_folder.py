@@ -2,7 +2,8 @@
 
 It holds model.safetensors (weights; no pickle anywhere), model.json (the preset and its arguments), schema.json and
 vocab/ (how raw cells become ids and numbers), and MANIFEST with checksums of these. It needs nothing else. For later
-data, which is prepared like this one's, there is also numbers/ (what edges of numbers are made from).
+data, which is prepared like this one's, there is also numbers/ (what edges of numbers are made from); for people there
+is README.md, the model card.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import json
 import reprlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from ctrlib.data.event_state import has_events
 from ctrlib.data.quantiles import has_points
 from ctrlib.errors import ArgumentError, check_path, check_type
 from ctrlib.making import new_folder, remove, size_of
-from ctrlib.manifest import load_schema, manifest_of, write_manifest
+from ctrlib.manifest import CARD, inside, load_schema, manifest_of, refuse_pickle, write_manifest
 from ctrlib.schema import Schema, SchemaError
+from ctrlib.serving import card
 from ctrlib.structure import attributes, describe
 from ctrlib.training.config import differences
 
@@ -37,9 +39,15 @@ BESIDE = 1 << 16  # bytes of a model folder beside weights and vocabularies, and
 
 
 def save_model(
-    model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path, *, modules: Sequence[str] = ()
+    model: nn.Module,
+    config: dict[str, Any],
+    data: str | Path,
+    out: str | Path,
+    *,
+    modules: Sequence[str] = (),
+    result: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model folder.
+    """Write a model folder, with a model card (`ctrlib.serving.card`).
 
     Args:
         model: a trained, plain (not sharded) model.
@@ -48,6 +56,7 @@ def save_model(
         out: the folder; made if missing, other files in it are left alone. A model that was there is the old one or
             the new one, whenever this is stopped.
         modules: where a model of your own may be imported from (`ctrlib.models.build`).
+        result: what `ctr.run` gave beside the model, for the card, which has no metrics otherwise.
 
     Raises:
         SchemaError: a file of `data` that is copied is damaged.
@@ -60,25 +69,43 @@ def save_model(
     check_type("a torch module", nn.Module, model=model)
     check_type('a dictionary {"model": name, **arguments}', dict, config=config)
     check_path("a prepared folder", data=data)
+    if result is not None:
+        check_type("what ctr.run returns beside the model", Mapping, result=result)
     config = _with_calibration(_counted(model, config), model)
     with target(out, ("model", "run", "search", "compressed", "other"), inputs=[data], overwrite=True):
         _check_config(model, config, load_schema(data), modules)
-        with model_in_the_making(model, config, data, out):
+        with model_in_the_making(model, config, data, out, result=result):
             pass
 
 
 @contextlib.contextmanager
 def model_in_the_making(
-    model: nn.Module, config: dict[str, Any], data: str | Path, out: str | Path, kind: str = "model"
+    model: nn.Module,
+    config: dict[str, Any],
+    data: str | Path,
+    out: str | Path,
+    kind: str = "model",
+    *,
+    result: Mapping[str, Any] | None = None,
+    rows: str | Path | None = None,
 ) -> Iterator[Path]:
     """As `save_model`; what is written into the folder that this gives appears in `out` together with the model.
 
-    `kind` says what makes it again (`ctrlib.manifest.MENDS`).
+    Args:
+        model, config, data, out: as in `save_model`.
+        kind: says what makes it again (`ctrlib.manifest.MENDS`).
+        result: as in `save_model`; otherwise it is the metrics.json, search.json or compression.json that is written
+            meanwhile.
+        rows: the prepared folder, where `data` is a model folder whose schema and vocabularies are carried over.
     """
     data, out = Path(data), Path(out)
-    config = _counted(model, config)
+    config = _with_calibration(_counted(model, config), model)
     schema = load_schema(data)
+    report, last_event = card.counted(rows or data), card.last_event_in(data, schema)
     parts = ["vocab", *(["numbers"] if has_points(data) else []), *([EVENTS] if has_events(schema) else [])]
+    for part in parts:
+        for path in sorted((data / part).rglob("*")):
+            inside(data, path.relative_to(data).as_posix())
     if (manifest := manifest_of(data)) is not None:
         for name in (name for part in parts for name in manifest.under(part)):
             manifest.check(name)  # before a copy of it gets a checksum of its own
@@ -88,7 +115,7 @@ def model_in_the_making(
         schema.save(making / "schema.json", manifest=True)
         for part in parts:
             shutil.copytree(data / part, making / part)
-        content = json.dumps(_with_calibration(config, model), indent=1) + "\n"
+        content = json.dumps(config, indent=1) + "\n"
         (making / "model.json").write_text(content, encoding="utf-8")
         # Cloned, since tables of a model that has scored are views of one tensor (`ctrlib.serving.direct`).
         weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -99,6 +126,17 @@ def model_in_the_making(
         yield making
         if kind != "model":
             write_manifest(making, kind)
+        text = card.model_card(
+            model,
+            config,
+            schema,
+            data=str(rows or data),
+            report=report,
+            result=result if result is not None else card.result_in(making),
+            num_bytes=(making / "model.safetensors").stat().st_size,
+            last_event=last_event,
+        )
+        (making / CARD).write_text(text, encoding="utf-8")
     for part in {"numbers", EVENTS} - {*parts}:
         remove(out / part)  # an older model's
 
@@ -168,7 +206,7 @@ def load_model(folder: str | Path, *, modules: Sequence[str] = ()) -> tuple[nn.M
     for name in ("model.json", "model.safetensors", "schema.json"):
         if manifest is not None and manifest.kind != "prepared":
             manifest.check(name)
-        elif not (folder / name).is_file():
+        elif not inside(folder, name).is_file():
             raise SchemaError(f"{folder} is not a model folder, it has no {name}: `ctrlib train --out` writes one")
     schema = load_schema(folder)
     with _Undrawn():
@@ -179,6 +217,7 @@ def load_model(folder: str | Path, *, modules: Sequence[str] = ()) -> tuple[nn.M
             trained_with = (file.metadata() or {}).get("schema_hash")
         weights = load_file(str(path))
     except SafetensorError as error:
+        refuse_pickle(path)
         raise SchemaError(f"{path} is damaged ({error}): copy or train it again") from error
     if trained_with != schema.hash:
         raise SchemaError(
@@ -217,7 +256,8 @@ def _build(path: Path, schema: Schema, modules: Sequence[str]) -> nn.Module:
     """The model that model.json describes, whatever its weights."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        refuse_pickle(path)
         raise SchemaError(f"{path} is not JSON ({error}): copy it or train the model again") from error
     if not isinstance(config, dict) or "model" not in config:
         raise SchemaError(f'{path} does not name a "model": copy it or train the model again')

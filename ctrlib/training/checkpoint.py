@@ -38,7 +38,7 @@ from torch import Tensor
 from ctrlib import distributed
 from ctrlib.errors import check_path
 from ctrlib.making import DISK_FULL
-from ctrlib.manifest import Damage, damage_of, read_sealed, write_new, write_sealed
+from ctrlib.manifest import Damage, damage_of, is_entry, read_sealed, write_new, write_sealed
 from ctrlib.sharding.shards import Shards
 from ctrlib.training import tensor_files
 from ctrlib.training.tensor_files import CheckpointError, Index, Place, Written
@@ -381,6 +381,8 @@ class Checkpoints:
         latest, _ = _read_sealed(path)
         if not {"folder", "save", "manifest"} <= latest.keys():
             raise Damage(f"{path.name}: not written by this version")
+        if not is_entry(latest["folder"]):
+            raise Damage(f"{path.name}: names {latest['folder']!r}, which does not lie in the folder")
         return latest
 
     def _find(self) -> tuple[list[_Manifest], list[str]] | None:
@@ -474,8 +476,13 @@ def _read_manifest(folder: Path) -> _Manifest:
         manifest = _Manifest(folder, seal, value["step"], value["save"], value["needs"], files)
     except (KeyError, TypeError, ValueError) as error:
         raise Damage(f"{folder.name}/MANIFEST: not written by this version: {error!r}") from error
-    if not {"tensors.json", "state.json"} <= files.keys() or any(Path(name).name != name for name in files):
+    if not {"tensors.json", "state.json"} <= files.keys() or not all(map(is_entry, files)):
         raise Damage(f"{folder.name}/MANIFEST: not written by this version: it lists {sorted(files)}")
+    for path in (folder, *(folder / name for name in files)):
+        if path.is_symlink():  # of which nothing is followed, whoever made the folder
+            raise Damage(
+                f"{folder.name}/MANIFEST: {path.name} is a link, and none is written: copy the files themselves"
+            )
     return manifest
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from ctrlib._target import FINISHED
 from ctrlib.errors import ArgumentError
 from ctrlib.making import remove, sweep, write_text
+from ctrlib.manifest import is_entry
 from ctrlib.training.config import refuse_another
 
 
@@ -65,6 +66,9 @@ def _said(out: Path) -> dict[str, Any]:
     path = out / FINISHED
     try:
         said: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+        for name in said["needless"]:  # is removed: nothing but what lies in the folder itself
+            if not is_entry(name):
+                raise ValueError(f"it asks to remove {name!r}, which does not lie in the folder")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"{path} is damaged ({error}): the run in {out} is over; delete that file") from error
     return said

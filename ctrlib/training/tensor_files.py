@@ -151,6 +151,8 @@ def read_index(folder: Path, wanted: Mapping[str, Shards], prefix: str) -> dict[
     problems += [f"{key} is asked for, but not saved" for key in sorted(wanted.keys() - keys)]
     for key in sorted(keys & wanted.keys()):
         size, dtype = tuple(saved[key]["size"]), saved[key]["dtype"]
+        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise CheckpointError(f"{folder}: {key} is saved as {dtype!r}, which is no kind of number")
         each = wanted[key]
         if tuple(each.size) != size:
             problems.append(f"{key} is saved as {size}, but asked for as {tuple(each.size)}")
