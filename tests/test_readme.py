@@ -17,6 +17,7 @@ from ctrlib.metrics import auc
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("drawn_curves")
 
 
 def blocks(text: str) -> list[tuple[str, str, int]]:
@@ -55,6 +56,7 @@ def test_code_runs_in_order_and_does_what_it_says(
         assert found is not None, printed[command]
         assert 0.65 < float(found[1]) < bayes + 0.04  # 2,000 test rows: a standard error of .014
     assert {"model.safetensors", "metrics.json", "log.jsonl", "curve.png"} <= set(listed("runs/clicks"))
+    assert Path("runs/clicks/curve.png").read_bytes().startswith(b"\x89PNG")
     assert listed("data/clicks") == listed("data/clicks_py")
     scores = pl.read_csv("scores.csv")["click"]
     assert len(scores) == 1000
