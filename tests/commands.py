@@ -8,7 +8,9 @@ otherwise than it must makes the exit code 1.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import multiprocessing
 import os
 import random
@@ -27,15 +29,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import tyro
+from forking import be_ready, import_all, import_everything
+from matplotlib.figure import Figure
 
 import ctrlib as ctr
-import ctrlib.data.prepare
-import ctrlib.ranking.run
-import ctrlib.search.compression
-import ctrlib.search.optfs
-import ctrlib.search.run
-import ctrlib.serving.predictor
-import ctrlib.serving.warm_start
 from ctrlib import cli, models
 from ctrlib.data.synthetic import Teacher, generate
 
@@ -93,6 +90,11 @@ def make_home(home: Path) -> None:
     ctr.prepare(home / "rows.csv", home / "data", labels="label", log=None)
     torch.manual_seed(0)
     ctr.save_model(models.build(CONFIG, ctr.Schema.load(home / "data")), CONFIG, home / "data", home / "model")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        if cli.main(arguments_of("train", home, home / "unused")):
+            raise RuntimeError(said.getvalue())
+    shutil.rmtree(home / "unused")
+    home.with_name("imported").write_text("\n".join(sys.modules))  # what commands would import that are forked later
 
 
 # ---- processes
@@ -176,6 +178,9 @@ class Suite:
         making = FORK.Process(target=make_home, args=(self.home,))
         making.start()
         making.join()
+        import_everything()
+        import_all((folder / "imported").read_text().split())
+        be_ready()
         folder.chmod(0o755)
         self.before = contents(self.home)
 
@@ -306,6 +311,8 @@ def become_nobody() -> None:
 
 
 def main(trials: Trials) -> int:
+    if not trials.full_disks:  # Pictures stay blank unless their size counts: to draw them takes longer than all else.
+        Figure.draw = lambda figure, renderer: None
     folder = Path(tempfile.mkdtemp(prefix="ctrlib-commands-"))
     suite = Suite(trials, folder)
     suite.all()

@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import tyro
+from forking import be_ready, import_all
 from rich.console import Console
 from rich.table import Table
 
@@ -83,6 +84,8 @@ class Trials:
     suicides: int = 2
     rank_changes: int = 5
     """Runs that go on with one process instead of two, then with four."""
+    checkpoint_seconds: float = 0.02
+    """From one checkpoint of a run to the next."""
     seed: int = 0
 
 
@@ -339,11 +342,14 @@ class Suite:
         preparing = FORK.Process(target=prepare, args=(self.data,))
         preparing.start()
         preparing.join()
+        import_all((self.data / "imported").read_text().split())
+        be_ready()
         self.references: dict[Setup, dict[str, Any]] = {}
         self.seconds: dict[Setup, float] = {}  # of a run with its checkpoints
         self.snapshots: dict[int, Path] = {}  # by the step in which the run was killed
 
     def life(self, setup: Setup, name: str, **options: Any) -> Life:
+        options = {"checkpoint_seconds": self.trials.checkpoint_seconds, **options}
         return Life(setup, self.data, self.folder / name, **options)
 
     def reference(self, setup: Setup) -> str:
@@ -661,6 +667,8 @@ def prepare(folder: Path) -> None:
     ctr.prepare(splits, folder, features=TEACHER.features(), log=None)
     rows = Counter(key for batch in ctr.Loader(folder, "train", batch_size=500) for key in row_keys(batch))
     (folder / "rows.json").write_text(json.dumps(rows))
+    models.build(CONFIG, ctr.Schema.load(folder))
+    (folder / "imported").write_text("\n".join(sys.modules))  # what those would import that are forked later
 
 
 def show(rows: list[Row]) -> Table:

@@ -14,15 +14,12 @@ All runs are children of one process, which has everything imported.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
-import gc
 import hashlib
 import importlib
 import json
 import os
-import pkgutil
 import random
 import shutil
 import sys
@@ -36,6 +33,7 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", POLARS_MAX_THREADS="1")  # read as torch and polars are imported
 
 import tyro
+from forking import be_ready, import_all, import_everything
 from rich.console import Console
 from rich.table import Table
 from traced_calls import Call, run_alone, run_traced, why_not
@@ -47,7 +45,6 @@ CLOCKS = {
 }
 PROGRESS = 30.0  # seconds between lines that say how far it is
 ATTEMPTS = 3  # for a call that a run does not come by: a thread may have cut its writing otherwise
-HARMLESS = ("jemalloc_bg", "polars-ooc")  # threads that free memory, of polars and Arrow, from the import on
 State = dict[str, tuple[int, str]]  # path -> mode and sha256
 
 
@@ -273,26 +270,6 @@ def rows(path: Path, seed: int, num_rows: int, *, labels: bool) -> None:
             writer.writerow([*row, *([int(rng.random() < (0.2 + 0.02 * item))] if labels else [])])
 
 
-def import_everything() -> None:
-    """The modules of the package, so that children start at once."""
-    import ctrlib as package
-
-    for module in pkgutil.walk_packages(package.__path__, "ctrlib."):
-        if not module.name.endswith(("__main__", ".spark")):
-            importlib.import_module(module.name)
-
-
-def check_threads() -> None:
-    """Refuse to fork where threads run, which children would lack.
-
-    Raises:
-        RuntimeError: as said.
-    """
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    if others := [name for name in names[1:] if not name.startswith(HARMLESS)]:
-        raise RuntimeError(f"threads run in the process that forks, expected none: {others}")
-
-
 def make_base(base: Path, scenarios: list[Scenario]) -> None:
     """Everything that the scenarios take. On the way it is learnt what commands import besides."""
     from ctrlib import cli
@@ -312,9 +289,7 @@ def make_base(base: Path, scenarios: list[Scenario]) -> None:
                 make(word)
         if status := run_alone(functools.partial(ctrlib, BASE[name], base, listed), output):
             raise RuntimeError(f"{BASE[name]} ends with {status}:\n{output.read_text()}")
-        for module in listed.read_text().split():
-            with contextlib.suppress(ImportError):  # some are parts that packages make up
-                importlib.import_module(module)
+        import_all(listed.read_text().split())
 
     for scenario in scenarios:
         for take in scenario.takes:
@@ -335,9 +310,7 @@ def make_base(base: Path, scenarios: list[Scenario]) -> None:
         parse_once(cli.command_class(name), f"ctrlib {name}", arguments)
     # Pictures stay blank: to draw them takes longer than all else, and what is written of them comes the same way.
     importlib.import_module("matplotlib.figure").Figure.draw = lambda figure, renderer: None
-    gc.collect()
-    gc.freeze()  # or each child would touch all objects, and so copy them
-    check_threads()
+    be_ready()
 
 
 def say(text: str) -> None:

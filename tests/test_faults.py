@@ -13,14 +13,15 @@ NONE = {
     **dict.fromkeys(("lost", "stopped", "torchruns", "rank-changes"), 0),
 }
 # How damage is found is in test_checkpoint.py, and here a run goes on after it; test_killed_calls.py kills runs of one
-# process. Full disks, silent processes, and what torchrun starts again by itself are left to `make faults`.
+# process. Full disks, silent processes, and what torchrun starts again by itself are left to `make faults`, and so are
+# checkpoints after each step.
 SHORT = {
-    **{"kills": 1, "terminations": 1, "flips": 1, "truncations": 0, "swaps": 0, "resumed": 1, "full-disks": 0},
-    **{"lost": 1, "stopped": 0, "torchruns": 0, "rank-changes": 1},
+    **{"kills": 1, "terminations": 1, "flips": 1, "truncations": 0, "swaps": 0, "resumed": 3, "full-disks": 0},
+    **{"lost": 1, "stopped": 0, "torchruns": 0, "rank-changes": 1, "checkpoint-seconds": 0.1},
 }
 
 
-def run(folder: Path, trials: dict[str, int], command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, trials: dict[str, float], command: list[str]) -> subprocess.CompletedProcess[str]:
     flags = [text for name, count in trials.items() for text in (f"--{name}", str(count))]
     environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "200"}
     return subprocess.run([sys.executable, *command, *flags], capture_output=True, text=True, env=environment)
