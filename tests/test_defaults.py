@@ -226,7 +226,7 @@ def facts(**changed: Any) -> Facts:
         (
             {"rates": (0.005,), "positives": 200},
             {},
-            {"min_delta": 1.6e-05, "learning_rate": 5e-4, "embedding_l2": 0.0035},
+            {"min_delta": 1.6e-05, "learning_rate": 2e-3, "embedding_l2": 0.0035},
         ),
         ({"rates": (0.5, 0.005), "positives": 200}, {}, {"min_delta": 0.00018, "embedding_l2": 0.014}),
     ],

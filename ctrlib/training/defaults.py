@@ -23,7 +23,6 @@ from ctrlib.models.table import MODELS
 PRIOR_OF_IDS = 8000.0
 PRIOR = 2000.0
 MANY_VALUES = 100  # per field, from which on its values are ids
-FEW_POSITIVES = 1000
 BINS = 32  # per number
 
 
@@ -59,8 +58,7 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
         model["numeric"] = "piecewise_linear"
     training: dict[str, Any] = {
         "batch_size": batch,
-        # Of few positives a pass learns the noise, so passes are to be small ones.
-        "learning_rate": 2e-3 if facts.positives >= FEW_POSITIVES else 5e-4,
+        "learning_rate": 2e-3,
         "max_epochs": 30,
         "patience": 3,
         "select_by": "log_loss",
