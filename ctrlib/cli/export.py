@@ -57,4 +57,6 @@ class Export(Command):
         rows = ", ".join(f"{difference:.1e} for {rows} rows" for rows, difference in parity["rows"].items())
         print(f"{found['bytes']:,} bytes in {self.output.out / found['file']}")
         print(f"largest difference of a logit from the trained model's: {rows}")
+        if found["row_error"] is not None:
+            print(f"largest relative error of a row, by compression: {found['row_error']:.1e}")
         return 0

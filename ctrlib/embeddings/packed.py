@@ -93,7 +93,7 @@ class PackedTables(nn.Module):
         # Tables with rows of one form are looked up and decoded together.
         groups: dict[tuple[type[_Group], int, int], list[PackedTable]] = {}
         for table in self.tables:
-            form = _Coded if table.bits else _Rowwise if table.rowwise else _Half
+            form = _Coded if table.bits else RoundedRows if table.rowwise else _Half
             groups.setdefault((form, table.row_bytes, table.embedding_dim), []).append(table)
         self.groups = nn.ModuleList(form(members) for (form, _, _), members in groups.items())
         held = {name: table.embedding_dim for table in self.tables for name in table.feature_names}
@@ -109,7 +109,7 @@ class PackedTables(nn.Module):
         Raises:
             ValueError: there is no such table, or a shape or a code does not fit.
         """
-        for group in self._parts():
+        for group in self.parts():
             for place, member in enumerate(group.members):
                 if member.name == table:
                     with torch.no_grad():
@@ -119,24 +119,19 @@ class PackedTables(nn.Module):
 
     def codes(self) -> list[Tensor]:
         """The tensors that hold the rows."""
-        return [tensor for group in self._parts() for name, tensor in group.named_buffers() if name in group.stored]
+        return [tensor for group in self.parts() for name, tensor in group.named_buffers() if name in group.stored]
 
     def describe(self) -> dict[str, Any]:
         """What the constructor takes, in plain data."""
         return {"tables": [dataclasses.asdict(table) for table in self.tables], "names": self.names}
 
-    def split(self) -> None:
-        """Lay rows out as runtimes without torch can read them, in place; such tables are run, and not saved."""
-        for group in self._parts():
-            if isinstance(group, _Rowwise):
-                group.split()
-
-    def _parts(self) -> list[_Group]:
+    def parts(self) -> list[_Group]:
+        """Tables of one form each, which are looked up together."""
         return cast("list[_Group]", list(self.groups))
 
     def forward(self, ids: KeyedJaggedTensor) -> KeyedTensor:
         """KeyedJaggedTensor -> KeyedTensor."""
-        fields = {name: field for group in self._parts() for name, field in zip(group.keys, group(ids))}
+        fields = {name: field for group in self.parts() for name, field in zip(group.keys, group(ids))}
         return KeyedTensor(self.names, self.widths, torch.cat([fields[name] for name in self.names], dim=1))
 
 
@@ -218,7 +213,7 @@ def check_half(name: str, rows: Tensor) -> None:
         )
 
 
-class _Rowwise(_Group):
+class RoundedRows(_Group):
     """Rows of integers, each with a scale and an offset of its own in float16: fbgemm's common form."""
 
     def __init__(self, members: Sequence[PackedTable]) -> None:
@@ -231,6 +226,7 @@ class _Rowwise(_Group):
         self.register_buffer("ends", None)
 
     def fill(self, place: int, codes: Tensor, axes: Tensor | None, offset: Tensor | None) -> None:
+        """Store the rows of one of the members."""
         check_half(self.members[place].name, codes)
         low, high = codes.min(1).values, codes.max(1).values
         # As they will be read back.

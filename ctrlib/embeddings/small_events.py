@@ -39,7 +39,7 @@ class PackedEvents(PackedTables):
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """KeyedJaggedTensor -> {feature: (N, D) with the feature's lengths}."""
         found = {}
-        for group in self._parts():
+        for group in self.parts():
             for place, name in enumerate(group.keys):
                 jagged = ids[name]
                 vectors = group.look_up(jagged.values()[None], slice(place, place + 1))[0]

@@ -51,7 +51,8 @@ def export_model(model: str | Path, out: str | Path, *, to: str = "onnx", overwr
     Returns:
         What export.json holds. `parity` has, for each number of rows of `SIZES`, the largest difference between a logit
         of the file and of the trained model, and `relative`, that over max(1, |logit|). Rows are random, with unseen
-        and missing ids and empty bags among them.
+        and missing ids and empty bags among them. `row_error` is the largest relative error of a row that `ctrlib
+        compress` measured, or None for a model that it has not made.
 
     Raises:
         UnsupportedError: the model has no such form; the message says why.
@@ -77,6 +78,7 @@ def export_model(model: str | Path, out: str | Path, *, to: str = "onnx", overwr
                 "inputs": _inputs(program.signature),
                 "output": {"name": "logits", "labels": list(predictor.schema.labels)},
                 "parity": parity(program, run),
+                "row_error": _row_error(Path(model)),
                 "made_by": {"torch": torch.__version__, "python": platform.python_version()},
             }
             (making / "export.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -100,6 +102,12 @@ def parity(program: Program, run: Run) -> dict[str, Any]:
         largest = max(largest, rows[str(size)])
         relative = max(relative, float((difference / np.maximum(1, np.abs(expected))).max()))
     return {"rows": rows, "largest": largest, "relative": relative}
+
+
+def _row_error(model: Path) -> float | None:
+    path = model / "compression.json"
+    found: float | None = json.loads(path.read_text(encoding="utf-8")).get("row_error") if path.is_file() else None
+    return found
 
 
 def _inputs(signature: Signature) -> list[dict[str, Any]]:

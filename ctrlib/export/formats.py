@@ -84,19 +84,23 @@ def _of_torch(module: Any, names: list[str]) -> Run:
 
 
 def _write_onnx(program: Program, path: Path) -> None:
-    from ctrlib.export.onnx import to_onnx
-
-    to_onnx(program.export(), path, program.signature.names)
-
-
-def _write_int8(program: Program, path: Path) -> None:
-    from ctrlib.export.onnx import quantise
+    from ctrlib.export.onnx import strip, to_onnx
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         whole = Path(folder) / "whole.onnx"
-        _write_onnx(program, whole)
+        to_onnx(program.export(), whole, program.signature.names)
+        strip(whole, path)
+
+
+def _write_int8(program: Program, path: Path) -> None:
+    from ctrlib.export.onnx import quantise, strip, to_onnx
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole, rounded = Path(folder) / "whole.onnx", Path(folder) / "int8.onnx"
+        to_onnx(program.export(), whole, program.signature.names)
         with quiet():
-            quantise(whole, path)
+            quantise(whole, rounded)
+        strip(rounded, path)
 
 
 def _read_onnx(path: Path, names: list[str]) -> Run:

@@ -32,6 +32,7 @@ def to_onnx(program: ExportedProgram, path: Path, names: list[str]) -> None:
                 output_names=["logits"],
                 opset_version=18,
                 external_data=False,
+                custom_translation_table={aten.__rshift__.Tensor: _right_shift},
                 verbose=False,
             )
     except (OnnxExporterError, RuntimeError, NotImplementedError) as error:
@@ -43,20 +44,40 @@ def to_onnx(program: ExportedProgram, path: Path, names: list[str]) -> None:
 def quantise(path: Path, out: Path) -> None:
     """Matrices of an ONNX model as 8-bit integers with a scale each; tables and everything else stay as they are.
 
-    Unsigned, since signed ones overflow on processors without VNNI.
+    Unsigned, since signed ones overflow on processors without VNNI. What makes vectors of small rows is of the tables.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(path)
+    of_tables = [node.name for node in model.graph.node if any(kind in _inside(node) for kind in SMALL_TABLES)]
     del model.graph.value_info[:]  # shapes of matrices as they were before, which the quantiser takes for wrong
     quantize_dynamic(
         model,
         out,
         op_types_to_quantize=["MatMul", "Gemm"],
         weight_type=QuantType.QUInt8,
+        nodes_to_exclude=of_tables,
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
     )
+
+
+def strip(path: Path, out: Path) -> None:
+    """Leave out what torch's exporter notes down for each node: many bytes, and where the code lay."""
+    import onnx
+
+    model = onnx.load(path)
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        del part.metadata_props[:]
+    onnx.save(model, out)
+
+
+SMALL_TABLES = ("PackedTables", "PackedEvents", "NarrowTables", "NarrowEvents", "_DirectPacked")
+
+
+def _inside(node: Any) -> str:
+    """The classes of the modules that a node comes from, as torch's exporter notes them down."""
+    return " ".join(one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.class_hierarchy")
 
 
 def row_of_each(offsets: Tensor, count: Any) -> Tensor:
@@ -105,6 +126,21 @@ def _remainder(x: Tensor, divisor: Any) -> Tensor:
 def _argsort(x: Tensor, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Tensor:
     # Of equal numbers, ONNX's TopK puts the earlier one first.
     return x.topk(x.shape[dim], dim, largest=descending).indices
+
+
+def _right_shift(x: Any, shifts: Any) -> Any:
+    """In ONNX's own operations, which shift unsigned numbers only: bits that come in from the left are 0.
+
+    torch brings ones into negative numbers; what shifts here masks these off.
+    """
+    from onnxscript import ir
+    from onnxscript import opset18 as op
+
+    unsigned = {ir.DataType.INT32: ir.DataType.UINT32, ir.DataType.INT64: ir.DataType.UINT64}.get(x.dtype)
+    if unsigned is None:
+        return op.BitShift(x, shifts, direction="RIGHT")
+    shifted = op.BitShift(op.Cast(x, to=unsigned), op.Cast(shifts, to=unsigned), direction="RIGHT")
+    return op.Cast(shifted, to=x.dtype)
 
 
 def _foreach_add(tensors: list[Tensor], scalars: list[Any]) -> list[Tensor]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ctrlib.data.columns import Columns, offsets_of
+from ctrlib.embeddings.packed import RoundedRows
 from ctrlib.errors import UnsupportedError
 from ctrlib.schema import MISSING_ID, Categorical, RawId, Schema
 from ctrlib.serving.direct import direct
@@ -161,6 +162,9 @@ class Program(nn.Module):
         super().__init__()
         self.signature = Signature(schema)
         self.model = direct(copy.deepcopy(model).eval(), schema, flatten=False)
+        for group in self.model.modules():
+            if isinstance(group, RoundedRows):
+                group.split()
         self.one_more = False
 
     def forward(self, *tensors: Tensor) -> Tensor:

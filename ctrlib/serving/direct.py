@@ -2,8 +2,8 @@
 
 A KeyedJaggedTensor and an EmbeddingBagCollection cost half a millisecond for a single row, more than a whole network.
 Here single ids of all features are one gather from one tensor, of which the tables are made views: nothing is stored
-twice. Histories that attention reads, and look-ups of other kinds, are computed as they are. Tower and head are one
-function (`ctrlib.serving.flat`).
+twice. Tables in a few bytes a row are one gather for each of their forms. Histories that attention reads, and look-ups
+of other kinds, are computed as they are. Tower and head are one function (`ctrlib.serving.flat`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns
+from ctrlib.embeddings.packed import PackedTables
 from ctrlib.embeddings.table import TableEmbedding, Wide
 from ctrlib.layers import full_precision
 from ctrlib.model import Model
@@ -77,7 +78,7 @@ def direct(model: nn.Module, schema: Schema, *, flatten: bool = True) -> nn.Modu
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     quick = copy.deepcopy(model, shared)
     for path, part in list(quick.named_modules()):
-        if isinstance(getattr(part, "tables", None), EmbeddingBagCollection):
+        if isinstance(getattr(part, "tables", None), EmbeddingBagCollection | PackedTables):
             if type(part) is TableEmbedding:
                 put(quick, path, _DirectEmbedding(part, schema))
             elif type(part) is Wide:
@@ -155,16 +156,50 @@ class _DirectTables:
         return fields if self.in_order else fields[:, self.order]
 
 
+class _DirectPacked(nn.Module):
+    """As `_DirectTables`, of tables in a few bytes a row."""
+
+    def __init__(self, tables: PackedTables, schema: Schema) -> None:
+        super().__init__()
+        self.groups, self.parts = tables.groups, tables.parts()
+        single = [feature.name for feature in schema.sparse if isinstance(feature, Categorical | RawId)]
+        self.names = [feature.name for feature in schema.sparse if feature.name in tables.names]
+        # Of each group: where its single features stand among its keys and among all single ones; its bags likewise.
+        self.singles: list[tuple[list[str], list[int], list[int]]] = []
+        self.bags: list[list[tuple[str, int]]] = []
+        for group in tables.parts():
+            names = [name for name in group.keys if name in single]
+            self.singles.append((names, [group.keys.index(name) for name in names], [single.index(n) for n in names]))
+            self.bags.append([(name, place) for place, name in enumerate(group.keys) if name not in single])
+
+    def forward(self, rows: Rows) -> Tensor:
+        fields: dict[str, Tensor] = {}
+        for group, (names, places, positions), bags in zip(self.parts, self.singles, self.bags):
+            if names:
+                ids = rows.single(positions, np.zeros(len(positions), np.int64)).T
+                fields |= zip(names, group.look_up(ids, places).unbind(0))
+            for name, place in bags:
+                fields[name] = group.pool(place, *rows.bag(name, 0))
+        return torch.stack([fields[name] for name in self.names], dim=1)
+
+
+def _read(part: Any, schema: Schema) -> Any:
+    """What reads the tables of an embedding."""
+    if isinstance(part.tables, PackedTables):
+        return _DirectPacked(part.tables, schema)
+    return _DirectTables(part.tables, part.first_rows, schema)
+
+
 class _DirectEmbedding(nn.Module):
     """As `TableEmbedding`."""
 
     def __init__(self, part: TableEmbedding, schema: Schema) -> None:
         super().__init__()
         self.out_shape, self.runs, self.columns, self.numeric = part.out_shape, part.runs, part.columns, part.numeric
-        self.tables = _DirectTables(part.tables, part.first_rows, schema)
+        self.tables = _read(part, schema)
 
     def forward(self, rows: Rows) -> Tensor:
-        blocks = {False: self.tables(rows)}
+        blocks: dict[bool, Tensor] = {False: self.tables(rows)}
         if len(self.runs) == 1:
             return blocks[False]
         if self.numeric is not None:
@@ -180,7 +215,7 @@ class _DirectWide(nn.Module):
         super().__init__()
         self.out_shape, self.num_tasks, self.num_columns = part.out_shape, part.num_tasks, part.columns
         self.numeric_weights = part.numeric_weights
-        self.tables = _DirectTables(part.tables, part.first_rows, schema)
+        self.tables = _read(part, schema)
 
     def forward(self, rows: Rows) -> Tensor:
         weights = self.tables(rows)

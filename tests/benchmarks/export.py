@@ -2,10 +2,15 @@
 
     python tests/benchmarks/export.py                     # the table of docs/export.md
     python tests/benchmarks/export.py --speed             # latency of each format beside ctrlib's own Predictor
+    python tests/benchmarks/export.py --small             # files of compressed models, and how far they are from these
 
 The table has every published model on a schema with ids, a bag, a history and numbers, every look-up and every encoding
 of numbers; weights are random and large. Differences are of logits over max(1, |logit|), the largest of batches of 1,
 16 and 1,000 rows. One thread.
+
+`--small` measures files of models with 150,000 rows of width 16, compressed by each method: their bytes, those of the
+model folder's weights, the largest relative error of a row (`ctrlib.search.row_errors`), and the difference between the
+file and the compressed model. Rows are random normal numbers, which have no structure that a method could use.
 """
 
 from __future__ import annotations
@@ -21,17 +26,26 @@ from typing import Any, get_args
 import numpy as np
 import torch
 import tyro
+from safetensors.torch import save
 from tyro.conf import FlagCreatePairsOff
 
 import ctrlib as ctr
 from ctrlib.errors import UnsupportedError
 from ctrlib.export.folder import parity
 from ctrlib.export.formats import FORMATS
-from ctrlib.export.program import Program
+from ctrlib.export.onnx import quantise, strip, to_onnx
+from ctrlib.export.program import Program, quiet
 from ctrlib.inputs import LOOK_UPS
 from ctrlib.models import MODELS, build
 from ctrlib.schema import NumericFields
-from ctrlib.testing import example_schema
+from ctrlib.search.bytes import bytes_of
+from ctrlib.search.coding import transform_coding
+from ctrlib.search.floors import rounded_rows
+from ctrlib.search.mimicking import apply_low_rank, low_rank
+from ctrlib.search.plan import materialise
+from ctrlib.search.ranks import Goal
+from ctrlib.search.row_errors import row_errors
+from ctrlib.testing import example_batch, example_schema
 
 SCHEMA = example_schema(num_tasks=2)
 SMALL: dict[str, dict[str, Any]] = {"finalmlp": {"num_heads": 2, "contexts": (("user",), ("price",))}}
@@ -54,6 +68,8 @@ class Knobs:
     """Formats of the table."""
     speed: bool = False
     """Measure how long scoring takes instead."""
+    small: bool = False
+    """Measure compressed models instead; --only takes names of methods."""
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -125,11 +141,78 @@ def speed() -> None:
             print(f"{name:20}" + "".join(f"{cell:>25}" for cell in cells), flush=True)
 
 
+LARGE = ctr.Schema(
+    (
+        ctr.Categorical("user", num_embeddings=50_003),
+        ctr.Categorical("item", num_embeddings=100_003),
+        ctr.MultiValued("genres", num_embeddings=23),
+        ctr.Sequence("history", vocabulary="item", num_embeddings=100_003),
+        ctr.Numeric("price", parameters={}),
+    ),
+    ("label",),
+)
+
+
+def shrink(model: ctr.Model, method: str, batches: list[ctr.Batch]) -> ctr.Model:
+    """A smaller model by one of the methods of `ctrlib compress`."""
+    if method == "none":
+        return model
+    if method.startswith("low rank"):
+        goal = Goal(rank=int(method.split()[-1]))
+        return apply_low_rank(model, low_rank(model, LARGE, batches, tables=goal))
+    if method.startswith("transform coding"):
+        num_bytes = bytes_of(model).embedding // int(method.split("x")[-1])
+        return materialise(model, transform_coding(model, batches, num_bytes=num_bytes))
+    return materialise(model, rounded_rows(model, {"float16": 16, "int8": 8, "int4": 4, "int2": 2}[method]))  # type: ignore[arg-type]
+
+
+def small(knobs: Knobs) -> None:
+    """Print the table of compressed models."""
+    methods = ["none", "float16", "int8", "int4", "int2", "transform coding x10", "low rank 8"]
+    forms = ("pt2", "onnx", "ort-int8")
+    heads = [
+        "model",
+        "method",
+        "weights of the folder",
+        *forms,
+        "row error",
+        *(f"logits, {form}" for form in forms[:2]),
+    ]
+    print("| " + " | ".join(heads) + " |\n| --- | --- |" + " --: |" * (len(heads) - 2))
+    for name in ("din", "dcnv2"):
+        torch.manual_seed(0)
+        model = build({"model": name, "embedding_dim": 16, "hidden": (32, 16)}, LARGE).eval()
+        with torch.no_grad():
+            for parameter in model.embedding.parameters():
+                parameter.normal_(0, 0.1)
+        batches = [example_batch(LARGE, 4096)]
+        for method in methods:
+            if knobs.only and method not in knobs.only:
+                continue
+            smaller = shrink(model, method, batches)
+            weights = len(save({key: tensor.contiguous() for key, tensor in smaller.state_dict().items()}))
+            program, sizes, logits = Program(smaller, LARGE), [], []
+            exported = program.export()  # once for all formats
+            with tempfile.TemporaryDirectory() as folder, quiet():
+                paths, whole = {form: Path(folder) / FORMATS[form].file for form in forms}, Path(folder) / "whole.onnx"
+                torch.export.save(exported, paths["pt2"])
+                to_onnx(exported, whole, program.signature.names)
+                strip(whole, paths["onnx"])
+                quantise(whole, paths["ort-int8"])
+                strip(paths["ort-int8"], paths["ort-int8"])
+                for form, path in paths.items():
+                    sizes.append(f"{path.stat().st_size:,}")
+                    found = parity(program, FORMATS[form].read(path, program.signature.names))
+                    logits.append(f"{found['relative']:.0e}" if found["relative"] else "0")
+            error = f"{row_errors(model, smaller).largest:.1e}" if smaller is not model else ""
+            print("| " + " | ".join([name, method, f"{weights:,}", *sizes, error, *logits[:2]]) + " |", flush=True)
+
+
 def main(knobs: Knobs) -> None:
     """Print the table, or the times."""
     torch.set_num_threads(1)
-    if knobs.speed:
-        speed()
+    if knobs.speed or knobs.small:
+        speed() if knobs.speed else small(knobs)
         return
     print("| model | " + " | ".join(knobs.formats) + " |\n| --- |" + " --- |" * len(knobs.formats))
     for name, config in cases():
