@@ -121,7 +121,8 @@ def main(knobs: Knobs) -> None:
     def report(name: str, model: ctr.Model) -> None:
         scores, _ = score_once(model, valid, test)
         size = bytes_of(model)
-        tried.append(Candidate(series(name), size.embedding, size.total, scores["valid_auc"], scores["valid_logloss"]))
+        reached = (scores["valid_auc"], scores["valid_logloss"])
+        tried.append(Candidate(series(name), size.embedding, size.total, *reached, row_error=float("nan")))
         result = {
             **scores,
             **sizes_of(model),

@@ -15,24 +15,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ctrlib import plots
 
-DRAWN = plots.learning_curve
+DRAWN = {name: getattr(plots, name) for name in ("learning_curve", "search_result", "compression")}
 
 
-def _blank(history: Any, path: str | Path, **_: Any) -> None:
-    Path(path).write_bytes(b"blank")
+def _blank(*arguments: Any, **_: Any) -> None:
+    Path(arguments[-1]).write_bytes(b"blank")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def blank_curves() -> Iterator[None]:
-    """The curves of runs stay blank: to draw one takes longer than to train a small model."""
+def blank_pictures() -> Iterator[None]:
+    """The pictures of runs and searches stay blank: to draw one takes longer than to train a small model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "learning_curve", _blank)
+        for name in DRAWN:
+            patch.setattr(plots, name, _blank)
         yield
 
 
 @pytest.fixture(scope="module")
-def drawn_curves() -> Iterator[None]:
-    """The curves of all runs of a file of tests are drawn."""
+def drawn_pictures() -> Iterator[None]:
+    """They are drawn in the rest of a file of tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "learning_curve", DRAWN)
+        for name, draw in DRAWN.items():
+            patch.setattr(plots, name, draw)
         yield

@@ -238,6 +238,7 @@ def test_bits_go_where_they_count() -> None:
         assert len({c for word in words for c, _ in word}) == sum(len(word) for word in words)
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_the_command(trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From model folder to smaller model folder, which scores raw rows as the printed AUC says."""
     data, folder = trained

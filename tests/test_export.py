@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported_folder(model_folder: Path) -> Path:
+def exported(model_folder: Path) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """The folder of an export in a format, each made once, and what `export_model` returned."""
+
+    @functools.cache
+    def made(to: str) -> tuple[Path, dict[str, Any]]:
+        out = model_folder.parent / to
+        return out, export_model(model_folder, out, to=to)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported_folder(exported: Callable[[str], tuple[Path, dict[str, Any]]]) -> Path:
     """It as a .pt2."""
-    export_model(model_folder, model_folder.parent / "pt2", to="pt2")
-    return model_folder.parent / "pt2"
+    return exported("pt2")[0]
 
 
 ROWS: list[dict[str, Any]] = [
@@ -116,24 +129,27 @@ def test_reader_names_the_cell(exported_folder: Path, change: dict[str, Any], me
 
 
 @pytest.mark.parametrize("to", ["pt2", "onnx"])
-def test_an_export_scores_as_the_model_does(model_folder: Path, tmp_path: Path, to: str) -> None:
-    found = export_model(model_folder, tmp_path / "out", to=to)
+def test_an_export_scores_as_the_model_does(
+    model_folder: Path, exported: Callable[[str], tuple[Path, dict[str, Any]]], to: str
+) -> None:
+    out, found = exported(to)
     assert found["parity"]["relative"] <= (0 if to == "pt2" else 1e-6)
-    path = tmp_path / "out" / found["file"]
-    assert found["bytes"] == path.stat().st_size
+    assert found["bytes"] == (out / found["file"]).stat().st_size
     known = [{name: cell for name, cell in row.items() if name != "other"} for row in ROWS]
     predictor = ctr.Predictor.load(model_folder)
     expected = [predictor.predict([row])[0]["click"][0] for row in known]
-    exported = Exported(tmp_path / "out", trust=to == "pt2")
-    np.testing.assert_allclose(exported.predict(ROWS)[:, 0], expected, rtol=0, atol=1e-6)
+    read = Exported(out, trust=to == "pt2")
+    np.testing.assert_allclose(read.predict(ROWS)[:, 0], expected, rtol=0, atol=1e-6)
     for place, row in enumerate(ROWS):  # alone
-        np.testing.assert_allclose(exported.predict([row])[0, 0], expected[place], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(read.predict([row])[0, 0], expected[place], rtol=0, atol=1e-6)
 
 
-def test_onnx_is_read_where_nothing_of_ctrlib_is(model_folder: Path, tmp_path: Path) -> None:
+def test_onnx_is_read_where_nothing_of_ctrlib_is(
+    model_folder: Path, exported: Callable[[str], tuple[Path, dict[str, Any]]], tmp_path: Path
+) -> None:
     """In another process, from the folder alone; no table is read by a loop, and the logits come out, not their
     sigmoid."""
-    export_model(model_folder, tmp_path / "out", to="onnx")
+    shutil.copytree(exported("onnx")[0], tmp_path / "out")
     program = """
         import json, sys
         sys.path.insert(0, "out")

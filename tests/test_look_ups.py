@@ -48,8 +48,10 @@ def test_every_tower_learns_on_every_look_up(tables: dict[str, Any]) -> None:
         model = models.build(config, schema)
         engine = ctr.ExactEngine(model, learning_rate=0.003)
         model.train()
-        losses = [engine.step(batch).item() for _ in range(12)]
-        assert min(losses[1:]) < losses[0], (name, losses)
+        losses = [engine.step(batch).item()]
+        while losses[-1] >= losses[0] and len(losses) < 12:
+            losses.append(engine.step(batch).item())
+        assert losses[-1] < losses[0], (name, losses)
         stored = [
             n for n, p in model.named_parameters() if "tables" in n and p.grad is not None and p.grad.abs().sum() > 0
         ]

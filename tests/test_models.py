@@ -74,7 +74,7 @@ def test_model_learns_in_both_engines(name: str, engine: str) -> None:
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     trainer = ctr.training.make_engine(model, engine, learning_rate=0.01, embedding_learning_rate=0.05)  # type: ignore[arg-type]
     batch = example_batch(SCHEMA, 64)
-    losses = [trainer.step(batch).item() for _ in range(40)]
+    losses = [trainer.step(batch).item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1, losses
     after = trainer.weights()
     assert after.keys() == before.keys()
@@ -170,7 +170,7 @@ def test_histories_become_fields_in_every_way_under_any_tower(sequence: str, eng
     assert counts["embedding"] == tables + 2 * 8 + contexts  # what the encoders weigh counts as network
     trainer = ctr.training.make_engine(model, engine, learning_rate=0.01, embedding_learning_rate=0.05)  # type: ignore[arg-type]
     batch = example_batch(SCHEMA, 64)
-    losses = [trainer.step(batch).item() for _ in range(40)]
+    losses = [trainer.step(batch).item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1, losses
 
 

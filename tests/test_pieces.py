@@ -81,7 +81,7 @@ def prepared(data: Any, out: Path, road: str, monkeypatch: Any, **options: Any) 
 
 @pytest.mark.parametrize("options", EVERY_KIND.values(), ids=EVERY_KIND)
 def test_prepared_folders_do_not_depend_on_the_road(tmp_path, monkeypatch, options):
-    path = every_kind(tmp_path)
+    path = every_kind(tmp_path, num_rows=300)
     monkeypatch.setattr("ctrlib.data.coded.BLOCK_BYTES", 7000)
     monkeypatch.setattr("ctrlib.data.coded._FEWEST_BYTES", 7000)
     monkeypatch.setattr("ctrlib.data.coded.BLOCK_ROWS", 137)

@@ -17,7 +17,7 @@ from ctrlib.metrics import auc
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-pytestmark = pytest.mark.usefixtures("drawn_curves")
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
 
 
 def blocks(text: str) -> list[tuple[str, str, int]]:

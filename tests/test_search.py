@@ -37,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 QUIET = Console(quiet=True)
 CONFIG = {"model": "deepfm", "embedding_dim": 4, "hidden": (8,)}
 OPTFS = {"penalty": 3e-3, "epochs": 3, "learning_rate": 1e-2}
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from ctrlib.training.config import Training
 QUIET = Console(quiet=True)
 TEACHER = Teacher(num_rows=24_000, cardinalities=(50, 40, 30), num_numeric=2, max_history=5, seed=3)
 CONFIG = {"model": "deepfm", "embedding_dim": 8, "hidden": [32], "wide_columns": 4}
-pytestmark = pytest.mark.usefixtures("drawn_curves")
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
 
 
 @pytest.fixture(scope="session")
