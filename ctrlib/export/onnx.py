@@ -133,9 +133,9 @@ def _right_shift(x: Any, shifts: Any) -> Any:
 
     torch brings ones into negative numbers; what shifts here masks these off.
     """
-    from onnxscript import ir
-    from onnxscript import opset18 as op
+    from onnxscript import ir, opset18
 
+    op: Any = opset18
     unsigned = {ir.DataType.INT32: ir.DataType.UINT32, ir.DataType.INT64: ir.DataType.UINT64}.get(x.dtype)
     if unsigned is None:
         return op.BitShift(x, shifts, direction="RIGHT")
