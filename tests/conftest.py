@@ -23,6 +23,14 @@ def _blank(*arguments: Any, **_: Any) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """What tests kill is processes, which lose nothing that was written; scripts in processes of their own do wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def blank_pictures() -> Iterator[None]:
     """The pictures of runs and searches stay blank: to draw one takes longer than to train a small model."""
     with pytest.MonkeyPatch.context() as patch:

@@ -640,9 +640,8 @@ def test_what_is_kept(tmp_path):
     assert kept(tmp_path) == [12, 13]  # and not what 12 needs
 
 
-def test_pruning_keeps_what_the_rule_says(tmp_path, monkeypatch):
+def test_pruning_keeps_what_the_rule_says(tmp_path):
     """200 random sequences of saves with random needs, each from two objects: against the rule on a list."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a thousand of them would take half a minute
     chance = random.Random(4)
     kinds = set()
     for trial in range(200):
