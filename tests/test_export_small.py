@@ -64,7 +64,7 @@ def compressed(config: dict[str, Any], method: str) -> ctr.Model:
     return materialise(model, rounded_rows(model, {"float16": 16, "int8": 8, "int4": 4, "int2": 2}[method]))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["int4", "transform_coding", "low_rank"])  # all are in tests/benchmarks/export.py
+@pytest.mark.parametrize("method", ["int4"])  # half a minute each; all are in tests/benchmarks/export.py --small
 def test_files_are_small_and_give_the_models_logits(tmp_path: Path, method: str) -> None:
     """No table is in the file with a float for each of its numbers, and matrices in 8 bits leave rows as they are.
 
