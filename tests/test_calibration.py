@@ -20,6 +20,7 @@ from ctrlib.data.scan import DataError
 from ctrlib.data.slices import slices_of
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.models.build import check_calibratable
+from ctrlib.testing import example_batch, example_schema
 from ctrlib.training.config import complete, identity_of
 
 QUIET = Console(quiet=True)
@@ -304,6 +305,47 @@ def test_a_killed_run_ends_with_the_same_calibrator(data: Path, tmp_path: Path) 
         assert torch.equal(weight, went_on.state_dict()[name])
 
 
+def test_the_epoch_is_chosen_by_the_log_loss_after_calibration(data: Path) -> None:
+    """That of the calibrator which fits validation at that epoch, and is kept with the model in the end."""
+    config = {"model": "mlp", "hidden": [64], "embedding_dim": 8, "numeric": "vector"}
+    how = {"batch_size": 64, "max_epochs": 4, "learning_rate": 0.02, "select_by": "log_loss", "patience": 9}
+    lines: dict[bool, list[Any]] = {}
+    results: dict[bool, dict[str, Any]] = {}
+    for calibrate in (False, True):
+        training = {**how, "calibrate": calibrate, "cut_factor": 1.0}
+        lines[calibrate] = []
+        _, results[calibrate] = ctr.run(
+            data, {**config, "training": training}, on_epoch=lines[calibrate].append, console=QUIET
+        )
+    for plain, after in zip(lines[False], lines[True], strict=True):
+        assert plain.valid_auc == pytest.approx(after.valid_auc, abs=1e-12)
+        assert after.valid_log_loss < plain.valid_log_loss - 1e-4  # such large steps make it too sure of itself
+    best = min(lines[True], key=lambda line: line.valid_log_loss)
+    assert results[True]["best_epoch"] == best.epoch
+    assert results[True]["valid_logloss"] == pytest.approx(best.valid_log_loss, abs=1e-7)
+
+
+def test_log_loss_after_calibration_is_the_mean_of_each_labels() -> None:
+    true, labels = drawn(3_000)
+    logits = np.concatenate([2 * true + 1, -1 - true / 2], 1)
+    both = np.concatenate([labels, drawn(3_000, base=0.0, seed=1)[1]], 1)
+    both[::7, 1] = np.nan
+
+    class Given(torch.nn.Module):
+        def forward(self, batch: ctr.Batch) -> torch.Tensor:
+            return torch.from_numpy(logits)
+
+    batch = ctr.Batch(
+        example_batch(example_schema(), 1).sparse, torch.zeros(3_000, 0), torch.from_numpy(both), torch.ones(3_000)
+    )
+    found = ctr.evaluate(Given(), [batch], calibrate=True)
+    z = fit_calibration(logits, both, np.ones(3_000))(torch.from_numpy(logits)).numpy()
+    known = ~np.isnan(both[:, 1])
+    each = [metrics.log_loss(both[:, 0], z[:, 0]), metrics.log_loss(both[known, 1], z[known, 1])]
+    assert found["log_loss"] == pytest.approx(np.mean(each), abs=1e-6)
+    assert found["log_loss"] < ctr.evaluate(Given(), [batch])["log_loss"] - 0.01
+
+
 def test_a_model_with_a_forward_of_its_own_is_refused() -> None:
     class Own(ctr.Model):
         def forward(self, batch: ctr.Batch) -> torch.Tensor:
@@ -340,7 +382,19 @@ def test_metrics_by_the_values_of_a_column(
     raw: pl.DataFrame, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    flags = ["--model", "fm", "--dim", "4", "--epochs", "1", "--calibrate", "--keep-negatives", "0.5", "--no-baselines"]
+    flags = [
+        "--model",
+        "fm",
+        "--dim",
+        "4",
+        "--epochs",
+        "1",
+        "--calibrate",
+        "True",
+        "--keep-negatives",
+        "0.5",
+        "--no-baselines",
+    ]
     assert cli.main(["train", str(data), "--out", str(tmp_path / "run"), *flags]) == 0
     raw.write_parquet(tmp_path / "rows.parquet")
     capsys.readouterr()

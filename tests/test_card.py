@@ -86,7 +86,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frame().write_csv(home / "clicks.csv")
     ctr.prepare(home / "clicks.csv", home / "data", labels="click", group="us|er", note="made up | for tests", log=None)
     words = ["train", home / "data", "--out", home / "run", "--model", "mlp", "--dim", "4", "--hidden", "8"]
-    words += ["--epochs", "2", "--batch-size", "64", "--calibrate"]
+    words += ["--epochs", "2", "--batch-size", "64", "--calibrate", "True"]
     assert cli.main([*map(str, words)]) == 0
     return home
 

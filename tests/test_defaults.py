@@ -252,7 +252,7 @@ def test_the_reason_is_one_line_with_the_counts_and_what_they_led_to() -> None:
     expected = (
         "settings by the data: 40,000 rows (9,600 of the rarer class), so layers of 128-64, batches of 512, and L2 of "
         "0.085; 875 values per id field, so width 16; the average of weights; 6 numbers, piecewise "
-        "linear; the epoch by log-loss (flags change them)"
+        "linear; calibrated, and the epoch by that log-loss (flags change them)"
     )
     assert settings_for(facts(values=7_000)).reason == expected
 
@@ -324,6 +324,7 @@ def test_a_warm_start_keeps_the_model_that_it_starts_from(
     capsys.readouterr()
     config = printed(capsys, planted, "--warm-start", tmp_path / "monday")
     before = json.loads((tmp_path / "monday" / "model.json").read_text())
+    assert before.pop("calibration")  # the newer rows get one of their own
     assert {**config, "training": 0} == {**before, "training": 0}
     again = printed(capsys, planted, "--warm-start", tmp_path / "monday", "--hidden", "6")
     assert (again["embedding_dim"], again["hidden"]) == (4, [6])

@@ -6,7 +6,7 @@ import copy
 import functools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 import ctrlib as ctr
 from ctrlib import models
 from ctrlib.testing import example_batch, example_schema
+from ctrlib.training.average import BATCHES, renew_statistics
 from ctrlib.training.guard import clip_gradients
 
 SCHEMA = example_schema()
@@ -99,6 +100,42 @@ def test_the_model_holds_the_polynomial_average_of_the_weights_that_are_trained(
         assert torch.equal(trained, last.model.get_parameter(name))
     # Buffers, such as running statistics, are those of training.
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), last.model.buffers(), strict=True))
+
+
+def test_statistics_are_those_of_the_weights_that_are_scored() -> None:
+    """Mean over batches of each batch's mean and unbiased variance, whatever they were before; nothing else changes."""
+    torch.manual_seed(0)
+    engine = ctr.ExactEngine(MODELS["mlp"](), learning_rate=0.05, average_weights=True)
+    batches = [example_batch(SCHEMA, 32, seed=seed) for seed in range(3)]
+    for batch in batches:
+        engine.step(batch)
+    model = engine.model
+    before = engine.weights()
+    model.train()
+    renew_statistics(model, batches)
+    linear, norm = model.tower.layers[0], model.tower.layers[1]
+    with torch.no_grad():
+        hidden = [linear(model.embedding(batch).flatten(1)) for batch in batches]
+    torch.testing.assert_close(norm.running_mean, torch.stack([h.mean(0) for h in hidden]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([h.var(0) for h in hidden]).mean(0))
+    assert norm.momentum == 0.1 and all(part.training for part in model.modules())
+    after = engine.weights()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"tower.layers.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+def test_no_more_batches_are_taken_than_statistics_need() -> None:
+    taken = []
+
+    def endless() -> Iterator[ctr.Batch]:
+        while True:
+            taken.append(1)
+            yield example_batch(SCHEMA, 8)
+
+    renew_statistics(MODELS["mlp"](), endless())
+    assert len(taken) == BATCHES
+    renew_statistics(MODELS["fm"](), endless())  # has none
+    assert len(taken) == BATCHES
 
 
 def test_other_weights_start_their_average_anew() -> None:

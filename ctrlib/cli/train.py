@@ -40,8 +40,8 @@ class Start(TrainingFlags):
 
     keep_negatives: float = 1.0
     """Share of the training rows without a click to train on, such as 0.1; probabilities stay those of all rows."""
-    calibrate: Switch = False
-    """Fit slope and intercept of the logits on validation in the end; they become part of the model."""
+    calibrate: OptionalBool = None
+    """Whether slope and intercept of the logits are fitted on validation in the end; they become part of the model."""
     select_by: OptionalSelectBy = None
     """Validation score that chooses the epoch; gauc needs the groups that `prepare --group` makes."""
     min_delta: OptionalFloat = None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ctrlib.batch import Batch
+from ctrlib.layers import Dice, Dropout
 from ctrlib.sharding.shards import State
 
 SHARPNESS = 9  # eta of the paper: the last tenth of the steps is what counts
+BATCHES = 20  # by which statistics of averaged weights are taken
 
 
 class WeightAverage:
@@ -74,3 +78,34 @@ class WeightAverage:
     def state(self) -> State:
         """What the next step depends on beside the model's own weights, not copies: trained.NAME, average.steps."""
         return {**{f"trained.{name}": tensor for name, tensor in self._other.items()}, "average.steps": self._steps}
+
+
+def renew_statistics(model: nn.Module, batches: Iterable[Batch], *, device: str | torch.device = "cpu") -> None:
+    """Give batch normalisation the statistics of the weights that a model has, by the first `BATCHES` batches.
+
+    Those of training are of other weights than their average, and mix the weights of some ten steps. Dropout is as in
+    training, and everything else as in evaluation. `fit` does so before it validates; who takes steps by hand with
+    `average_weights` does so before the model is scored. Of several processes, every one must call it.
+
+    >>> from ctrlib.testing import example_batch, example_schema
+    >>> from ctrlib import models
+    >>> from ctrlib.inputs import Inputs
+    >>> model = models.mlp(Inputs(example_schema(), embedding_dim=4), hidden=(8,), batch_norm=True)
+    >>> renew_statistics(model, [example_batch(example_schema(), 32, seed=seed) for seed in range(3)])
+    """
+    normalised = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm | Dice)]
+    if not normalised:
+        return
+    momenta = [part.momentum for part in normalised]
+    was_training = model.training
+    model.eval()
+    for part in [*normalised, *(part for part in model.modules() if isinstance(part, Dropout | nn.Dropout))]:
+        part.train()
+    with torch.no_grad():
+        for number, batch in enumerate(itertools.islice(batches, BATCHES), 1):
+            for part in normalised:
+                part.momentum = 1 / number  # so that each batch weighs the same
+            model(batch.to(torch.device(device)))
+    for part, momentum in zip(normalised, momenta):
+        part.momentum = momentum
+    model.train(was_training)

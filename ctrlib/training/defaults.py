@@ -62,6 +62,7 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
         "max_epochs": 30,
         "patience": 3,
         "select_by": "log_loss",
+        "calibrate": True,
         "min_delta": min_delta_for(facts),
         "cut_factor": 0.5,
         "start_at_base_rate": True,
@@ -78,7 +79,7 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
         said.append("the average of weights")
     if facts.numbers:
         said.append(f"{facts.numbers} numbers, piecewise linear")
-    said.append("the epoch by log-loss")
+    said.append("calibrated, and the epoch by that log-loss")
     return Settings(model, training, f"settings by the data: {'; '.join(said)} (flags change them)")
 
 

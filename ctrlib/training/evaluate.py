@@ -60,6 +60,7 @@ def evaluate(
     *,
     device: str | torch.device = "cpu",
     quick: bool = False,
+    calibrate: bool = False,
     labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Metrics of a model on labelled batches, for one label those of `ctrlib.metrics.evaluate_binary`.
@@ -67,12 +68,18 @@ def evaluate(
     With the groups of rows (`Batch.group`, which a `Loader` that does not shuffle fills where the schema names a group)
     GAUC is among them. For several labels "auc" and "log_loss" are the means over labels and "tasks" lists each label's
     metrics in order; each says first which "label" it is of: by `labels`, or by the schema of a `Loader`.
-    `quick` computes AUC and log-loss only. Rows of weight 0 and missing labels are left out. Of several processes, all
-    get the metrics of all their rows.
+    `quick` computes AUC and log-loss only. With `calibrate` the log-loss is that after the slope and intercept that fit
+    these rows best (`ctrlib.calibration`), of several labels the mean. Rows of weight 0 and missing labels are left
+    out. Of several processes, all get the metrics of all their rows.
     """
     if labels is None and isinstance(batches, Loader):
         labels = batches.schema.labels
-    return score(predict(model, batches, device=device), quick=quick, labels=labels)
+    scores = predict(model, batches, device=device)
+    found = score(scores, quick=quick, labels=labels)
+    if calibrate and not np.isnan(found["auc"]):  # NaN where a label has one class only, by which none can be fitted
+        calibration = calibration_of(scores, scores.logits.shape[1])
+        found["log_loss"] = score(calibrated(scores, calibration), quick=True)["log_loss"]
+    return found
 
 
 def score(scores: Scores, *, quick: bool = False, labels: Sequence[str] | None = None) -> dict[str, Any]:

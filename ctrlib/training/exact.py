@@ -120,6 +120,11 @@ class ExactEngine:
             yield batch, self.step(batch)
 
     @property
+    def averages(self) -> bool:
+        """Whether the model holds an average of the weights that are trained."""
+        return self._average is not None
+
+    @property
     def learning_rates(self) -> list[float]:
         """The current learning rate, as a list of one. Can be set."""
         return [float(group["lr"]) for group in self._optimiser.param_groups]

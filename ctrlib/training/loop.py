@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from ctrlib._lock import locked
 from ctrlib.batch import Batch
 from ctrlib.distributed import rank, total, world_size
 from ctrlib.errors import ArgumentError, CtrlibError, check_batches, check_has
+from ctrlib.training.average import renew_statistics
 from ctrlib.training.checkpoint import Checkpoints
 from ctrlib.training.config import SelectBy, check_schedule
 from ctrlib.training.evaluate import evaluate
-from ctrlib.training.keeper import Batches, Engine, Keeper
+from ctrlib.training.keeper import Batches, Engine, Keeper, Resumable
 from ctrlib.training.progress import Epoch, Progress, known_weight
 from ctrlib.training.tensor_files import CheckpointError
 from ctrlib.training.trackers import Tracker, trackers_of
@@ -64,6 +65,7 @@ def fit(
     cut_factor: float = 0.1,
     min_delta: float = 1e-6,
     select_by: SelectBy = "auc",
+    calibrate: bool = False,
     out: str | Path | None = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 300.0,
@@ -95,6 +97,8 @@ def fit(
         cut_factor: factor of the learning rate at each such epoch, at most 1.
         min_delta: smallest improvement of the score that counts; log-loss counts in nats.
         select_by: the score: "auc", "log_loss", or "gauc", for which the batches of `valid` must have groups.
+        calibrate: whether the model is to be calibrated on validation in the end, so that its log-loss there, which
+            may choose the epoch, is that after slope and intercept are fitted (`ctrlib.calibration`).
         out: folder for the log; made if missing.
         checkpoints: where to save and to go on from.
         checkpoint_seconds: at most so much work is lost, plus a step.
@@ -144,7 +148,11 @@ def fit(
                     keep = functools.partial(_save_batch, out)
                     train_epoch(engine, train, progress, keeper, f"epoch {number}", console, keep)
                 validating = time.perf_counter()
-                scored = evaluate(engine.model, valid, device=engine.device, quick=select_by != "gauc")
+                if getattr(engine, "averages", False):
+                    renew_statistics(engine.model, _beginning(train), device=engine.device)
+                scored = evaluate(
+                    engine.model, valid, device=engine.device, quick=select_by != "gauc", calibrate=calibrate
+                )
             except KeyboardInterrupt:
                 if not progress.best_epoch:
                     raise
@@ -188,6 +196,16 @@ def fit(
         history.samples_per_second = round(progress.total_rows / progress.total_seconds, 1)
     history.seconds = round(progress.look_at_the_clock(), 3)
     return history
+
+
+def _beginning(train: Batches) -> Iterator[Batch]:
+    """Batches of the next epoch, which begins with them all the same."""
+    state = train.state_dict() if hasattr(train, "state_dict") else None
+    try:
+        yield from train
+    finally:
+        if state is not None:
+            cast(Resumable, train).load_state_dict(state)
 
 
 def _score_of(scored: dict[str, Any], select_by: SelectBy) -> float:

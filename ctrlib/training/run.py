@@ -134,6 +134,7 @@ def train_model(
             max_epochs=how.max_epochs,
             patience=how.patience,
             select_by=how.select_by,
+            calibrate=how.calibrate,
             min_delta=how.min_delta,
             cut_factor=how.cut_factor,
             out=out,
