@@ -278,7 +278,7 @@ def test_damaged_weights_are_named(saved: Path, tmp_path: Path) -> None:
 
 def test_no_file_of_a_model_folder_is_a_pickle(saved: Path) -> None:
     assert {path.suffix for path in saved.rglob("*") if path.is_file() and path.name != "MANIFEST"} <= {
-        ".json", ".jsonl", ".png", ".parquet", ".safetensors",
+        ".json", ".jsonl", ".md", ".png", ".parquet", ".safetensors",
     }  # fmt: skip
 
 
