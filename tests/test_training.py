@@ -21,7 +21,7 @@ import ctrlib as ctr
 from ctrlib import cli, models, plots
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.testing import example_batch, example_schema
-from ctrlib.training import loop
+from ctrlib.training import engines, loop
 from ctrlib.training.config import Training
 
 QUIET = Console(quiet=True)
@@ -369,7 +369,35 @@ def test_command_line_from_csv_to_scores(csv_file: Path, tmp_path: Path, capsys:
     assert frame["label"].is_between(0, 1).all()
 
 
-def test_command_line_on_the_fused_engine(csv_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("cpuinfo", "native"),
+    [
+        ("flags\t\t: fpu sse2 fma avx2", False),
+        ("flags\t\t: avx2 avx512f avx512bw avx512_vnni", False),  # torch has bf16 kernels here, which emulate it
+        ("model name\t: amx_bf16\nflags\t\t: avx2", False),
+        ("flags\t\t: avx2 avx512bw avx512_bf16", True),
+        ("flags\t\t: avx2 amx_tile amx_bf16", True),
+        ("Features\t: fp asimd i8mm bf16", True),
+        ("Features\t: fp asimd", False),
+        ("", False),
+    ],
+)
+def test_which_processors_multiply_bfloat16(cpuinfo: str, native: bool) -> None:
+    assert engines.native_bfloat16(cpuinfo) is native
+
+
+def test_emulated_bf16_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "native_bfloat16", lambda: False)
+    with pytest.raises(ValueError, match=r"no instructions for it .*slower than fp32: drop --precision"):
+        quick_run(data, engine="fused", precision="bf16")
+    monkeypatch.setattr(engines, "native_bfloat16", lambda: True)
+    assert quick_run(data, engine="fused", precision="bf16")[1]["precision"] == "bf16"
+
+
+def test_command_line_on_the_fused_engine(
+    csv_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "native_bfloat16", lambda: True)  # slow where it is not, but the same
     assert command("prepare", csv_file, "--out", tmp_path / "p") == 0
     flags = ["--model", "deepfm", "--engine", "fused", "--precision", "bf16", "--dim", "8", "--epochs", "1", "--json"]
     assert command("train", tmp_path / "p", "--out", tmp_path / "m", "--batch-size", "256", *flags) == 0

@@ -124,7 +124,7 @@ class EngineFlags:
     embedding_learning_rate: float = 0.02
     """Row-wise Adagrad's step (fused engine)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of tower and head (bf16: fused engine)."""
+    """Arithmetic of tower and head (bf16: fused engine, and a processor that has it)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto is a GPU if there is one."""
     workers: int = 1

@@ -37,9 +37,9 @@ class FusedEngine:
 
     For production and scale: a step costs the same for a thousand rows or a hundred million. It is a different
     algorithm from `ExactEngine`, not a faster one: tune it anew and name it beside every number. `precision="bf16"`
-    runs the tower in bfloat16 autocast (twice as fast on CPUs that have it); all else stays fp32. Only
-    the network's gradients are clipped: the tables' never exist as a whole. `check_ids` is as in `shard`. The interface
-    is that of `ExactEngine`.
+    runs the tower in bfloat16 autocast (twice as fast on CPUs that have it, several times slower on others, for which
+    `make_engine` refuses it); all else stays fp32. Only the network's gradients are clipped: the tables' never exist as
+    a whole. `check_ids` is as in `shard`. The interface is that of `ExactEngine`.
 
     Started by `torchrun`, tables are spread over the processes: `sharding`, `plan` and `table_optimiser` are as in
     `shard`. The rule that trains a table is the same under every plan. `train` runs TorchRec's pipeline, which sends
