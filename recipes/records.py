@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from ctrlib.training.engines import native_bfloat16
+
 Task = Literal["ctr", "retrieval", "ranking", "speed"]
 
 # Columns are added at the end only; they are empty in the rows before, whose task is "ctr".
@@ -80,7 +82,7 @@ def record(
         "date": time.strftime("%Y-%m-%d"),
         "data": data,
         "model": model,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        "hardware": f"{_processor()}, {torch.get_num_threads()} threads"
         + (f" in each of {result['processes']} processes" if result.get("processes", 1) > 1 else "")
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "versions": "; ".join(versions),
@@ -99,6 +101,16 @@ def record(
         if is_new:
             writer.writeheader()
         writer.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
+
+
+def _processor() -> str:
+    """What decides how fast it multiplies: the instructions that torch uses, and whether it has bfloat16.
+
+    >>> _processor().startswith(platform.machine())
+    True
+    """
+    kinds = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    return " ".join(kinds + ["bf16"] * native_bfloat16())
 
 
 def commit_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""docs/results.md and the README's table, made from results.csv: mean and sd over seeds, beside what was published.
+"""docs/results.md, the README's table and docs/speed.svg, made from results.csv, beside what was published.
 
     python recipes/results.py
 
@@ -210,7 +210,7 @@ def make_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, st
     said.append(
         "Mean ± standard deviation over seeds; each run's epoch was chosen by validation. Samples/s: training alone "
         f"and inference alone, loading included, median over seeds ({hardware}; several runs at a time, so that they "
-        f"say little; measure with tests/benchmarks/). Schema hashes: {hashes}."
+        f"say little; recipes/speed.py measures). Schema hashes: {hashes}."
     )
     return "\n\n".join([table, *said])
 
@@ -282,7 +282,95 @@ def make_scores_table(groups: list[list[dict[str, str]]]) -> str:
             values = [run[name] for run in of_runs if name in run]
             cells.append(_in_words(values) if values else "")
         lines.append(cells)
+    return _table(lines)
+
+
+def make_speed_tables(groups: list[list[dict[str, str]]]) -> str:
+    """What `recipes/speed.py` recorded, as markdown: ctrlib beside its peers, and what the machines allowed."""
+    beside: list[tuple[list[dict[str, str]], dict[str, float]]] = []
+    machines: list[tuple[list[dict[str, str]], dict[str, float]]] = []
+    for runs in groups:
+        of_runs = [json.loads(run["scores"]) for run in runs]
+        names = dict.fromkeys(name for scores in of_runs for name in scores)
+        medians = {name: statistics.median(s[name] for s in of_runs if name in s) for name in names}
+        (beside if "ctrlib" in medians else machines).append((runs, medians))
+    named = [name for _, scores in beside for name in scores if not name.startswith("times ") and name != "ctrlib"]
+    peers = list(dict.fromkeys(named))
+    lines = [["data", "model", "engine", "measure", "ctrlib", *peers, "machine", "note"]]
+    lines.append(["---"] * 4 + ["--:"] * (1 + len(peers)) + ["---"] * 2)
+    for runs, scores in beside:
+        cells = [*_measured(runs), _figure(scores["ctrlib"])]
+        for peer in peers:
+            ratio = f" ({scores[f'times {peer}']:.2f}x)" if f"times {peer}" in scores else ""
+            cells.append(_figure(scores[peer]) + ratio if peer in scores else "")
+        lines.append([*cells, runs[-1]["hardware"], runs[-1]["note"]])
+    said = (
+        "In brackets: how many times better ctrlib is, which is how many times faster or smaller. Everything in a row "
+        "was measured in one run, in turns; [speed](speed.md) says how."
+    )
+    text = f"{_table(lines)}\n\n{said}"
+    if machines:
+        names = dict.fromkeys(name for _, scores in machines for name in scores)
+        lines = [["data", "model", "engine", *names, "machine"], ["---"] * 3 + ["--:"] * len(names) + ["---"]]
+        for runs, scores in machines:
+            figures = [_figure(scores[name]) if name in scores else "" for name in names]
+            lines.append([*_measured(runs)[:3], *figures, runs[-1]["hardware"]])
+        text += f"\n\nWhat the machines allowed:\n\n{_table(lines)}"
+    return text
+
+
+def _measured(runs: list[dict[str, str]]) -> list[str]:
+    """Data, model, engine and what was measured."""
+    run = runs[-1]
+    model, _, measure = run["model"].partition(": ")
+    return [
+        run["data"],
+        model,
+        run["engine"] + ("" if run["precision"] == "fp32" else f", {run['precision']}"),
+        measure,
+    ]
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw_speed(groups: list[list[dict[str, str]]], path: Path) -> None:
+    """Bars of how many times better ctrlib is than each peer, from the last run of each measure, on a doubling axis."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    ratios: dict[str, dict[str, float]] = {}
+    for runs in groups:
+        scores = json.loads(runs[-1]["scores"])
+        data, model, _, measure = _measured(runs)
+        found = {name.removeprefix("times "): value for name, value in scores.items() if name.startswith("times ")}
+        if found:
+            ratios[f"{data.partition('_')[0]}, {model}: {measure.partition(', ')[0]}"] = found
+    peers = list(dict.fromkeys(peer for found in ratios.values() for peer in found))
+    # Text stays text and no date is written, so that the same numbers give the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "speed"}):
+        figure = Figure(figsize=(9, 0.8 + 0.22 * len(ratios) * (1 + len(peers))), layout="constrained")
+        axes = figure.subplots()
+        for place, peer in enumerate(peers):
+            at = [n + 0.8 * (place + 0.5) / len(peers) for n, found in enumerate(ratios.values()) if peer in found]
+            values = [found[peer] for found in ratios.values() if peer in found]
+            bars = axes.barh(at, [value - 1 for value in values], 0.8 / len(peers), left=1, label=peer)
+            axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize="small")
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_yticks([n + 0.4 for n in range(len(ratios))], list(ratios))
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set(xlabel="how many times better ctrlib is", title="Speed and memory beside peers, one machine, one run")
+        axes.legend()
+        axes.grid(axis="x", alpha=0.3)
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def main(arguments: Arguments) -> None:
@@ -294,7 +382,11 @@ def main(arguments: Arguments) -> None:
     text = arguments.readme.read_text(encoding="utf-8")
     arguments.readme.write_text(rewritten(text, make_short_table(by_task["ctr"], PUBLISHED)), encoding="utf-8")
     sections = [f"## Click-through rate\n\n{make_table(by_task.pop('ctr'), PUBLISHED)}"]
+    speed = by_task.pop("speed", [])
     sections += [f"## {task.capitalize()}\n\n{make_scores_table(some)}" for task, some in by_task.items()]
+    if speed:
+        sections.append(f"## Speed\n\n{make_speed_tables(speed)}")
+        draw_speed(speed, arguments.page.with_name("speed.svg"))
     arguments.page.write_text(PAGE.format("\n\n".join(sections)), encoding="utf-8")
     print(f"{arguments.page}: {len(groups)} rows from {sum(map(len, groups))} runs")
 

@@ -1,0 +1,167 @@
+"""FuxiCTR 2.3.7 as `recipes/speed.py` measures it: run by the python of an environment that has it.
+
+Its wheel has no models: they come from `model_zoo/` of a checkout of https://github.com/reczoo/FuxiCTR, tag v2.3.7.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import fuxictr.metrics
+import numpy as np
+import sklearn.metrics
+import torch
+from fuxictr.features import FeatureMap
+from fuxictr.preprocess import FeatureProcessor, build_dataset
+from fuxictr.pytorch.dataloaders import RankDataLoader
+from fuxictr.pytorch.torch_utils import seed_everything
+
+from worker import now, serve
+
+# What NumPy and scikit-learn had when it was written.
+np.Inf = np.inf  # type: ignore[attr-defined]  # noqa: NPY201
+fuxictr.metrics.log_loss = lambda y, p, eps: sklearn.metrics.log_loss(y, np.clip(p, eps, 1 - eps))
+
+FOLDERS = {"deepfm": "DeepFM/DeepFM_torch", "dcnv2": "DCNv2", "autoint_plus": "AutoInt", "finalmlp": "FinalMLP"}
+CLASSES = {"deepfm": "DeepFM", "dcnv2": "DCNv2", "autoint_plus": "AutoInt", "finalmlp": "FinalMLP"}
+
+
+def arguments_of(model: str, net: dict[str, Any]) -> dict[str, Any]:
+    """FuxiCTR's names for ctrlib's arguments of a model."""
+    if model == "finalmlp":
+        first, second = net["contexts"]
+        return {
+            **{f"mlp{n}_hidden_units": net[f"hidden_{n}"] for n in (1, 2)},
+            **{f"mlp{n}_hidden_activations": "relu" for n in (1, 2)},
+            **{f"mlp{n}_dropout": net[f"dropout_{n}"] for n in (1, 2)},
+            **{f"mlp{n}_batch_norm": net[f"batch_norm_{n}"] for n in (1, 2)},
+            **{"use_fs": True, "fs_hidden_units": net["gate_hidden"], "num_heads": net["num_heads"]},
+            **{"fs1_context": first, "fs2_context": second},
+        }
+    common = {"net_dropout": net["dropout"], "batch_norm": net["batch_norm"]}
+    if model == "deepfm":
+        return {**common, "hidden_units": net["hidden"], "hidden_activations": "relu"}
+    if model == "dcnv2":
+        return {
+            **common,
+            **{"model_structure": "parallel", "use_low_rank_mixture": False},
+            **{"num_cross_layers": net["num_cross_layers"], "parallel_dnn_hidden_units": net["hidden"]},
+        }
+    return {
+        **common,
+        **{"attention_layers": net["num_layers"], "num_heads": net["num_heads"]},
+        **{"attention_dim": net["num_heads"] * net["head_dim"], "dnn_hidden_units": net["hidden"]},
+        **{"use_residual": True, "use_scale": net["scale"], "layer_norm": net["norm_before_relu"], "use_wide": False},
+    }
+
+
+class FuxiCTR:
+    """Its own preparation, loader and training loop, with the settings of its examples."""
+
+    def __init__(
+        self,
+        *,
+        raw: str,
+        work: str,
+        ids: list[str],
+        numbers: list[str],
+        batch_size: int,
+        embedding_dim: int,
+        l2: float,
+        seed: int,
+        source: str,
+    ) -> None:
+        kinds: list[dict[str, Any]] = [{"name": ids, "active": True, "dtype": "str", "type": "categorical"}]
+        if numbers:
+            number = {"active": True, "dtype": "float", "type": "numeric", "normalizer": "StandardScaler"}
+            kinds.insert(0, {"name": numbers, **number})
+        self.source, self.seed = Path(source), seed
+        self.folder = Path(work) / "data"
+        self.settings: dict[str, Any] = {
+            **{"data_root": work, "dataset_id": "data", "model_root": f"{work}/checkpoints", "data_format": "csv"},
+            **{f"{split}_data": f"{raw}/{split}.csv" for split in ("train", "valid", "test")},
+            **{"feature_cols": kinds, "label_col": {"name": "label", "dtype": "float"}, "min_categr_count": 1},
+            **{"loss": "binary_crossentropy", "metrics": ["AUC", "logloss"], "task": "binary_classification"},
+            **{"optimizer": "adam", "learning_rate": 1e-3, "batch_size": batch_size, "embedding_dim": embedding_dim},
+            **{"embedding_regularizer": l2, "net_regularizer": 0, "shuffle": True, "num_workers": 1, "verbose": 0},
+            **{"monitor": "AUC", "monitor_mode": "max", "early_stop_patience": 2, "save_best_only": True},
+            **{"eval_steps": None, "gpu": -1, "seed": seed, "feature_specs": None, "model_id": "model"},
+        }
+
+    def prepare(self) -> None:
+        """From CSV to its own files."""
+        build_dataset(FeatureProcessor(**self.settings), **self.settings)
+
+    def open(self, model: str, net: dict[str, Any]) -> None:
+        """Make loaders and a model."""
+        if not (self.folder / "feature_map.json").exists():
+            self.prepare()
+        prepared = {f"{split}_data": str(self.folder / f"{split}.parquet") for split in ("train", "valid", "test")}
+        self.settings |= {**prepared, "data_format": "parquet"}
+        features = FeatureMap("data", str(self.folder))
+        features.load(str(self.folder / "feature_map.json"), self.settings)
+        sys.path.insert(0, str(self.source / "model_zoo" / FOLDERS[model]))
+        seed_everything(self.seed)
+        made = getattr(importlib.import_module("src"), CLASSES[model])
+        self.model = made(features, **self.settings, **arguments_of(model, net))
+        loaders = RankDataLoader(features, stage="both", **self.settings).make_iterator()
+        self.train, self.valid, self.test = loaders
+        # What `fit` sets before its first epoch; no validation in the epochs that are timed.
+        self.model._max_gradient_norm, self.model._eval_steps, self.model._total_steps = 10.0, 10**9, 0
+        self.model._stop_training = False
+
+    def hold(self, batches: int) -> None:
+        """Keep batches in memory for `step` and `infer`."""
+        held = [batch for batch, _ in zip(self.train, range(batches))]
+        self.batches = held
+        self.rows = {name: torch.cat([batch[name] for batch in held])[:8192] for name in held[0]}
+
+    def load(self) -> None:
+        """All batches of an epoch."""
+        for _ in self.train:
+            pass
+
+    def step(self, steps: int) -> None:
+        """Training steps on the batches in memory."""
+        self.model.train()
+        for number in range(steps):
+            self.model.train_step(self.batches[number % len(self.batches)]).item()
+
+    def epoch(self) -> None:
+        """Train on every row once."""
+        self.model.train_epoch(self.train)
+
+    def infer(self, rows: int, calls: int) -> None:
+        """Forward passes."""
+        self.model.eval()
+        batch = {name: values[:rows] for name, values in self.rows.items()}
+        with torch.no_grad():
+            for _ in range(calls):
+                self.model(batch)
+
+    def score(self) -> float:
+        """AUC of test."""
+        return float(self.model.evaluate(self.test)["AUC"])
+
+    def fit(self) -> list[list[float]]:
+        """Train until validation AUC stops rising: seconds and AUC after each epoch."""
+        Path(self.model.model_dir).mkdir(parents=True, exist_ok=True)
+        curve: list[list[float]] = []
+        evaluate, started = self.model.evaluate, now()
+
+        def evaluated(*arguments: Any, **named: Any) -> Any:
+            found = evaluate(*arguments, **named)
+            curve.append([now() - started, float(found["AUC"])])
+            return found
+
+        self.model.evaluate = evaluated
+        self.model._eval_steps = None
+        self.model.fit(self.train, validation_data=self.valid, epochs=100)
+        return curve
+
+
+if __name__ == "__main__":
+    serve(FuxiCTR)

@@ -1,0 +1,162 @@
+"""recipes/speed.py: what is counted, which way ratios point, and that the programs beside it answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from test_results import write_results
+from torch import nn
+
+import ctrlib as ctr
+import ctrlib_speed
+import results
+import speed
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_ratios_say_how_many_times_better_ctrlib_is() -> None:
+    table = speed.Table()
+    for ours, theirs in ((30.0, 10.0), (10.0, 10.0), (40.0, 20.0)):  # ratios 3, 1, 2
+        table.add("epoch, rows/s", "ctrlib", ours)
+        table.add("epoch, rows/s", "fuxictr", theirs)
+        table.add("CSV to test AUC, s", "ctrlib", ours)
+        table.add("CSV to test AUC, s", "fuxictr", theirs)
+        table.add("memory of training, MiB", "ctrlib", ours)
+        table.add("memory of training, MiB", "fuxictr", theirs)
+    table.add("test AUC of an epoch", "ctrlib", 0.8)
+    table.add("test AUC of an epoch", "fuxictr", 0.4)
+    versions = {"ctrlib": "ctrlib", "fuxictr": "fuxictr 2"}
+    assert table.scores("epoch, rows/s", versions) == {"ctrlib": 30.0, "fuxictr 2": 10.0, "times fuxictr 2": 2.0}
+    for measure in ("CSV to test AUC, s", "memory of training, MiB"):
+        assert table.scores(measure, versions) == {"ctrlib": 30.0, "fuxictr 2": 10.0, "times fuxictr 2": 0.5}
+    assert table.scores("test AUC of an epoch", versions) == {"ctrlib": 0.8, "fuxictr 2": 0.4}
+    table.add("loader, rows/s", "fuxictr", 5.0)  # ctrlib was not measured: nothing to compare
+    assert table.scores("loader, rows/s", versions) == {"fuxictr 2": 5.0}
+
+
+@pytest.mark.parametrize("data", ["criteo", "frappe"])
+def test_networks_are_those_that_ctrlib_builds(data: str) -> None:
+    assert set(speed.NETS[data]) == set(get_args(speed.Model))
+    common = speed.COMMON[data]
+    features = [
+        *map(ctr.Numeric, common["numbers"]),
+        *(ctr.Categorical(name, num_embeddings=9) for name in common["ids"]),
+    ]
+    schema = ctr.Schema(tuple(features), ("label",))
+    for model, net in speed.NETS[data].items():
+        made = ctr.models.build({"model": model, "embedding_dim": common["embedding_dim"], **net}, schema)
+        widths = [layer.out_features for layer in made.modules() if isinstance(layer, nn.Linear)]
+        assert widths.count(400) >= (3 if data == "criteo" or model != "finalmlp" else 1)
+
+
+def test_products_of_a_step_are_counted() -> None:
+    network = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+    x = torch.zeros(10, 6, requires_grad=True)  # as fields of an embedding: their gradient is needed, too
+    with ctrlib_speed._products() as calls:
+        torch.autograd.backward(network(x).sum())
+    # Forward, and the gradients of input and weight: 2 * rows * in * out each.
+    assert sum(ctrlib_speed._flops(call) * count for call, count in calls.items()) == 3 * 2 * 10 * (6 * 4 + 4 * 1)
+    assert all(ctrlib_speed._seconds(call) > 0 for call in calls)
+    with ctrlib_speed._products() as calls:
+        torch.bmm(torch.zeros(5, 2, 3), torch.zeros(5, 3, 7))
+    assert [ctrlib_speed._flops(call) for call in calls] == [2 * 5 * 2 * 3 * 7]
+    (narrow,) = (ctrlib_speed._in_bf16(call) for call in calls)
+    assert {dtype for *_, dtype in narrow[1]} == {torch.bfloat16}
+
+
+def test_a_worker_answers_whatever_it_prints(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import os, time\nfrom worker import serve\n"
+        "class Program:\n"
+        "    def __init__(self, *, start): self.value = start\n"
+        "    def add(self, number):\n"
+        "        print('noise'); os.system('echo noise'); time.sleep(0.05)\n"
+        "        self.value += number\n"
+        "        return self.value\n"
+        "serve(Program)\n"
+    )
+    lines = [{"start": 40}, {"do": "add", "with": {"number": 1}}, {"do": "add", "with": {"number": 1}}]
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        input="\n".join(map(json.dumps, lines)) + "\n",
+        env={**os.environ, "PYTHONPATH": str(ROOT / "recipes" / "peers"), "SPEED_STARTED": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert (first["found"], second["found"]) == (41, 42)
+    assert 0.05 <= first["seconds"] < second["age"]
+    assert 0 <= first["others"] <= 1
+    assert 1 < first["peak_mib"] < 200
+
+
+def test_ctrlib_alone_goes_the_whole_road(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measures: Any = ("step", "cold")
+    knobs = speed.Knobs(rows=3000, batch_size=256, steps=2, rounds=1, threads=1, work=tmp_path, measures=measures)
+    raw = speed.raw_files(knobs)
+    table, machine = speed.measure_model(knobs, ["ctrlib"], raw, "deepfm")
+    assert set(table.values) == {"step, rows/s", "CSV to test AUC, s", "test AUC of an epoch"}
+    assert 0.5 < table.values["test AUC of an epoch"]["ctrlib"][0] < 1
+    # 39 fields of width 16 into 400-400-400, these and the FM's sum into the logit: forward and twice backward. The
+    # wide part's 13 numbers need no gradient.
+    flops = 6 * 256 * (624 * 400 + 2 * 400 * 400 + 401) + 4 * 256 * 13
+    assert machine["GFLOP of a step"] == pytest.approx(flops / 1e9)
+    assert machine["matrix share"] == pytest.approx(machine["step products, ms"] / machine["step, ms"])
+    with (
+        speed.Program(knobs, "ctrlib", raw) as program,
+        pytest.raises(RuntimeError, match=r"(?s)ended in open.*no_such"),
+    ):
+        program.do("open", model="no_such", net={})
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="needs --raw DIR"):
+        speed.raw_files(replace(knobs, data="frappe"))
+
+
+def test_what_was_measured_becomes_tables_and_a_picture(tmp_path: Path) -> None:
+    run = {
+        "task": "speed",
+        "data": "criteo_synthetic, 100,000 rows",
+        "engine": "fused",
+        "hardware": "a AVX2, 2 threads",
+    }
+    path = write_results(
+        tmp_path / "results.csv",
+        {},
+        {
+            **{**run, "model": "deepfm: epoch, rows/s", "note": "3 rounds"},
+            "scores": json.dumps({"ctrlib": 21200.0, "fuxictr 2.3.7": 8500.0, "times fuxictr 2.3.7": 2.49}),
+        },
+        {
+            **{**run, "model": "deepfm: memory of training, MiB", "note": "3 rounds"},
+            "scores": json.dumps({"ctrlib": 600.5, "deepctr-torch 0.3.0": 900.0, "times deepctr-torch 0.3.0": 1.5}),
+        },
+        {**run, "model": "deepfm: machine", "scores": json.dumps({"GFLOP/s": 105.0, "matrix share": 0.6912})},
+    )
+    readme, page = tmp_path / "README.md", tmp_path / "results.md"
+    readme.write_text(f"{results.BEGIN}\n{results.END}\n")
+    results.main(results.Arguments(path, readme, page))
+    section = page.read_text().partition("## Speed")[2]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| criteo")]
+    common = ["criteo_synthetic, 100,000 rows", "deepfm", "fused"]
+    behind = ["a AVX2, 2 threads", "3 rounds"]
+    assert lines == [
+        [*common, "epoch, rows/s", "21,200", "8,500 (2.49x)", "", *behind],
+        [*common, "memory of training, MiB", "600.5", "", "900 (1.50x)", *behind],
+        [*common, "105", "0.6912", "a AVX2, 2 threads"],
+    ]
+    picture = page.with_name("speed.svg").read_text()
+    for text in ("2.49", "1.50", "criteo, deepfm: epoch", "fuxictr 2.3.7", "deepctr-torch 0.3.0"):
+        assert f">{text}<" in picture
+    results.main(results.Arguments(path, readme, page))
+    assert page.with_name("speed.svg").read_text() == picture
