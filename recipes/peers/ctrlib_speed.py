@@ -62,7 +62,7 @@ class Ctrlib:
         config = {"model": model, "embedding_dim": self.embedding_dim, **net}
         config = ctr.models.for_engine(config, self.how["engine"])
         made = ctr.models.build(config, ctr.Schema.load(self.folder))
-        self.engine = make_engine(made, check_ids=False, **self.how)  # the loader has checked them
+        self.engine: Any = make_engine(made, check_ids=False, **self.how)  # the loader has checked them
         self.train = ctr.Loader(self.folder, "train", batch_size=self.batch_size, shuffle=True, seed=self.seed)
         self.valid, self.test = (ctr.Loader(self.folder, split, batch_size=8192) for split in ("valid", "test"))
 
@@ -133,11 +133,11 @@ class Ctrlib:
         return found
 
 
-class _Products(TorchDispatchMode):
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts how matrices are multiplied, in forward and backward passes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[Call] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
