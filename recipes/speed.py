@@ -144,22 +144,27 @@ class Program:
         if name == "fuxictr":
             settings["source"] = str(knobs.fuxictr_source)
         threads = {name: str(knobs.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")}
+        read, write = os.pipe()
+        clock = {"SPEED_CLOCK": knobs.clock, "SPEED_STARTED": str(time.perf_counter()), "SPEED_ANSWERS": str(write)}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [python, str(HERE / "peers" / f"{name}_speed.py")],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=log,
                 stderr=log,
                 text=True,
-                env={**os.environ, **threads, "SPEED_CLOCK": knobs.clock, "SPEED_STARTED": str(time.perf_counter())},
+                pass_fds=[write],
+                env={**os.environ, **threads, **clock},
             )
+        os.close(write)
+        self.answers = os.fdopen(read)
         self._send(settings)
 
     def __enter__(self) -> Program:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self.process, contextlib.suppress(BrokenPipeError):  # it may have ended before
+        with self.answers, self.process, contextlib.suppress(BrokenPipeError):  # it may have ended before
             assert self.process.stdin is not None
             self.process.stdin.close()
 
@@ -173,9 +178,8 @@ class Program:
         Raises:
             RuntimeError: the program ended instead.
         """
-        assert self.process.stdout is not None
         self._send({"do": method, "with": arguments})
-        if not (line := self.process.stdout.readline()):
+        if not (line := self.answers.readline()):
             raise RuntimeError(f"{self.name} ended in {method}; the end of {self.log}:\n{self.log.read_text()[-2000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer

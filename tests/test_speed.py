@@ -76,7 +76,7 @@ def test_products_of_a_step_are_counted() -> None:
 def test_a_worker_answers_whatever_it_prints(tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(
-        "import os, time\nfrom worker import serve\n"
+        "import os, time\nprint('noise')\nfrom worker import serve\n"
         "class Program:\n"
         "    def __init__(self, *, start): self.value = start\n"
         "    def add(self, number):\n"
@@ -86,15 +86,18 @@ def test_a_worker_answers_whatever_it_prints(tmp_path: Path) -> None:
         "serve(Program)\n"
     )
     lines = [{"start": 40}, {"do": "add", "with": {"number": 1}}, {"do": "add", "with": {"number": 1}}]
+    read, write = os.pipe()
+    environment = {"PYTHONPATH": str(ROOT / "recipes" / "peers"), "SPEED_STARTED": "0", "SPEED_ANSWERS": str(write)}
     done = subprocess.run(
         [sys.executable, str(script)],
         input="\n".join(map(json.dumps, lines)) + "\n",
-        env={**os.environ, "PYTHONPATH": str(ROOT / "recipes" / "peers"), "SPEED_STARTED": "0"},
-        capture_output=True,
-        text=True,
-        check=True,
+        env={**os.environ, **environment},
+        **{"capture_output": True, "text": True, "check": True, "pass_fds": [write]},
     )
-    first, second = map(json.loads, done.stdout.splitlines())
+    os.close(write)
+    with os.fdopen(read) as answers:
+        first, second = map(json.loads, answers)
+    assert done.stdout.split() == ["noise"] * 5
     assert (first["found"], second["found"]) == (41, 42)
     assert 0.05 <= first["seconds"] < second["age"]
     assert 0 <= first["others"] <= 1

@@ -26,15 +26,16 @@ def now() -> float:
 def serve(program: type) -> None:
     """Answer lines of JSON on standard input, one by one, until it ends.
 
+    Answers go to the open file whose number the environment says, since libraries print what they like, from their
+    import on.
+
     The first line holds the arguments of `program`; each other one `{"do": METHOD, "with": {ARGUMENT: VALUE}}`. The
     answer is a line of JSON: what the method returned as "found", the "seconds" that it took, those since the process
     was started ("age"), the share of all processors that other processes had meanwhile ("others"), and this process's
     peak of memory so far ("peak_mib").
     """
     born = float(os.environ["SPEED_STARTED"]) if CLOCK == "wall" else 0.0
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
-    sys.stdout = sys.stderr
+    answers = os.fdopen(int(os.environ["SPEED_ANSWERS"]), "w")
     instance = program(**json.loads(sys.stdin.readline()))
     for line in sys.stdin:
         command = json.loads(line)
