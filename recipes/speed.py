@@ -325,7 +325,7 @@ def measure_cold(knobs: Knobs, table: Table, names: list[str], raw: Path, openin
                 program.do("open", **opening)
                 program.do("epoch")
                 answer = program.do("score")
-            table.add("CSV to test AUC, s", name, answer["age"])
+            table.add("CSV to test AUC, s", name, answer["age"], answer)
             table.add("test AUC of an epoch", name, answer["found"])
 
 
@@ -335,8 +335,9 @@ def measure_fit(knobs: Knobs, table: Table, names: list[str], raw: Path, opening
     for name in names:
         with Program(knobs, name, raw) as program:
             program.do("open", **opening)
-            curves[name] = program.do("fit")["found"]
-        table.add("best validation AUC", name, max(auc for _, auc in curves[name]))
+            answer = program.do("fit")
+        curves[name] = answer["found"]
+        table.add("best validation AUC", name, max(auc for _, auc in curves[name]), answer)
     target = table.values["best validation AUC"][rival][0]
     for name, curve in curves.items():
         if reached := [seconds for seconds, auc in curve if auc >= target]:
@@ -358,7 +359,7 @@ def main(knobs: Knobs) -> None:
             rows["machine"] = machine
         for measure, scores in rows.items():
             print(json.dumps({"model": model, "measure": measure, **scores}))
-        others = statistics.median(table.others) if table.others else 0.0
+        others = statistics.median(table.others)
         print(f"other processes had {others:.0%} of the processors (median)")
         if not native_bfloat16():
             print("bf16: this processor emulates it, and ctrlib refuses it")
