@@ -109,7 +109,7 @@ def test_the_same_command_finishes(
         told = json.loads(printed)
         assert {name: told[name] for name in result} == result
     assert {path.name for path in Path("out").iterdir()} == {
-        *("MANIFEST", "model.json", "model.safetensors", "schema.json", "vocab", "numbers", "log.jsonl"),
+        *("MANIFEST", "README.md", "model.json", "model.safetensors", "schema.json", "vocab", "numbers", "log.jsonl"),
         *(("plan.safetensors", "search.json", "search.png") if "search" in command else ("metrics.json", "curve.png")),
     }
     ctr.Predictor.load("out").predict(rows(9, 5))

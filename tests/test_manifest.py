@@ -457,7 +457,7 @@ def test_a_small_model_comes_with_its_report(
     def act(what: str) -> None:
         described = {**config, "dropout": 0.5 if what == "new" else 0.1}
         with model_in_the_making(built, described, data, out, "compress") as folder:
-            (folder / "compression.json").write_text(what)
+            (folder / "compression.json").write_text(json.dumps({"method": what}))
 
     def start() -> None:
         shutil.rmtree(out, ignore_errors=True)
