@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -147,18 +148,22 @@ def test_requests_of_one_batch_get_their_own_answers(predictor: ctr.Predictor) -
     expected = [None if place % 10 == 0 else predictor.predict(one)[0] for place, one in enumerate(given)]
 
     app = application(predictor, Limits(waiting=200))
-    scorer, go = app.state.service.scorer, threading.Event()
+    scorer, entered, go = app.state.service.scorer, threading.Event(), threading.Event()
 
-    def blocking(*_: Any) -> Any:
-        assert go.wait(60)
-        raise ArgumentError("done")
+    def answer_late(found: Any) -> dict[str, Any]:
+        entered.set()
+        return {"done": go.wait(60)}
+
+    def blocking(*_: Any) -> Any:  # what calls the model, when it has called it for this one
+        return requests.Asked(predictor.encode(rows(1))[0], "rows", answer_late)
 
     async def ask() -> list[httpx.Response]:
         async with client_of(app) as client:
             scorer.submit(blocking, b"")
+            assert entered.wait(60)
             tasks = [asyncio.create_task(client.post("/predict", json={"rows": one})) for one in given]
-            while scorer.waiting < 200:
-                await asyncio.sleep(0.01)
+            while scorer.waiting < 190 or not all(task.done() for task in tasks[10::20]):
+                await asyncio.sleep(0.01)  # ten cannot be read, and wait for nobody
             go.set()
             return list(await asyncio.gather(*tasks))
 
@@ -179,9 +184,14 @@ def test_what_waits_is_scored_in_one_call(predictor: ctr.Predictor) -> None:
     entered, go = threading.Event(), threading.Event()
 
     def slow(predictor: ctr.Predictor, body: bytes, limits: Limits) -> requests.Asked:
-        entered.set()
-        assert go.wait(60)
-        return requests.predict(predictor, body, limits)
+        asked = requests.predict(predictor, body, limits)
+
+        def answer(found: Any) -> dict[str, Any]:
+            entered.set()
+            assert go.wait(60)
+            return asked.answer(found)
+
+        return dataclasses.replace(asked, answer=answer)
 
     scorer = Scorer(predictor, LIMITS)
     bodies = [json.dumps({"rows": rows(3, seed)}).encode() for seed in range(9)]
@@ -192,10 +202,10 @@ def test_what_waits_is_scored_in_one_call(predictor: ctr.Predictor) -> None:
     ranked = scorer.submit(
         requests.rank, json.dumps({"context": {"user": 1, "clicked": ""}, "items": rows(4)}).encode()
     )
+    with pytest.raises(requests.RefusedError, match=r"columns \['clicked', 'user'\] are in the context and in the"):
+        ranked.result(60)  # which was read after all others
     go.set()
     first.result(60)
-    with pytest.raises(requests.RefusedError, match=r"columns \['clicked', 'user'\] are in the context and in the"):
-        ranked.result(60)
     scorer.close()
     assert (scorer.calls, scorer.rows) == (2, 3 + 7 * 3)
     for seed, answer in enumerate(others, 1):

@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ from ctrlib.data.event_state import State, has_events
 from ctrlib.data.quantiles import has_points, points_path, read_points
 from ctrlib.data.quick import Careful, number_of_cell, raw_id_of_cell, texts_of_cell, texts_of_column
 from ctrlib.data.raw import RawData, in_files
-from ctrlib.data.rows import cells_of, frame_of
+from ctrlib.data.rows import cells_of, columns_of, frame_of
 from ctrlib.data.scan import DataError, OnBadRow
 from ctrlib.data.stream import ahead, blocks
 from ctrlib.data.table import ROW, RawTable, as_frame, clean, naming, numbered
@@ -308,7 +309,7 @@ class Encoder:
         if isinstance(rows, list | tuple):
             if 0 < len(rows) * len(names) <= FEW_CELLS_OF_ROWS:
                 with contextlib.suppress(Careful, KeyError, TypeError):
-                    return self._quick({name: [row[name] for row in rows] for name in names}, rows[0])
+                    return self._quick(columns_of(rows, names), rows[0])
             frame = frame_of(rows, name)
         else:
             frame = as_frame(rows, name)
@@ -467,7 +468,7 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------------- cell by cell
 
-    def _quick(self, cells: Mapping[str, list[Any]], given: Iterable[str]) -> tuple[Columns, Counts]:
+    def _quick(self, cells: Mapping[str, Sequence[Any]], given: Iterable[str]) -> tuple[Columns, Counts]:
         num_rows = len(next(iter(cells.values())))
         counts = Counts(num_rows)
         counts.ignored = [name for name in given if name not in cells and name not in self._not_inputs]
@@ -479,7 +480,10 @@ class Encoder:
                 unseen, missing = 0, found.count(MISSING_RAW_ID)
             else:
                 texts, get = self._texts_of_column[name](cells[name]), self.known[vocabulary_of(feature)].get
-                found = [MISSING_ID if one is None else get(one, OOV_ID) for one in texts]
+                if None in texts:
+                    found = [MISSING_ID if one is None else get(one, OOV_ID) for one in texts]
+                else:  # a loop that Python does not see
+                    found = list(map(get, cast("list[str]", texts), itertools.repeat(OOV_ID)))
                 unseen, missing = found.count(OOV_ID), found.count(MISSING_ID)
                 if unseen:
                     self._note(counts, feature, texts)

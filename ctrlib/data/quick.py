@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,13 +104,13 @@ def text_of_cell(feature: VocabularyFeature, fitted: str, missing: frozenset[str
 
 def texts_of_column(
     feature: VocabularyFeature, fitted: str, missing: frozenset[str]
-) -> Callable[[list[Any]], list[str | None]]:
+) -> Callable[[Collection[Any]], list[str | None]]:
     """Cells -> canonical texts, as `text_of_cell` gives them; cells of one usual type without a call for each."""
     text_of = text_of_cell(feature, fitted, missing)
     usual = getattr(feature, "bucket", None) is None
     texts, integers = (usual and fitted in ("parsed", "null", kind) for kind in ("text", "integer"))
 
-    def texts_of(cells: list[Any]) -> list[str | None]:
+    def texts_of(cells: Collection[Any]) -> list[str | None]:
         if len(cells) > 1:
             kinds = set(map(type, cells))
             if texts and kinds == {str}:

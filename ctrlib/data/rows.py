@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,3 +74,17 @@ def _of_one_kind(cells: list[Any]) -> list[Any]:
         return float(cell) if type(cell) is int and abs(cell) <= 2**53 else cell  # others would be other ids
 
     return [as_float(cell) for cell in cells]
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """Column -> its cells in all rows, without a step of Python for each cell.
+
+    Raises:
+        KeyError: a row has no such column.
+
+    >>> columns_of([{"a": 1, "b": "x"}, {"b": "y", "a": 2}], ["b", "a"])
+    {'b': ('x', 'y'), 'a': (1, 2)}
+    """
+    if len(names) == 1:
+        return {names[0]: [row[names[0]] for row in rows]}
+    return dict(zip(names, zip(*map(operator.itemgetter(*names), rows))))

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow.parquet as pq
 import torch
@@ -40,6 +41,7 @@ from ctrlib.serving.slices import prepared_values, score_slices
 from ctrlib.training.evaluate import Scores, predict
 from ctrlib.training.evaluate import score as metrics_of
 
+Probabilities: TypeAlias = npt.NDArray[np.float64]  # (B, T)
 NOTHING = pl.DataFrame()  # made once: a frame costs a tenth of a millisecond
 
 
@@ -150,15 +152,15 @@ class Predictor:
         report.check()
         return columns, report.as_dict()
 
-    def score_encoded(self, parts: Sequence[Columns], *, name: str = "data") -> list[pl.DataFrame]:
-        """Probabilities of several tables of encoded rows, in one call of the model.
+    def score_encoded(self, parts: Sequence[Columns], *, name: str = "data") -> list[Probabilities]:
+        """Probabilities of several tables of encoded rows, (B, T) each, in one call of the model.
 
         Those of a single table are what `predict` gives, to the last bit; together, but for the last digits.
 
         Raises:
             DataError: the model gives no finite score for a row, whose number is counted over all parts.
         """
-        found = self._probabilities(Columns.concatenate(parts), 8192, Report(self.encoder, name))
+        found = self._scored(Columns.concatenate(parts), 8192, Report(self.encoder, name))
         ends = np.cumsum([len(part.ids) for part in parts]).tolist()
         return [found[start:end] for start, end in zip([0, *ends], ends)]
 
@@ -278,6 +280,12 @@ class Predictor:
     def _probabilities(self, columns: Columns, batch_size: int, report: Report) -> pl.DataFrame:
         if not len(columns.ids):  # all were left out
             return pl.DataFrame(schema=dict.fromkeys(self.schema.labels, pl.Float64))
+        found = self._scored(columns, batch_size, report)
+        series = [pl.Series(name, column) for name, column in zip(self.schema.labels, found.T)]
+        # For a single row, the general constructor would take longer than the network.
+        return series[0].to_frame() if len(series) == 1 else pl.DataFrame(series)
+
+    def _scored(self, columns: Columns, batch_size: int, report: Report) -> Probabilities:
         logits = []
         score = self._direct  # made outside of inference mode, so that the model, whose tables it shares, can train on
         with torch.inference_mode():
@@ -294,10 +302,8 @@ class Predictor:
                 f"transformed as in training, are {numbers}: is one of them far outside of what training had?"
             )
         with np.errstate(over="ignore"):  # of a logit below -709, whose probability is 0
-            probabilities = 1 / (1 + np.exp(-scores.astype(np.float64)))
-        series = [pl.Series(name, column) for name, column in zip(self.schema.labels, probabilities.T)]
-        # For a single row, the general constructor would take longer than the network.
-        return series[0].to_frame() if len(series) == 1 else pl.DataFrame(series)
+            found: Probabilities = 1 / (1 + np.exp(-scores.astype(np.float64)))
+        return found
 
     @functools.cached_property
     def encoder(self) -> Encoder:

@@ -5,19 +5,18 @@ Whatever is wrong is a `RefusedError`, or another error of ctrlib that names row
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import polars as pl
 
 from ctrlib._lazy import instead
 from ctrlib.data.columns import Columns
 from ctrlib.errors import CtrlibError, check_whole, shown
-from ctrlib.serving.candidates import joined, ranked
-from ctrlib.serving.predictor import Predictor
+from ctrlib.serving.candidates import best, joined
+from ctrlib.serving.predictor import Predictor, Probabilities
 
 PLAIN = frozenset({str, int, float, bool, type(None)})
 
@@ -58,11 +57,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that was understood: its rows, what to call them, and what makes an answer of their probabilities."""
+    """A request that was understood: its rows, what to call them, and what makes an answer of their probabilities,
+    (B, T)."""
 
     columns: Columns
     name: str
-    answer: Callable[[pl.DataFrame], dict[str, Any]]
+    answer: Callable[[Probabilities], dict[str, Any]]
 
 
 def predict(predictor: Predictor, body: bytes, limits: Limits) -> Asked:
@@ -74,7 +74,8 @@ def predict(predictor: Predictor, body: bytes, limits: Limits) -> Asked:
     given = fields(parsed(body), needed=("rows",))
     check_rows(given["rows"], "rows", limits)
     columns, counts = predictor.encode(given["rows"], name="rows")
-    return Asked(columns, "rows", lambda found: {"predictions": found.to_dict(as_series=False), "counts": counts})
+    labels = predictor.schema.labels
+    return Asked(columns, "rows", lambda found: {"predictions": _by_label(labels, found), "counts": counts})
 
 
 def rank(predictor: Predictor, body: bytes, limits: Limits) -> Asked:
@@ -91,13 +92,18 @@ def rank(predictor: Predictor, body: bytes, limits: Limits) -> Asked:
         raise RefusedError(f"k is {shown(k)}: expected a whole number from 1 on, or nothing for all")
     if by is not None and type(by) is not str:
         raise RefusedError(f"by is {shown(by)}: expected the name of a label")
-    by = predictor.label_named(by)
+    labels = predictor.schema.labels
+    place = labels.index(predictor.label_named(by))
 
-    def answer(found: pl.DataFrame) -> dict[str, Any]:
-        best = ranked(found, by, k)
-        return {"rows": best["row"].to_list(), "predictions": best.drop("row").to_dict(as_series=False)}
+    def answer(found: Probabilities) -> dict[str, Any]:
+        chosen = best(found[:, place], k)
+        return {"rows": chosen.tolist(), "predictions": _by_label(labels, found[chosen])}
 
     return Asked(joined(predictor.encoder, context, items), "items", answer)
+
+
+def _by_label(labels: Sequence[str], found: Probabilities) -> dict[str, list[float]]:
+    return dict(zip(labels, found.T.tolist()))
 
 
 def parsed(body: bytes) -> Any:
@@ -167,14 +173,12 @@ def check_rows(rows: Any, name: str, limits: Limits) -> None:
             f"{name} has {len(rows):,} rows, and this server takes {limits.rows:,} a request: send them in several",
             413,
         )
+    if set(map(type, rows)) <= {dict} and _are_plain(list(itertools.chain.from_iterable(map(dict.values, rows)))):
+        return
     for number, row in enumerate(rows, 1):
         if type(row) is not dict:
             place = name if name == "context" else f"{name}: row {number}"
             raise RefusedError(f"{place} is {shown(row)}: expected an object of cells, by the names of columns")
-        if PLAIN.issuperset(map(type, row.values())):
-            numbers = [cell for cell in row.values() if type(cell) is not str and cell is not None]
-            if not numbers or (max(numbers) < 2**63 and min(numbers) >= -(2**63)):
-                continue  # nothing to look at closer
         for column, cell in row.items():
             if type(cell) is list:
                 for one in cell:
@@ -182,6 +186,18 @@ def check_rows(rows: Any, name: str, limits: Limits) -> None:
                         raise RefusedError(_at(name, number, column, wrong or "a list within a list"))
             elif wrong := _wrong(cell):
                 raise RefusedError(_at(name, number, column, wrong))
+
+
+def _are_plain(cells: list[Any]) -> bool:
+    """Whether there is nothing to look at closer: texts, and numbers far from what 64 bits hold."""
+    kinds = set(map(type, cells))
+    if not kinds <= PLAIN:
+        return False
+    if not kinds & {int, float}:
+        return True
+    if not kinds <= {int, float, bool}:
+        cells = [cell for cell in cells if type(cell) is not str and cell is not None]
+    return bool(max(cells) < 2**63 and min(cells) >= -(2**63))
 
 
 def _wrong(cell: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""One thread that scores for all requests of a server: whatever waits is put together into one call of the model."""
+"""Two threads that answer the requests of a server: what waits for the model is put together into one call of it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import polars as pl
-
 from ctrlib.errors import CtrlibError
-from ctrlib.serving.predictor import Predictor
+from ctrlib.serving.predictor import Predictor, Probabilities
 from ctrlib.serving.requests import Asked, Limits, RefusedError
 
 BATCH_ROWS = 4096  # after so many rows the model is called, whoever else waits
@@ -31,10 +29,11 @@ class Job:
 
 
 class Scorer:
-    """Answers requests in the order in which they come.
+    """Answers requests in the order in which they come, in two threads: one reads, one calls the model.
 
-    Each is read and encoded by itself, so that a bad one is refused by itself; then all that waited when the first one
-    was taken are scored together. A request that comes alone is scored at once.
+    Each request is read and encoded by itself, so that a bad one is refused by itself, while the model computes for
+    those before: reading is Python's work, and the model is left without its lock. All that is encoded when the model
+    is free are scored together. A request that comes alone is scored at once.
 
     Args:
         predictor: of the model.
@@ -44,14 +43,19 @@ class Scorer:
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
         self.predictor, self.limits = predictor, limits
         self.rows = self.calls = 0  # scored, and of the model
-        self._jobs: queue.Queue[Job | None] = queue.Queue(limits.waiting)
-        self._thread = threading.Thread(target=self._work, name="ctrlib-scorer", daemon=True)
-        self._thread.start()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._encoded: queue.SimpleQueue[tuple[Job, Asked] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=work, name=f"ctrlib-{name}", daemon=True)
+            for name, work in (("reader", self._read_all), ("scorer", self._score_all))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
-        """Requests that nobody has taken up."""
-        return self._jobs.qsize()
+        """Requests that nobody has taken up, or that are encoded and wait for the model."""
+        return self._jobs.qsize() + self._encoded.qsize()
 
     def submit(self, read: Read, body: bytes) -> Future[bytes]:
         """Where the answer to a request, as JSON, will be.
@@ -59,35 +63,23 @@ class Scorer:
         Raises:
             RefusedError: too many wait (503).
         """
+        if self.waiting >= self.limits.waiting:
+            raise RefusedError(f"{self.limits.waiting} requests wait already: ask again in a second", 503)
         job = Job(read, body)
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise RefusedError(f"{self.limits.waiting} requests wait already: ask again in a second", 503) from None
+        self._jobs.put(job)
         return job.answer
 
     def close(self) -> None:
         """Answer what waits, and end."""
         self._jobs.put(None)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self) -> None:
-        while (first := self._jobs.get()) is not None:
-            batch: list[tuple[Job, Asked]] = []
-            rows, job, left = 0, first, self._jobs.qsize()
-            while True:
-                if asked := self._read(job):
-                    batch.append((job, asked))
-                    rows += len(asked.columns.ids)
-                if not left or rows >= BATCH_ROWS:
-                    break
-                left -= 1
-                following = self._jobs.get()
-                if following is None:  # the last that comes
-                    self._score(batch)
-                    return
-                job = following
-            self._score(batch)
+    def _read_all(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if asked := self._read(job):
+                self._encoded.put((job, asked))
+        self._encoded.put(None)  # the last that comes
 
     def _read(self, job: Job) -> Asked | None:
         """The request, if somebody waits for it and it is right."""
@@ -99,9 +91,19 @@ class Scorer:
             job.answer.set_exception(refusal(error))
             return None
 
+    def _score_all(self) -> None:
+        last = False
+        while not last and (first := self._encoded.get()) is not None:
+            batch, rows = [first], len(first[1].columns.ids)
+            while rows < BATCH_ROWS and not self._encoded.empty():  # which nobody else takes from
+                if (following := self._encoded.get()) is None:
+                    last = True
+                    break
+                batch.append(following)
+                rows += len(following[1].columns.ids)
+            self._score(batch)
+
     def _score(self, batch: list[tuple[Job, Asked]]) -> None:
-        if not batch:
-            return
         try:
             found = self.predictor.score_encoded([asked.columns for _, asked in batch], name=batch[0][1].name)
         except BaseException as error:
@@ -118,7 +120,7 @@ class Scorer:
             _answer(job, asked, probabilities)
 
 
-def _answer(job: Job, asked: Asked, probabilities: pl.DataFrame) -> None:
+def _answer(job: Job, asked: Asked, probabilities: Probabilities) -> None:
     try:
         job.answer.set_result(json.dumps(asked.answer(probabilities), allow_nan=False).encode())
     except BaseException as error:

@@ -25,6 +25,7 @@ import tyro
 from serving_speed import FIELDS, model_folder
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+IDLE = 2.0  # seconds after which a connection is not used again: uvicorn closes it after 5
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,23 @@ class Client:
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
-        self.free: list[Connection] = []
+        self.free: list[tuple[float, Connection]] = []  # since when
 
     async def post(self, path: str, body: bytes) -> int:
         """The status of the answer, which is read to its end."""
-        reader, writer = self.free.pop() if self.free else await asyncio.open_connection(self.host, self.port)
+        while self.free and self.free[0][0] < time.perf_counter() - IDLE:
+            self.free.pop(0)[1][1].close()
+        reader, writer = self.free.pop()[1] if self.free else await asyncio.open_connection(self.host, self.port)
         head = f"POST {path} HTTP/1.1\r\nHost: model\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         writer.write(head.encode() + b"\r\n\r\n" + body)
         answered = (await reader.readuntil(b"\r\n\r\n")).lower()
         length = int(answered.split(b"content-length: ")[1].split(b"\r\n")[0])
         await reader.readexactly(length)
-        self.free.append((reader, writer))
+        self.free.append((time.perf_counter(), (reader, writer)))
         return int(answered.split(b" ", 2)[1])
 
     def close(self) -> None:
-        for _, writer in self.free:
+        for _, (_, writer) in self.free:
             writer.close()
 
 
