@@ -249,6 +249,7 @@ def test_a_search_says_its_method_and_settings(home: Path, tmp_path: Path) -> No
 def test_a_warm_start_and_sampled_negatives_are_limits(home: Path, tmp_path: Path) -> None:
     words = ["train", home / "data", "--out", tmp_path / "run", "--model", "mlp", "--dim", "4", "--hidden", "8"]
     words += ["--epochs", "1", "--no-baselines", "--warm-start", home / "run", "--keep-negatives", "0.5"]
+    words += ["--calibrate", "False"]
     assert cli.main([*map(str, words)]) == 0
     text = (tmp_path / "run" / "README.md").read_text()
     assert f"started from the weights of `{home / 'run'}`." in text

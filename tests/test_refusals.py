@@ -675,7 +675,7 @@ def test_all_files_of_a_model_may_be_read_by_the_same_people(home: Path, tmp_pat
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir() if path.is_file()}
-    assert modes == dict.fromkeys(["MANIFEST", "model.json", "model.safetensors", "schema.json"], 0o640)
+    assert modes == dict.fromkeys(["MANIFEST", "README.md", "model.json", "model.safetensors", "schema.json"], 0o640)
 
 
 # What a run says of itself.

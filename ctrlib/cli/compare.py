@@ -147,19 +147,18 @@ def print_comparison(result: dict[str, Any]) -> None:
         )
     show(table)
     print(f"on test, against {chosen}, the best by validation")
-    tests = new_table("model", "AUC", "+-", "p", "p (Holm)", "log-loss", "+-", "p", "p (Holm)", numbers=8)
+    tests = new_table("model", "", "difference", "+-", "p", "p (Holm)", numbers=4)
     for one in result["tests"]:
-        numbers = [
-            number
-            for measure in ("auc", "log_loss")
-            for number in (
-                f"{one[measure]['difference']:+.5f}",
-                f"{one[measure]['standard_error']:.5f}",
-                f"{one[measure]['p_value']:.2g}",
-                f"{one[measure]['p_holm']:.2g}",
+        for name, measure in (("AUC", "auc"), ("log-loss", "log_loss")):
+            numbers = one[measure]
+            tests.add_row(
+                one["name"] if name == "AUC" else "",
+                name,
+                f"{numbers['difference']:+.5f}",
+                f"{numbers['standard_error']:.5f}",
+                f"{numbers['p_value']:.2g}",
+                f"{numbers['p_holm']:.2g}",
             )
-        ]
-        tests.add_row(one["name"], *numbers)
     show(tests)
     print("what they cost, a run")
     show(costs)

@@ -68,7 +68,7 @@ def _said(out: Path) -> dict[str, Any]:
         said: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
         for name in said["needless"]:  # is removed: nothing but what lies in the folder itself
             if not is_entry(name):
-                raise ValueError(f"it asks to remove {name!r}, which does not lie in the folder")
+                raise ArgumentError(f"it asks to remove {name!r}, which does not lie in the folder")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"{path} is damaged ({error}): the run in {out} is over; delete that file") from error
     return said
