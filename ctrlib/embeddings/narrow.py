@@ -119,6 +119,51 @@ class _Group(NamedTuple):
     owners: list[int] | slice  # the position of each one's table
 
 
+def tables_by_name(tables: Sequence[NarrowTable | Mapping[str, Any]], embedding_dim: int) -> dict[str, NarrowTable]:
+    """Name -> table, in their order.
+
+    Raises:
+        ArgumentError: there is none, two have one name or feature, or a rank is beyond `embedding_dim`.
+    """
+    made = [table if isinstance(table, NarrowTable) else NarrowTable(**table) for table in tables]
+    found = {table.name: table for table in made}
+    held = [name for table in made for name in table.feature_names]
+    if not made or len(found) < len(made) or len(set(held)) < len(held):
+        raise ArgumentError(
+            "expected one or more tables, of different names and features, got "
+            f"{[(table.name, table.feature_names) for table in made]}"
+        )
+    if beyond := {table.name: table.rank for table in made if table.rank > embedding_dim}:
+        raise ArgumentError(f"tables {beyond} have a rank beyond embedding_dim={embedding_dim}")
+    return found
+
+
+def check_filling(
+    table: NarrowTable,
+    dim: int,
+    is_narrow: bool,
+    *,
+    full: Tensor,
+    kept: Tensor | None = None,
+    mean: Tensor | None,
+    decoder: Tensor | None,
+) -> None:
+    """Refuse what a table cannot be filled from; `is_narrow`: it has a decoder.
+
+    Raises:
+        ArgumentError: one of these is lacking, has no use, or has another shape.
+    """
+    for what, tensor, shape in (
+        ("full", full, (table.rows, dim)),
+        ("kept", kept, (table.num_stored,) if table.kept == "some" else None),
+        ("mean", mean, (dim,) if is_narrow and table.centred else None),
+        ("decoder", decoder, (table.rank, dim) if is_narrow else None),
+    ):
+        got = None if tensor is None else tuple(tensor.shape)
+        if got != shape:
+            raise ArgumentError(f"{what} has shape {got}, expected {shape} for an embedding of {dim} and {table}")
+
+
 class NarrowTables(nn.Module):
     """e_f = sum_j (E_f[m(x_fj)] U_f + mu_f) over the bag x_f, or its mean: rows stored R wide, decoded to D.
 
@@ -162,16 +207,9 @@ class NarrowTables(nn.Module):
         is_weighted: bool = False,
     ) -> None:
         super().__init__()
-        made = [table if isinstance(table, NarrowTable) else NarrowTable(**table) for table in tables]
-        self.stored = {table.name: table for table in made}
+        self.stored = tables_by_name(tables, embedding_dim)
+        made = list(self.stored.values())
         held = [name for table in made for name in table.feature_names]
-        if not made or len(self.stored) < len(made) or len(set(held)) < len(held):
-            raise ArgumentError(
-                "expected one or more tables, of different names and features, got "
-                f"{[(table.name, table.feature_names) for table in made]}"
-            )
-        if beyond := {table.name: table.rank for table in made if table.rank > embedding_dim}:
-            raise ArgumentError(f"tables {beyond} have a rank beyond embedding_dim={embedding_dim}")
         self.names = held if names is None else list(names)
         if sorted(self.names) != sorted(held):
             raise ArgumentError(f"names={self.names}, but the tables are those of {sorted(held)}")
@@ -288,15 +326,7 @@ class NarrowTables(nn.Module):
         group, place = self._place(name)
         table, dim = self.stored[name], self.embedding_dim
         is_narrow = table.rank < dim and not table.padded
-        for what, tensor, shape in (
-            ("full", full, (table.rows, dim)),
-            ("kept", kept, (table.num_stored,) if table.kept == "some" else None),
-            ("mean", mean, (dim,) if is_narrow and table.centred else None),
-            ("decoder", decoder, (table.rank, dim) if is_narrow else None),
-        ):
-            got = None if tensor is None else tuple(tensor.shape)
-            if got != shape:
-                raise ArgumentError(f"{what} has shape {got}, expected {shape} for an embedding of {dim} and {table}")
+        check_filling(table, dim, is_narrow, full=full, kept=kept, mean=mean, decoder=decoder)
         if kept is None:
             kept = torch.arange(table.num_stored)
         else:

@@ -18,7 +18,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from ctrlib.embeddings.narrow import NarrowTable
+from ctrlib.embeddings.narrow import NarrowTable, check_filling, tables_by_name
 from ctrlib.embeddings.packed import PackedTables
 from ctrlib.embeddings.table import init_rows, table_name
 from ctrlib.errors import ArgumentError
@@ -69,16 +69,8 @@ class NarrowEvents(nn.Module):
         self, tables: Sequence[NarrowTable | Mapping[str, Any]], *, embedding_dim: int = 16, init_std: float = 1e-4
     ) -> None:
         super().__init__()
-        made = [table if isinstance(table, NarrowTable) else NarrowTable(**table) for table in tables]
-        self.stored = {table.name: table for table in made}
-        held = [name for table in made for name in table.feature_names]
-        if not made or len(self.stored) < len(made) or len(set(held)) < len(held):
-            raise ArgumentError(
-                "expected one or more tables, of different names and features, got "
-                f"{[(table.name, table.feature_names) for table in made]}"
-            )
-        if beyond := {table.name: table.rank for table in made if table.rank > embedding_dim}:
-            raise ArgumentError(f"tables {beyond} have a rank beyond embedding_dim={embedding_dim}")
+        self.stored = tables_by_name(tables, embedding_dim)
+        made = list(self.stored.values())
         if other := [table.name for table in made if table.kept != "all" or table.padded]:
             raise ArgumentError(f"tables {other} of events are padded or lack rows, expected kept='all', padded=False")
         self.embedding_dim = embedding_dim
@@ -121,15 +113,7 @@ class NarrowEvents(nn.Module):
         if name not in self.stored:
             raise ArgumentError(f"no table {name!r}, expected one of {list(self.stored)}")
         table, dim, key = self.stored[name], self.embedding_dim, table_name(name)
-        is_narrow = table.rank < dim
-        for what, tensor, shape in (
-            ("full", full, (table.rows, dim)),
-            ("mean", mean, (dim,) if is_narrow and table.centred else None),
-            ("decoder", decoder, (table.rank, dim) if is_narrow else None),
-        ):
-            got = None if tensor is None else tuple(tensor.shape)
-            if got != shape:
-                raise ArgumentError(f"{what} has shape {got}, expected {shape} for an embedding of {dim} and {table}")
+        check_filling(table, dim, table.rank < dim, full=full, mean=mean, decoder=decoder)
         rows = full.double()
         if mean is not None:
             rows = rows - mean.double()

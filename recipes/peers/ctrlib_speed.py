@@ -18,39 +18,26 @@ import ctrlib as ctr
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import EngineName, Precision
 from ctrlib.training.engines import make_engine, native_bfloat16
-from worker import now, serve
+from worker import Program, now, serve
 
 # How a product of matrices is called: operation, and shape, stride and kind of each tensor.
 Call = tuple[str, tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]]
 
 
-class Ctrlib:
+class Ctrlib(Program):
     """`prepare`, `Loader` and an engine, with the settings of the command line."""
 
-    def __init__(
-        self,
-        *,
-        raw: str,
-        work: str,
-        ids: list[str],
-        numbers: list[str],
-        batch_size: int,
-        embedding_dim: int,
-        l2: float,
-        seed: int,
-        engine: EngineName,
-        precision: Precision,
-    ) -> None:
+    def __init__(self, *, engine: EngineName, precision: Precision, **setting: Any) -> None:
+        super().__init__(**setting)
         keep_freed_memory()  # as the command line does
-        self.raw, self.folder = Path(raw), Path(work) / "prepared"
-        self.features = [*(ctr.Numeric(name, "log") for name in numbers), *map(ctr.Categorical, ids)]
-        self.batch_size, self.embedding_dim, self.seed = batch_size, embedding_dim, seed
+        self.folder = Path(self.work) / "prepared"
+        self.features = [*(ctr.Numeric(name, "log") for name in self.numbers), *map(ctr.Categorical, self.ids)]
         self.how: dict[str, Any] = {"engine": engine, "precision": precision}
-        self.how |= {"embedding_l2": l2} if engine == "exact" else {}
+        self.how |= {"embedding_l2": self.l2} if engine == "exact" else {}
 
     def prepare(self) -> None:
         """From CSV to a prepared folder."""
-        files = {split: self.raw / f"{split}.csv" for split in ("train", "valid", "test")}
+        files = {split: Path(self.raw) / f"{split}.csv" for split in ("train", "valid", "test")}
         shutil.rmtree(self.folder, ignore_errors=True)
         ctr.prepare(files, self.folder, features=self.features, labels="label", log=None)
 
@@ -63,6 +50,7 @@ class Ctrlib:
         config = ctr.models.for_engine(config, self.how["engine"])
         made = ctr.models.build(config, ctr.Schema.load(self.folder))
         self.engine: Any = make_engine(made, check_ids=False, **self.how)  # the loader has checked them
+        self.model = self.engine.model
         self.train = ctr.Loader(self.folder, "train", batch_size=self.batch_size, shuffle=True, seed=self.seed)
         self.valid, self.test = (ctr.Loader(self.folder, split, batch_size=8192) for split in ("valid", "test"))
 
@@ -73,11 +61,6 @@ class Ctrlib:
         self.rows = {8192: next(iter(held))}
         for rows in (1, 256):
             self.rows[rows] = next(iter(ctr.Loader(self.folder, "train", batch_size=rows)))
-
-    def load(self) -> None:
-        """All batches of an epoch."""
-        for _ in self.train:
-            pass
 
     def step(self, steps: int) -> None:
         """Training steps on the batches in memory."""
@@ -91,12 +74,10 @@ class Ctrlib:
         for _ in self.engine.train(self.train):
             pass
 
-    def infer(self, rows: int, calls: int) -> None:
-        """Forward passes."""
-        self.engine.model.eval()
-        with torch.no_grad():
-            for _ in range(calls):
-                self.engine.model(self.rows[rows])
+    def first(self, rows: int) -> ctr.Batch:
+        """So many of the rows in memory."""
+        batch: ctr.Batch = self.rows[rows]
+        return batch
 
     def score(self) -> float:
         """AUC of test."""

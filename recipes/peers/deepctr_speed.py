@@ -6,6 +6,7 @@ network as they are, where ctrlib and FuxiCTR give each a vector.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,31 +18,15 @@ from deepctr_torch.models import DCN, AutoInt, DeepFM
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import LabelEncoder, MinMaxScaler
 
-from worker import now, serve
+from worker import Program, now, serve
 
 SPLITS = ("train", "valid", "test")
 
 
-class DeepCTR:
+class DeepCTR(Program):
     """Its examples' preparation, and its own loader and training loop."""
 
-    def __init__(
-        self,
-        *,
-        raw: str,
-        work: str,
-        ids: list[str],
-        numbers: list[str],
-        batch_size: int,
-        embedding_dim: int,
-        l2: float,
-        seed: int,
-    ) -> None:
-        del work  # nothing is written
-        self.raw, self.ids, self.numbers = raw, ids, numbers
-        self.batch_size, self.embedding_dim, self.seed = batch_size, embedding_dim, seed
-        self.l2 = l2
-        self.columns: list[Any] = []
+    columns: Sequence[Any] = ()
 
     def prepare(self) -> None:
         """From CSV to arrays in memory."""
@@ -53,8 +38,8 @@ class DeepCTR:
         if self.numbers:
             frame[self.numbers] = MinMaxScaler().fit_transform(frame[self.numbers].fillna(0))
         width = self.embedding_dim
-        self.columns = [SparseFeat(name, frame[name].max() + 1, embedding_dim=width) for name in self.ids]
-        self.columns += [DenseFeat(name, 1) for name in self.numbers]
+        ids = [SparseFeat(name, frame[name].max() + 1, embedding_dim=width) for name in self.ids]
+        self.columns = [*ids, *(DenseFeat(name, 1) for name in self.numbers)]
         ends = np.cumsum([len(part) for part in parts])
         self.arrays, self.labels = {}, {}
         for split, start, end in zip(SPLITS, [0, *ends], ends):
@@ -120,12 +105,10 @@ class DeepCTR:
             dict(self.arrays["train"]), self.labels["train"], batch_size=self.batch_size, epochs=1, verbose=2
         )
 
-    def infer(self, rows: int, calls: int) -> None:
-        """Forward passes."""
-        self.model.eval()
-        with torch.no_grad():
-            for _ in range(calls):
-                self.model(self.rows[:rows])
+    def first(self, rows: int) -> torch.Tensor:
+        """So many of the rows in memory."""
+        found: torch.Tensor = self.rows[:rows]
+        return found
 
     def score(self) -> float:
         """AUC of test."""

@@ -19,7 +19,7 @@ from fuxictr.preprocess import FeatureProcessor, build_dataset
 from fuxictr.pytorch.dataloaders import RankDataLoader
 from fuxictr.pytorch.torch_utils import seed_everything
 
-from worker import now, serve
+from worker import Program, now, serve
 
 # What NumPy and scikit-learn had when it was written.
 np.Inf = np.inf  # type: ignore[attr-defined]  # noqa: NPY201
@@ -58,37 +58,27 @@ def arguments_of(model: str, net: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class FuxiCTR:
+class FuxiCTR(Program):
     """Its own preparation, loader and training loop, with the settings of its examples."""
 
-    def __init__(
-        self,
-        *,
-        raw: str,
-        work: str,
-        ids: list[str],
-        numbers: list[str],
-        batch_size: int,
-        embedding_dim: int,
-        l2: float,
-        seed: int,
-        source: str,
-    ) -> None:
-        kinds: list[dict[str, Any]] = [{"name": ids, "active": True, "dtype": "str", "type": "categorical"}]
-        if numbers:
+    def __init__(self, *, source: str, **setting: Any) -> None:
+        super().__init__(**setting)
+        self.source, self.folder = Path(source), Path(self.work) / "data"
+        kinds: list[dict[str, Any]] = [{"name": self.ids, "active": True, "dtype": "str", "type": "categorical"}]
+        if self.numbers:
             number = {"active": True, "dtype": "float", "type": "numeric", "normalizer": "StandardScaler"}
-            kinds.insert(0, {"name": numbers, **number})
-        self.source, self.seed = Path(source), seed
-        self.folder = Path(work) / "data"
+            kinds.insert(0, {"name": self.numbers, **number})
         self.settings: dict[str, Any] = {
-            **{"data_root": work, "dataset_id": "data", "model_root": f"{work}/checkpoints", "data_format": "csv"},
-            **{f"{split}_data": f"{raw}/{split}.csv" for split in ("train", "valid", "test")},
+            **{"data_root": self.work, "dataset_id": "data", "model_root": f"{self.work}/checkpoints"},
+            "data_format": "csv",
+            **{f"{split}_data": f"{self.raw}/{split}.csv" for split in ("train", "valid", "test")},
             **{"feature_cols": kinds, "label_col": {"name": "label", "dtype": "float"}, "min_categr_count": 1},
             **{"loss": "binary_crossentropy", "metrics": ["AUC", "logloss"], "task": "binary_classification"},
-            **{"optimizer": "adam", "learning_rate": 1e-3, "batch_size": batch_size, "embedding_dim": embedding_dim},
-            **{"embedding_regularizer": l2, "net_regularizer": 0, "shuffle": True, "num_workers": 1, "verbose": 0},
+            **{"optimizer": "adam", "learning_rate": 1e-3, "batch_size": self.batch_size},
+            **{"embedding_dim": self.embedding_dim, "embedding_regularizer": self.l2},
+            **{"net_regularizer": 0, "shuffle": True, "num_workers": 1, "verbose": 0},
             **{"monitor": "AUC", "monitor_mode": "max", "early_stop_patience": 2, "save_best_only": True},
-            **{"eval_steps": None, "gpu": -1, "seed": seed, "feature_specs": None, "model_id": "model"},
+            **{"eval_steps": None, "gpu": -1, "seed": self.seed, "feature_specs": None, "model_id": "model"},
         }
 
     def prepare(self) -> None:
@@ -119,11 +109,6 @@ class FuxiCTR:
         self.batches = held
         self.rows = {name: torch.cat([batch[name] for batch in held])[:8192] for name in held[0]}
 
-    def load(self) -> None:
-        """All batches of an epoch."""
-        for _ in self.train:
-            pass
-
     def step(self, steps: int) -> None:
         """Training steps on the batches in memory."""
         self.model.train()
@@ -133,14 +118,6 @@ class FuxiCTR:
     def epoch(self) -> None:
         """Train on every row once."""
         self.model.train_epoch(self.train)
-
-    def infer(self, rows: int, calls: int) -> None:
-        """Forward passes."""
-        self.model.eval()
-        batch = {name: values[:rows] for name, values in self.rows.items()}
-        with torch.no_grad():
-            for _ in range(calls):
-                self.model(batch)
 
     def score(self) -> float:
         """AUC of test."""

@@ -7,6 +7,7 @@ does not take them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,30 +21,15 @@ from torch_rechub.models.ranking.deepfm import DeepFM
 from torch_rechub.trainers import CTRTrainer
 from torch_rechub.utils.data import DataGenerator
 
-from worker import now, serve
+from worker import Program, now, serve
 
 SPLITS = ("train", "valid", "test")
 
 
-class Rechub:
+class Rechub(Program):
     """Its examples' preparation, and its own loader and trainer."""
 
-    def __init__(
-        self,
-        *,
-        raw: str,
-        work: str,
-        ids: list[str],
-        numbers: list[str],
-        batch_size: int,
-        embedding_dim: int,
-        l2: float,
-        seed: int,
-    ) -> None:
-        del l2  # its trainer has weight decay instead, 1e-5 in its examples
-        self.raw, self.work, self.ids, self.numbers = raw, work, ids, numbers
-        self.batch_size, self.embedding_dim, self.seed = batch_size, embedding_dim, seed
-        self.sparse: list[Any] = []
+    sparse: Sequence[Any] = ()  # its trainer has no L2, but weight decay: 1e-5 in its examples
 
     def prepare(self) -> None:
         """From CSV to arrays in memory."""
@@ -75,7 +61,7 @@ class Rechub:
         torch.manual_seed(self.seed)
         mlp = {"dims": net["hidden"], "dropout": net["dropout"], "activation": "relu"}
         if model == "deepfm":
-            made = DeepFM(deep_features=self.dense + self.sparse, fm_features=self.sparse, mlp_params=mlp)
+            made = DeepFM(deep_features=[*self.dense, *self.sparse], fm_features=self.sparse, mlp_params=mlp)
         elif model == "dcnv2":
             layers = net["num_cross_layers"]
             made = DCNv2(features=self.sparse, n_cross_layers=layers, mlp_params=mlp, use_low_rank_mixture=False)
@@ -98,11 +84,6 @@ class Rechub:
         held = [x for x, _ in self.batches]
         self.rows = {name: torch.cat([x[name] for x in held])[:8192] for name in held[0]}
 
-    def load(self) -> None:
-        """All batches of an epoch."""
-        for _ in self.train:
-            pass
-
     def step(self, steps: int) -> None:
         """Training steps on the batches in memory."""
         self.model.train()
@@ -112,14 +93,6 @@ class Rechub:
     def epoch(self) -> None:
         """Train on every row once."""
         self.trainer.train_one_epoch(self.train)
-
-    def infer(self, rows: int, calls: int) -> None:
-        """Forward passes."""
-        self.model.eval()
-        batch = {name: values[:rows] for name, values in self.rows.items()}
-        with torch.no_grad():
-            for _ in range(calls):
-                self.model(batch)
 
     def score(self) -> float:
         """AUC of test."""

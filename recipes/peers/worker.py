@@ -1,6 +1,6 @@
 """What the programs that `recipes/speed.py` compares share: a process that takes commands and times itself.
 
-It runs in a peer's own environment, so it needs nothing but Python.
+It runs in a peer's own environment, so it needs nothing but Python, and torch where the program has it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 CLOCK = os.environ.get("SPEED_CLOCK", "wall")
 
@@ -21,6 +22,48 @@ def now() -> float:
     The wall's is the same in all processes of a machine.
     """
     return time.perf_counter() if CLOCK == "wall" else _own_seconds()
+
+
+class Program:
+    """What all programs are given, and what most do alike: `train` gives batches, `rows` has those in memory."""
+
+    model: Any
+    train: Any
+    rows: Any
+
+    def __init__(
+        self,
+        *,
+        raw: str,
+        work: str,
+        ids: list[str],
+        numbers: list[str],
+        batch_size: int,
+        embedding_dim: int,
+        l2: float,
+        seed: int,
+    ) -> None:
+        self.raw, self.work, self.ids, self.numbers = raw, work, ids, numbers
+        self.batch_size, self.embedding_dim, self.l2, self.seed = batch_size, embedding_dim, l2, seed
+
+    def load(self) -> None:
+        """All batches of an epoch."""
+        for _ in self.train:
+            pass
+
+    def first(self, rows: int) -> Any:
+        """So many of the rows in memory, as the model takes them."""
+        return {name: values[:rows] for name, values in self.rows.items()}
+
+    def infer(self, rows: int, calls: int) -> None:
+        """Forward passes."""
+        import torch
+
+        self.model.eval()
+        batch = self.first(rows)
+        with torch.no_grad():
+            for _ in range(calls):
+                self.model(batch)
 
 
 def serve(program: type) -> None:
