@@ -275,19 +275,16 @@ class _Copy:
 
     def _changed(self, here: dict[str, Path]) -> set[str]:
         """Names of files of the copy that are not what was the same on both sides."""
-        found = set()
-        for name, path in here.items():
-            stat, was = path.stat(), self._same.get(name)
-            if was is None or (was.size, was.changed) != (stat.st_size, stat.st_mtime_ns):
-                found.add(name)
-        return found
+        return {name for name, path in here.items() if self._differs(name, path)}
+
+    def _differs(self, name: str, path: Path) -> bool:
+        was, stat = self._same.get(name), path.stat()
+        return was is None or (was.size, was.changed) != (stat.st_size, stat.st_mtime_ns)
 
     def _is_new(self, name: str, info: dict[str, Any]) -> bool:
-        was, path = self._same.get(name), self._local(name)
-        if was is None or not path.is_file() or was.mark != _mark_of(info):
-            return True
-        stat = path.stat()
-        return (was.size, was.changed) != (stat.st_size, stat.st_mtime_ns)
+        """Whether the copy lacks what is there under this name."""
+        path = self._local(name)
+        return not path.is_file() or self._differs(name, path) or self._same[name].mark != _mark_of(info)
 
     def _listed(self) -> dict[str, dict[str, Any]]:
         """Name below the URL -> what the store says of it; of a single file the name is empty."""

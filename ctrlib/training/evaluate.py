@@ -74,18 +74,15 @@ def evaluate(
     """
     if labels is None and isinstance(batches, Loader):
         labels = batches.schema.labels
-    scores = predict(model, batches, device=device)
-    found = score(scores, quick=quick, labels=labels)
-    if calibrate and not np.isnan(found["auc"]):  # NaN where a label has one class only, by which none can be fitted
-        calibration = calibration_of(scores, scores.logits.shape[1])
-        found["log_loss"] = score(calibrated(scores, calibration), quick=True)["log_loss"]
-    return found
+    return score(predict(model, batches, device=device), quick=quick, calibrate=calibrate, labels=labels)
 
 
-def score(scores: Scores, *, quick: bool = False, labels: Sequence[str] | None = None) -> dict[str, Any]:
+def score(
+    scores: Scores, *, quick: bool = False, calibrate: bool = False, labels: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The metrics of `evaluate`, of rows that are scored already. Of several processes, every one must call it."""
     parts = gather_to_first(scores)
-    return dict(broadcast(_score(_concatenate(parts), quick, labels) if parts else {}))
+    return dict(broadcast(_score(_concatenate(parts), quick, calibrate, labels) if parts else {}))
 
 
 def whole(scores: Scores) -> Scores | None:
@@ -152,8 +149,14 @@ def _concatenate(parts: list[Scores]) -> Scores:
     return Scores(logits, labels, weights, np.concatenate(groups) if len(groups) == len(parts) else None)
 
 
-def _score(scores: Scores, quick: bool, labels: Sequence[str] | None) -> dict[str, Any]:
+def _score(scores: Scores, quick: bool, calibrate: bool, labels: Sequence[str] | None) -> dict[str, Any]:
     tasks = [_evaluate_task(scores, task, quick) for task in range(scores.labels.shape[1])]
+    # AUC is NaN where a label has one class only, by which nothing can be fitted; it is the same after calibration.
+    if calibrate and not any(np.isnan(task["auc"]) for task in tasks):
+        after = calibrated(scores, fit_calibration(scores.logits, scores.labels, scores.weights))
+        for number, task in enumerate(tasks):
+            y, z, _, weights = known(after, number)
+            task["log_loss"] = metrics.log_loss(y, z, weights)
     if len(tasks) == 1:
         return tasks[0]
     means = {name: float(np.mean([task[name] for task in tasks])) for name in ("auc", "log_loss")}
