@@ -249,6 +249,16 @@ def test_auto_plans_tables_that_no_machine_here_could_hold() -> None:
         assert sorted(p.ranks for p in plan.values() if p.sharding == "table_wise") == [(0,), (1,), (2,), (3,)]
 
 
+def test_tables_that_are_kept_whole_are_spread_over_processes() -> None:
+    embedding = ctr.TableEmbedding([ctr.Categorical(f"c{n}", num_embeddings=1000) for n in range(4)], embedding_dim=8)
+    plan = ctr.sharding.make_plan(embedding, world_size=2, sharding="table_wise")
+    assert {placement.sharding for placement in plan.values()} == {"table_wise"}
+    assert sorted(placement.ranks for placement in plan.values()) == [(0,), (0,), (1,), (1,)]
+    first, *_ = plan
+    pinned = ctr.sharding.make_plan(embedding, world_size=2, sharding={first: "table_wise"})
+    assert pinned[first].sharding == "table_wise"
+
+
 def test_no_process_keeps_the_whole_table() -> None:
     def held() -> int:
         model = build()

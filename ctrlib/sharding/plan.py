@@ -92,7 +92,8 @@ def make_plan(
 
     "auto" cuts a table of more than 1 / world_size of all bytes by rows, since no single process could hold it without
     doing more than its share; the others are given to processes as a whole, by TorchRec's planner. A way of sharding
-    puts every table that way, a dictionary (by the name of the weight) those it names, and leaves others to "auto".
+    puts every table that way ("table_wise" by the planner, too), a dictionary (by the name of the weight) those it
+    names, and leaves others to "auto".
     With `copy_small`, "auto" first makes the smallest tables data_parallel, 1 MiB of weights in all: `FusedEngine` does
     that, a loop of your own must then train them by `RowwiseAdagrad`. Whether the tables can be spread that way,
     `check_plan` says.
@@ -122,12 +123,11 @@ def make_plan(
             way = "data_parallel"
         if way == "auto" and config.num_embeddings * config.embedding_dim * world_size > total:
             way = "row_wise"
-        if way == "auto":
-            continue
+        if way in ("auto", "table_wise"):
+            continue  # as a whole
         if way not in get_args(Sharding):
             raise ArgumentError(f"unknown sharding {way!r}, expected 'auto' or one of {get_args(Sharding)}")
-        ranks = (0,) if way == "table_wise" else tuple(range(world_size))
-        plan[name] = TablePlacement(way, ranks)  # type: ignore[arg-type]  # checked above
+        plan[name] = TablePlacement(way, tuple(range(world_size)))  # type: ignore[arg-type]  # checked above
     rest = [name for name in tables if name not in plan]
     plan |= _plan_whole_tables(model, rest, world_size, device_type)
     return {name: plan[name] for name in tables}
