@@ -201,3 +201,35 @@ def test_command_line(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["train", "valid", "test"]
     assert "auc 0." in printed[0] and "rows 800" in printed[0]
+
+
+def test_interests_count_the_events_of_the_targets_kind():
+    # With a kind for each item, c is how often the item itself is in the history.
+    frame, logits = synthetic.interests(4000, num_items=20, num_kinds=20, length=12)
+    item, history = frame["item"].to_numpy(), np.stack(frame["history"].to_list())
+    rest = logits - 1.5 * np.log1p((history == item[:, None]).sum(axis=1)) + 1.5
+    weights = np.array([rest[item == one].mean() for one in range(20)])
+    np.testing.assert_allclose(rest, weights[item], atol=1e-12)
+    assert 0.1 < weights.std() < 0.6
+    assert max(len(set(row)) for row in history.tolist()) == 4
+    labels, p = frame["label"].to_numpy(), sigmoid(logits)
+    assert abs(labels.sum() - p.sum()) < 4 * math.sqrt((p * (1 - p)).sum())
+
+
+def test_interests_show_in_no_column_alone():
+    frame, logits = synthetic.interests(20_000)
+    labels = frame["label"].to_numpy()
+    rates = frame.group_by("item").agg(pl.col("label").mean().alias("rate"))
+    by_item = frame.join(rates, on="item", maintain_order="left")["rate"].to_numpy()
+    assert auc(labels, logits) > 0.84
+    assert auc(labels, by_item) < 0.62  # what is known of the item in these very rows
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_rows": 0}, {"length": 0}, {"num_interests": 0}, {"num_interests": 21}, {"num_items": 30}, {"num_items": 0}],
+    ids=str,
+)
+def test_interests_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=r"expected one or more rows, .*num_rows="):
+        synthetic.interests(**{"num_rows": 10, **wrong})

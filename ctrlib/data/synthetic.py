@@ -339,6 +339,55 @@ def conflict(
     return pl.DataFrame({f"label_{task + 1}": labels[:, task] for task in range(num_tasks)} | columns), logits
 
 
+def interests(
+    num_rows: int,
+    *,
+    num_items: int = 200,
+    num_kinds: int = 20,
+    length: int = 30,
+    num_interests: int = 4,
+    seed: int = 2024,
+) -> tuple[pl.DataFrame, Floats]:
+    """Rows whose label depends on how much of a history is of the target's kind, and their true logits (num_rows,).
+
+    No column tells the kind of an item; there are as many items of each. A history is of `num_interests` kinds in
+    random shares, and half of the targets are of one of these, the others of any. The logit is w[item] + 1.5
+    log(1 + c) - 1.5, with c of the `length` events of the target's kind and weights of standard deviation .3. So the
+    history tells little without the target: a mean of its vectors must hold the shares of all kinds at once, while
+    attention to the target (DIN, KDD 2018) needs one number.
+
+    Columns: label, item with ids from 0 to `num_items` - 1, history, a list of such ids.
+
+    Raises:
+        ValueError: there is no row or event, or kinds are fewer than interests, or items no multiple of kinds.
+
+    >>> frame, logits = interests(1000)
+    >>> frame.columns, frame["history"].list.len().unique().to_list(), logits.shape
+    (['label', 'item', 'history'], [30], (1000,))
+    """
+    if min(num_rows, length, num_interests) < 1 or num_kinds < num_interests or num_items % num_kinds or not num_items:
+        raise ArgumentError(
+            "expected one or more rows, events and interests, as many kinds as interests or more, and as many items of "
+            f"each kind, got num_rows={num_rows}, length={length}, num_interests={num_interests}, "
+            f"num_kinds={num_kinds}, num_items={num_items}"
+        )
+    rng = np.random.default_rng([seed, num_items, num_kinds, length, num_interests])
+    items_of = rng.permutation(num_items).reshape(num_kinds, -1)
+    weights = 0.3 * rng.standard_normal(num_items)
+    kinds = rng.permuted(np.tile(np.arange(num_kinds), (num_rows, 1)), axis=1)[:, :num_interests]
+    shares = rng.dirichlet(np.ones(num_interests), num_rows)
+    drawn = (rng.random((num_rows, length, 1)) > shares.cumsum(axis=1)[:, None, :-1]).sum(axis=2)
+    events = np.take_along_axis(kinds, drawn, axis=1)
+    target = np.where(rng.random(num_rows) < 0.5, kinds[:, 0], rng.integers(0, num_kinds, num_rows))
+    each = items_of.shape[1]
+    history = items_of[events, rng.integers(0, each, events.shape)]
+    item = items_of[target, rng.integers(0, each, num_rows)]
+    logits = weights[item] + 1.5 * np.log1p((events == target[:, None]).sum(axis=1)) - 1.5
+    label = (rng.random(num_rows) < _sigmoid(logits)).astype(np.int8)
+    lists = pl.Series("history", history, dtype=pl.Array(pl.Int64, length)).cast(pl.List(pl.Int64))
+    return pl.DataFrame({"label": label, "item": item, "history": lists}), logits
+
+
 def write(
     teacher: Teacher, folder: Path, file_format: Literal["csv", "parquet"] = "csv"
 ) -> dict[str, dict[str, float]]:
