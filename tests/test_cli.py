@@ -410,7 +410,7 @@ def test_nothing_heavy_is_imported_to_answer(refusals: dict[str, tuple[int, str,
 
 def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     command = subprocess.Popen(
-        [sys.executable, "-m", "ctrlib.cli", "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "ctrlib", "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert command.stdout is not None and command.stderr is not None
     command.stdout.close()
