@@ -39,6 +39,7 @@ from ctrlib.search.ranks import Goal
 from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import Training
+from ctrlib.training.record import KEY, recorded
 from ctrlib.training.run import score_once, sizes_of
 from ctrlib.training.splits import load_splits
 from records import record
@@ -114,12 +115,14 @@ def main(knobs: Knobs) -> None:
     setting: Setting = SETTINGS[knobs.data_set]
     width = setting.config["embedding_dim"]
     engine = setting.training.get("engine", "exact")
-    train, valid, test = load_splits(knobs.data, Training(seed=knobs.seed, **setting.training))
+    how = Training(seed=knobs.seed, **setting.training)
+    config = {**setting.config, "training": dataclasses.asdict(how)}
+    train, valid, test = load_splits(knobs.data, how)
     sample = Head(ctr.Loader(knobs.data, "train", batch_size=8192, shuffle=True, seed=knobs.seed), 400_000)
     tried: list[Candidate] = []
 
     def report(name: str, model: ctr.Model) -> None:
-        scores, _ = score_once(model, valid, test)
+        scores, scored = score_once(model, valid, test)
         size = bytes_of(model)
         reached = (scores["valid_auc"], scores["valid_logloss"])
         tried.append(Candidate(series(name), size.embedding, size.total, *reached, row_error=float("nan")))
@@ -133,6 +136,7 @@ def main(knobs: Knobs) -> None:
             "seed": knobs.seed,
             "data_hash": train.schema.hash,
             "note": "",
+            KEY: recorded(config, train.schema, scored, data=knobs.data, rows_hash=train.data_hash),
         }
         print(json.dumps({"model": f"dcnv2_{width} {name}", **result}), flush=True)
         plots.compression(tried, int(tried[0].embedding_bytes / setting.ratios[0]), knobs.out / f"{knobs.data_set}.png")

@@ -26,6 +26,7 @@ from ctrlib.training.config import Device, EngineName, Training
 from ctrlib.training.engines import choose_device
 from ctrlib.training.evaluate import predict
 from ctrlib.training.loop import to_json
+from ctrlib.training.record import KEY, measured_on
 from ctrlib.training.run import run, score_once, write_result
 from ctrlib.training.splits import load_splits
 from records import record
@@ -138,7 +139,8 @@ def run_label_recipe(
             record(result, path, data=f"{data}, {knobs.label}", model=model)
         for label, valid, test in zip(labels, result.get("valid_tasks", ()), result.get("test_tasks", ())):
             scores = {"valid_auc": valid["auc"], "test_auc": test["auc"], "test_logloss": test["log_loss"]}
-            row = {**result, **scores, "test_gauc": test.get("gauc")}
+            lines = [line for line in result[KEY]["metrics"] if line["label"] == label]
+            row = {**result, **scores, "test_gauc": test.get("gauc"), KEY: {**result[KEY], "metrics": lines}}
             record(row, path, data=f"{data}, {label}", model=model)
     if knobs.report:
         singles = [
@@ -215,12 +217,13 @@ def run_ensemble_recipe(
         results.append(result)
     device = choose_device(knobs.device)
     _, valid, test = load_splits(folder, Training())
-    scores, _ = score_once(Ensemble(models).to(device), valid, test, device=device)
+    scores, scored = score_once(Ensemble(models).to(device), valid, test, device=device)
     summed = ("parameters", "network_parameters", "embedding_bytes", "seconds")
     result = {
         **{"data": data, "model": model, **results[0]},
         **{name: sum(result[name] for result in results) for name in summed},
         **scores,
+        KEY: {**results[0][KEY], "model": model, "metrics": measured_on(scored, test.schema, "test")[1]},
         "samples_per_second": round(1 / sum(1 / result["samples_per_second"] for result in results), 1),
         "epochs": max(result["epochs"] for result in results),
         "best_epoch": max(result["best_epoch"] for result in results),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ctrlib.training.engines import native_bfloat16
+from ctrlib.training.record import KEY
 
 Task = Literal["ctr", "retrieval", "ranking", "speed"]
 
@@ -44,7 +45,10 @@ COLUMNS = [
     "note",
     "task",
     "scores",
+    "record",
 ]
+# What the record of a run (`ctrlib.training.record`) says that has no column of its own.
+OF_RECORD = ("version", "rows_hash", "chosen_by", "independent", "metrics")
 
 
 def record(
@@ -59,7 +63,8 @@ def record(
     """Append one run to results.csv.
 
     Args:
-        result: values of `COLUMNS`, as `ctrlib.run` returns them; others are left out.
+        result: values of `COLUMNS`, as `ctrlib.run` returns them; others are left out. Of the record of the run, which
+            it has under "run_record", hash of the rows, protocol and intervals go into the column "record", as JSON.
         path: the file; made if it is not there.
         data: name of the data.
         model: name of the variant.
@@ -67,8 +72,15 @@ def record(
         scores: any other numbers, by names that say what they are and where: `test_recall@20`, `samples_per_second`.
 
     Raises:
-        ValueError: the file has other columns, or a score is not a number.
+        ValueError: the file has other columns, a score is not a number, or the record is that of another run.
     """
+    said = result.get(KEY) or {}
+    names = {"seed": "seed", "engine": "engine", "data_hash": "schema_hash"}
+    for column, name in names.items():
+        if said.get(name, "") not in ("", result.get(column)):
+            raise ValueError(
+                f"{column} is {result.get(column)!r}, and {said[name]!r} in the record of the run: expected one run's"
+            )
     if wrong := [name for name, value in (scores or {}).items() if type(value) not in (int, float)]:
         raise ValueError(f"scores {wrong} are not numbers: expected name -> number, got {scores}")
     versions = []
@@ -89,6 +101,7 @@ def record(
         "commit": commit_of(path),
         "task": task,
         "scores": json.dumps({name: round(value, 6) for name, value in scores.items()}) if scores else "",
+        "record": json.dumps({name: said[name] for name in OF_RECORD}) if said else "",
     }
     is_new = not path.exists()
     if not is_new:

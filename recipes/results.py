@@ -4,7 +4,8 @@
 
 Runs are repeats if data (and the hash of its schema), model, engine, precision and note are the same. If one seed was
 run twice, the later row counts: results.csv is append-only. Data of the same name but another hash is other data, so it
-has a row of its own.
+has a row of its own; so have runs whose records say that they saw other rows. Rows from before the column "record" say
+nothing of theirs, and count as repeats of the first runs that do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -106,7 +108,7 @@ PUBLISHED: dict[tuple[str, str], str] = {
 KEY = ("task", "data", "data_hash", "model", "engine", "precision", "note")
 VALUES = ("valid_auc", "test_auc", "test_logloss", "network_parameters", "embedding_bytes", "samples_per_second")
 INFERENCE = "inference_samples_per_second"  # not known of the first runs
-NEEDED = (*KEY, "seed", *VALUES, INFERENCE, "hardware", "scores")
+NEEDED = (*KEY, "seed", *VALUES, INFERENCE, "hardware", "scores", "record")
 # Data sets in the README's table, and what they are.
 SHORT = {
     "frappe_x1": "Frappe (its train split rebuilt)",
@@ -148,7 +150,8 @@ def read(path: Path) -> list[list[dict[str, str]]]:
     """
     if not path.exists():
         return []
-    groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    rows: list[tuple[tuple[str, ...], dict[str, str]]] = []
+    saw: dict[tuple[str, ...], str] = {}  # the hash of the rows that the first runs saw of which one knows
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
@@ -158,7 +161,14 @@ def read(path: Path) -> list[list[dict[str, str]]]:
             if None in row or None in row.values():
                 raise ValueError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells")
             row["task"] = row["task"] or "ctr"  # of rows before the column was added
-            groups.setdefault(tuple(row[name] for name in KEY), {})[row["seed"]] = row
+            key = tuple(row[name] for name in KEY)
+            if row["record"]:
+                saw.setdefault(key, json.loads(row["record"])["rows_hash"])
+            rows.append((key, row))
+    groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for key, row in rows:
+        rows_hash = json.loads(row["record"])["rows_hash"] if row["record"] else saw.get(key, "")
+        groups.setdefault((*key, rows_hash), {})[row["seed"]] = row
     return [list(by_seed.values()) for by_seed in groups.values()]
 
 
@@ -285,6 +295,32 @@ def make_scores_table(groups: list[list[dict[str, str]]]) -> str:
     return _table(lines)
 
 
+def make_record_table(groups: list[list[dict[str, str]]]) -> str:
+    """What the records of runs say, of every task alike, as markdown; nothing if no row has one."""
+    lines = [
+        ["data", "model", "split", "label", "metric", "seeds", "value", "95 %", "independent", "epoch by", "rows"],
+        ["---"] * 5 + ["--:"] * 3 + ["---"] * 3,
+    ]
+    for runs in groups:
+        records = [json.loads(run["record"]) for run in runs if run["record"]]
+        measured: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for one in (one for said in records for one in said["metrics"] if one["value"] is not None):
+            measured.setdefault((one["split"], one["label"], one["metric"]), []).append(one)
+        for what, found in measured.items():
+            halves = [(one["high"] - one["low"]) / 2 for one in found if one["low"] is not None]
+            cells = [*what, str(len(found)), _in_words([one["value"] for one in found])]
+            cells.append(f"± {statistics.fmean(halves):.5f}" if halves else "")
+            said = records[0]
+            cells += [said["independent"], said["chosen_by"], said["rows_hash"][:12]]
+            lines.append([runs[0]["data"], runs[0]["model"], *cells])
+    explained = (
+        "From the records of the runs that left one. Value: mean ± standard deviation over seeds. 95 %: to each side "
+        "of one run's value, what other rows of the split would change, where what is named independent is drawn anew; "
+        "more seeds do not make that smaller. Rows: the hash of all rows and their split."
+    )
+    return f"{explained}\n\n{_table(lines)}" if len(lines) > 2 else ""
+
+
 def make_speed_tables(groups: list[list[dict[str, str]]]) -> str:
     """What `recipes/speed.py` recorded, as markdown: ctrlib beside its peers, and what the machines allowed."""
     beside: list[tuple[list[dict[str, str]], dict[str, float]]] = []
@@ -384,6 +420,8 @@ def main(arguments: Arguments) -> None:
     sections = [f"## Click-through rate\n\n{make_table(by_task.pop('ctr'), PUBLISHED)}"]
     speed = by_task.pop("speed", [])
     sections += [f"## {task.capitalize()}\n\n{make_scores_table(some)}" for task, some in by_task.items()]
+    if recorded := make_record_table(groups):
+        sections.append(f"## With intervals\n\n{recorded}")
     if speed:
         sections.append(f"## Speed\n\n{make_speed_tables(speed)}")
         draw_speed(speed, arguments.page.with_name("speed.svg"))

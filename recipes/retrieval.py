@@ -37,6 +37,7 @@ from ctrlib.retrieval.sampled import Sampler, make_tables
 from ctrlib.retrieval.ultragcn import official
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.loop import to_json
+from ctrlib.training.record import KEY
 from records import record
 
 FOLDERS = {"gowalla": "gowalla", "movielens_1m": "ultragcn_ml1m"}
@@ -144,6 +145,7 @@ def run(knobs: Knobs, log: Interactions, test: Aligned, model: str, seed: int) -
             "seed": seed,
             "seconds": found["seconds"],
             "epochs": found["best_epoch"],
+            KEY: found[KEY],
         }
         path = Path(__file__).parent / "results.csv"
         name = model + (", epoch selected on test" if knobs.select_on_test else "")

@@ -49,6 +49,7 @@ from ctrlib.structure import describe
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import Training
 from ctrlib.training.crossing import count_crosses
+from ctrlib.training.record import KEY, recorded
 from ctrlib.training.run import score_once, sizes_of, train_model
 from ctrlib.training.splits import load_splits
 from records import record
@@ -238,7 +239,9 @@ class Run:
         """Score a trained model once, and write what it reached."""
         scores, scored = score_once(model, self.valid, self.test)
         np.save(self.out / name / "test.npy", scored.logits[:, 0])
-        result = {**scores, **sizes_of(model), "embedding_bytes": bytes_of(model).embedding}
+        config = {**self.setting.config, "training": asdict(self.how)}
+        said = recorded(config, self.schema, scored, data=self.data, rows_hash=self.train.data_hash)
+        result = {**scores, **sizes_of(model), "embedding_bytes": bytes_of(model).embedding, KEY: said}
         (self.out / name / "result.json").write_text(ctr.training.to_json(result), encoding="utf-8")
 
     def known(self, name: str) -> ctr.Model:

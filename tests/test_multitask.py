@@ -543,6 +543,9 @@ def test_a_recipe_of_several_labels_records_and_compares_each(tmp_path: Path) ->
     ]
     found = [*(task["auc"] for task in together["test_tasks"]), alone["test_auc"]]
     assert [float(row["test_auc"]) for row in rows] == pytest.approx(found, abs=1e-6)
+    lines = [[line for line in json.loads(row["record"])["metrics"] if line["metric"] == "auc"] for row in rows]
+    assert [[line["label"] for line in some] for some in lines] == [["label_1"], ["label_2"], ["label_2"]]
+    assert [some[0]["value"] for some in lines] == pytest.approx(found, rel=1e-7)
     valid = [float(row["valid_auc"]) for row in rows]
     assert [sum(valid[:2]) / 2, valid[2]] == pytest.approx([together["valid_auc"], alone["valid_auc"]], abs=1e-6)
     tasks = json.loads((tmp_path / "report" / "transfer.json").read_text())["tasks"]

@@ -14,8 +14,9 @@ import pytest
 
 import ctrlib as ctr
 from ctrlib.data.synthetic import Teacher, generate
-from harness import RecipeKnobs, run_recipe
-from records import COLUMNS, commit_of, record
+from ctrlib.manifest import data_hash
+from harness import RecipeKnobs, run_ensemble_recipe, run_recipe
+from records import COLUMNS, OF_RECORD, commit_of, record
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,10 @@ def test_a_record_appends_and_refuses_other_columns(tmp_path: Path) -> None:
         ("1", "0.712346", "ctr", ""),
         ("2", "0.712346", "ctr", ""),
     ]
+    of_another = {"run_record": {"seed": 3, "engine": "", "schema_hash": ""}}
+    with pytest.raises(ValueError, match="seed is 1, and 3 in the record of the run"):
+        record({**result, **of_another}, path, data="d", model="m")
+    assert len(rows_of(path)) == 2
     path.write_text("other,columns\n")
     with pytest.raises(ValueError, match="other"):
         record(result, path, data="d", model="m")
@@ -98,7 +103,25 @@ def test_recipe_trains_records_and_finds_its_own_bins(tmp_path: Path, data: Path
     assert (row["data"], row["model"], row["engine"], row["seed"]) == ("clicks", "mlp_bins", "fused", "3")
     assert float(row["test_auc"]) == pytest.approx(result["test_auc"], abs=1e-6)
     assert float(row["inference_samples_per_second"]) > 0
+    said = json.loads(row["record"])
+    assert said == {name: result["run_record"][name] for name in OF_RECORD}
+    assert said["rows_hash"] == data_hash(data)
+    auc = said["metrics"][0]
+    assert (auc["metric"], auc["value"]) == ("auc", pytest.approx(result["test_auc"], rel=1e-7))
+    assert auc["low"] < auc["value"] < auc["high"]
     # Width 6 is made 8 for the kernels, and each number has 4 bins and a row for its largest value.
     schema = ctr.Schema.load(data)
     rows = sum(features[0].num_embeddings or 0 for features in schema.vocabularies.values())
     assert int(row["embedding_bytes"]) == 4 * 8 * (rows + 5 * len(schema.dense))
+
+
+def test_the_record_of_an_ensemble_is_its_own(data: Path) -> None:
+    knobs = RecipeKnobs(data=data, seed=3, epochs=1, device="cpu")
+    members = [({"model": "fm", "embedding_dim": width}, {"batch_size": 512}) for width in (2, 4)]
+    arguments: dict[str, Any] = {"recipe": "recipes/x.py", "data": "clicks", "script": ["none.py"], "model": "fm_pair"}
+    result = run_ensemble_recipe(knobs, members=members, **arguments)
+    said = result["run_record"]
+    assert (said["model"], said["rows_hash"]) == ("fm_pair", data_hash(data))
+    values = {line["metric"]: line["value"] for line in said["metrics"]}
+    assert values["auc"] == pytest.approx(result["test_auc"], rel=1e-7)
+    assert values["log_loss"] == pytest.approx(result["test_logloss"], rel=1e-7)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import results
-from records import COLUMNS, record
+from ctrlib.training.record import line_of, record_of
+from records import COLUMNS, OF_RECORD, record
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -103,7 +106,7 @@ def test_script_refuses_what_it_cannot_read(tmp_path: Path) -> None:
         results.read(path)
     write_results(path, {})
     path.write_text(path.read_text() + "frappe_x1,mlp\n")
-    with pytest.raises(ValueError, match="line 3: expected 24 cells"):
+    with pytest.raises(ValueError, match="line 3: expected 25 cells"):
         results.read(path)
     with pytest.raises(ValueError, match="found it 0 times"):
         results.rewritten("no markers", "table")
@@ -116,6 +119,53 @@ def test_recipes_record_what_the_table_needs(tmp_path: Path) -> None:
     record(result, tmp_path / "results.csv", data="frappe_x1", model="mlp")
     (row,) = rows_of(results.make_table(results.read(tmp_path / "results.csv"), results.PUBLISHED))
     assert row[3:8] == ["1", "0.90000", "0.30000", "8", "64"]
+
+
+def record_of_run(*, rows_hash: str = "f" * 64, auc: float = 0.9, error: float = 0.01) -> str:
+    lines = [line_of("click", "auc", auc, error), line_of("click", "log_loss", 0.3, math.nan)]
+    names = {"task": "ctr", "model": "fm", "engine": "exact", "seed": 1, "data": "d", "schema_hash": "abc"}
+    said = record_of(**names, rows_hash=rows_hash, chosen_by="valid auc", independent="user", measured=lines)
+    return json.dumps({name: said[name] for name in OF_RECORD})
+
+
+def test_records_of_runs_have_a_table_of_their_own(tmp_path: Path) -> None:
+    path, page, readme = (tmp_path / name for name in ("results.csv", "results.md", "README.md"))
+    readme.write_text(f"{results.BEGIN}\n{results.END}\n")
+    write_results(path, {}, {"seed": 2})
+    results.main(results.Arguments(path, readme, page))
+    before = page.read_text()
+    assert "With intervals" not in before
+    write_results(
+        path,
+        {},
+        {"seed": 2, "record": record_of_run(auc=0.91, error=0.02)},
+        {"seed": 3, "record": record_of_run(auc=0.93, error=0.04)},
+        {"task": "retrieval", "model": "ease", "record": record_of_run()},
+    )
+    results.main(results.Arguments(path, readme, page))
+    rows = rows_of(page.read_text().partition("## With intervals")[2])
+    said = ["user", "valid auc", "f" * 12]
+    assert rows == [
+        ["frappe_x1", "deepfm", "test", "click", "auc", "2", "0.92000 ± 0.01414", "± 0.05880", *said],
+        ["frappe_x1", "deepfm", "test", "click", "log_loss", "2", "0.30000 ± 0.00000", "", *said],
+        ["frappe_x1", "ease", "test", "click", "auc", "1", "0.90000", "± 0.01960", *said],
+        ["frappe_x1", "ease", "test", "click", "log_loss", "1", "0.30000", "", *said],
+    ]
+
+
+def test_runs_of_other_rows_are_no_repeats(tmp_path: Path) -> None:
+    """A row from before there were records counts as one of the first rows that are known."""
+    path = write_results(
+        tmp_path / "results.csv",
+        {"test_auc": 0.5},  # seed 1 again below
+        {"seed": 4},
+        {"seed": 2, "record": record_of_run()},
+        {"seed": 3, "record": record_of_run(rows_hash="e" * 64)},
+        {"record": record_of_run()},
+        {"seed": 4, "record": record_of_run(rows_hash="e" * 64)},
+    )
+    groups = [[(run["seed"], run["test_auc"]) for run in runs] for runs in results.read(path)]
+    assert groups == [[("1", "0.984"), ("4", "0.984"), ("2", "0.984")], [("3", "0.984"), ("4", "0.984")]]
 
 
 def test_the_readme_shows_the_best_by_validation(tmp_path: Path) -> None:
