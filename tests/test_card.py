@@ -18,11 +18,14 @@ import pytest
 
 import ctrlib as ctr
 from ctrlib import cli
+from ctrlib.analysis.runs import load_runs
 from ctrlib.data.events import Events, History
 from ctrlib.export.folder import export_model
 from ctrlib.manifest import manifest_of, write_manifest
 from ctrlib.retrieval.folder import load
+from ctrlib.search.compression import compress
 from ctrlib.serving.model_folder import model_in_the_making
+from ctrlib.training.evaluate import predict
 
 ROOT = Path(__file__).parent.parent
 TRAINING = {"batch_size": 64, "max_epochs": 2, "seed": 3}
@@ -225,10 +228,41 @@ def test_a_compressed_model_says_what_it_was_made_from(home: Path, tmp_path: Pat
     assert model["test AUC, before and after"] == [f"{result['test_auc_before']:.5f}, {result['test_auc_after']:.5f}"]
     report = json.loads((home / "data" / "report.json").read_text())
     assert table_below(text, "Data")["train"][0] == f"{report['rows']['train']:,}"  # of the data, not of the model
-    assert f"| test | `click` | AUC | {result['test_auc_after']:.5f} |  |" in text
+    (auc,) = [line for line in result["run_record"]["metrics"] if line["metric"] == "auc"]
+    assert f"| test | `click` | AUC | {auc['value']:.5f} | {auc['low']:.5f} to {auc['high']:.5f} |" in text
     manifest = manifest_of(out)
     assert manifest is not None and manifest.kind == "compress" and "README.md" not in manifest.files
     assert run_code(out)["probabilities"].height == 1
+
+
+def test_a_compressed_model_stands_beside_the_original(home: Path, tmp_path: Path) -> None:
+    """One form of record, of the calibrated scores that the folder gives, and both in one report."""
+    out, data = tmp_path / "small", home / "data"
+    result = compress(home / "run", data, out, ratio=3, epochs=0, seed=5)
+    first, second = load_runs([home / "run", out])
+    assert first.record is not None and second.record is not None
+    assert list(second.record) == list(first.record)
+    same = ("task", "model", "engine", "data", "schema_hash", "rows_hash", "independent")
+    assert {name: second.record[name] for name in same} == {name: first.record[name] for name in same}
+    assert [second.record[name] for name in ("independent", "seed", "chosen_by")] == ["us|er", 5, "valid auc"]
+    predictor = ctr.Predictor.load(out)
+    scores, scored = (
+        predictor.evaluate_prepared(data, "test"),
+        predict(predictor.model, ctr.Loader(data, "test", batch_size=64)),
+    )
+    lines = {line["metric"]: line for line in second.record["metrics"]}
+    for metric in ("auc", "gauc", "log_loss", "calibration"):
+        assert lines[metric]["value"] == pytest.approx(scores[metric], rel=1e-6)
+    of_users = ctr.metrics.auc_delong(scored.labels[:, 0], scored.logits[:, 0], groups=scored.groups)
+    found = [lines["auc"][name] for name in ("value", "low", "high")]
+    assert found == pytest.approx([of_users.auc, of_users.low, of_users.high], abs=1e-5)
+    assert (result["test_auc"], result["test_rows"]) == (result["test_auc_after"], scores["rows"])
+    assert cli.main(["report", str(home / "run"), str(out), "--out", str(tmp_path / "both.html")]) == 0
+    text = (tmp_path / "both.html").read_text()
+    for run in (first, second):
+        assert f'data-value="{run.result["test_auc"]!r}"' in text
+        assert f"{run.result['embedding_bytes']:,}" in text
+    assert second.result["embedding_bytes"] == result["embedding_bytes_after"] < first.result["embedding_bytes"]
 
 
 def test_a_search_says_its_method_and_settings(home: Path, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from ctrlib.sharding.plan import TABLES
 from ctrlib.structure import KINDS, describe
 from ctrlib.training.config import Training
 from ctrlib.training.evaluate import evaluate
-from ctrlib.training.run import write_result
+from ctrlib.training.record import KEY, recorded
+from ctrlib.training.run import score_once, sizes_of, write_result
 from ctrlib.training.splits import load_splits
 
 SMALLER = tuple(KINDS.values())  # what tables have given way to in a model that was made smaller already
@@ -174,10 +175,12 @@ def compress(
     look_at(f"{chosen.method}, fine-tuned", smaller, chosen)
     config = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
     config["replaced"] = describe(smaller)
-    scores = {
-        name: evaluate(one, test, quick=True, labels=schema.labels)
-        for name, one in (("before", model), ("after", smaller))
-    }
+    engine = dict(config.get("training") or {}).get("engine", "")  # none is said by whoever trained it otherwise
+    how = {"engine": engine, "seed": seed, "select_by": "auc"}
+    before_scores = evaluate(model, test, quick=True, labels=schema.labels)
+    scores, scored = score_once(smaller, valid, test)
+    del scores["inference_samples_per_second"]  # the same command ends with the same result
+    tasks = {"before": before_scores.get("tasks"), "after": scores.get("test_tasks")}
     result = {
         "method": chosen.method,
         "budget": budget,
@@ -190,10 +193,18 @@ def compress(
         "ratio": before.embedding / bytes_of(smaller).embedding,
         "valid_auc_before": tried[0].valid_auc,
         "valid_auc_after": tried[-1].valid_auc,
-        "test_auc_before": scores["before"]["auc"],
-        "test_auc_after": scores["after"]["auc"],
-        **{f"test_tasks_{name}": found["tasks"] for name, found in scores.items() if "tasks" in found},
+        "test_auc_before": before_scores["auc"],
+        "test_auc_after": scores["test_auc"],
+        **{f"test_tasks_{name}": found for name, found in tasks.items() if found is not None},
         "tried": [asdict(candidate) for candidate in tried],
+        # What every run reports, so that it can be read beside the original.
+        **scores,
+        **sizes_of(smaller),
+        "embedding_bytes": bytes_of(smaller).embedding,
+        "engine": engine,
+        "seed": seed,
+        "data_hash": schema.hash,
+        KEY: recorded({**config, "training": how}, schema, scored, data=Path(data), rows_hash=train.data_hash),
     }
     with model_in_the_making(smaller, config, folder, out, "compress", rows=data) as making:
         draw = functools.partial(plots.compression, tried, budget)

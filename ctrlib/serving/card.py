@@ -42,9 +42,7 @@ METRICS = {
 }
 OTHERS = {  # of a result, beside what the record has with intervals
     "valid_auc": METRICS["auc"],
-    "valid_auc_after": METRICS["auc"],
     "valid_logloss": METRICS["log_loss"],
-    "test_auc_after": METRICS["auc"],
     "test_normalized_entropy": "normalised entropy (a constant has 1)",
     "test_pr_auc": "area under precision and recall",
     "test_ece": "calibration error (20 bins)",

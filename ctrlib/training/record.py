@@ -1,7 +1,7 @@
 """The record of a run, one form for all tasks: what was run on what, how it was judged, and what it reached.
 
-`ctrlib train` and `ctrlib search` write it into metrics.json and search.json, `ctrlib retrieve train` into the record
-of retrieval.json, each under "run_record". Whatever compares runs reads this and nothing else of them.
+`ctrlib train`, `search` and `compress` write it into metrics.json, search.json and compression.json, `ctrlib retrieve
+train` into the record of retrieval.json, each under "run_record". Whatever compares what runs have measured reads this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ctrlib.training.evaluate import Scores, known
 
 VERSION = 1
 KEY = "run_record"
-FILES = ("metrics.json", "search.json", "retrieval.json")  # one of which a run's folder has
+FILES = ("metrics.json", "search.json", "compression.json", "retrieval.json")  # one of which a run's folder has
 MEASURED = (
     ("auc", "auc_se", "auc_se_groups"),
     ("gauc", "gauc_se", "gauc_se"),
