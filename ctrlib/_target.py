@@ -95,7 +95,8 @@ def kind_of(path: Path) -> Kind | None:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether this is what a killed run, search or compression left: the same command goes on or begins anew there."""
-    goes_on = any(_holds(folder, part) for part in GOES_ON) or (folder / FINISHED).is_file()
+    goes_on = any(_holds(folder, part) for part in GOES_ON)
+    goes_on = goes_on or any((folder / name).is_file() for name in (FINISHED, "comparing.json"))
     return goes_on or not any((folder / result).exists() for result in RESULTS)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -27,6 +28,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import polars as pl
 import torch
 import tyro
 from forking import be_ready, import_all, import_everything
@@ -34,6 +36,7 @@ from matplotlib.figure import Figure
 
 import ctrlib as ctr
 from ctrlib import cli, models
+from ctrlib.data.events import Events, History
 from ctrlib.data.synthetic import Teacher, generate
 
 FORK = multiprocessing.get_context("fork")
@@ -48,9 +51,14 @@ COMMANDS = {
     "search": f"search optfs {{}}/data {QUICK} --setting epochs=2",
     "compress": "compress {}/model {}/data --ratio 2",
     "rank": "rank {}/rows.csv",
+    "compare": "compare {}/data --models {}/quick/fm.json {}/quick/mlp.json --seeds 2",
+    "tune": "tune {}/data --models fm --trials 2",
+    "update": "update",  # what lies at --out, and what it takes there, say BEFORE and `arguments_of`
     "predict": "predict {}/model {}/today.csv --keep C1",
     "predict, parquet": "predict {}/model {}/today.csv --keep C1",
 }
+BEFORE = {"update": "events_model"}  # what a command changes in its place, having no --out: a copy of this
+FIXED = [("train", "train"), ("prepare", "train")]  # the first pairs
 CONFIG: dict[str, Any] = {"model": "deepfm", "embedding_dim": 4, "hidden": [4]}
 BUSY = r"ctrlib: {out} is being written already, by process {pid} on \S+ since [\d-]+ [\d:]+ UTC \({command}\): "
 LIMIT = 300  # seconds that a command may take
@@ -68,8 +76,12 @@ class Trials:
     read_only: int = 1
     """Whether each command is tried where nobody may write."""
     seed: int = 0
-    only: str = ""
-    """Part of the names of the commands whose disks are tried; otherwise all."""
+    only: tuple[str, ...] = ()
+    """Parts of the names of the commands whose disks are tried; otherwise all."""
+
+    def wanted(self) -> list[str]:
+        """The commands whose disks are tried."""
+        return [name for name in COMMANDS if not self.only or any(part in name for part in self.only)]
 
 
 def out_of(command: str, folder: Path, name: str) -> Path:
@@ -78,10 +90,18 @@ def out_of(command: str, folder: Path, name: str) -> Path:
 
 
 def arguments_of(command: str, home: Path, out: Path, *more: str) -> list[str]:
+    if command in BEFORE:
+        return [command, str(out), str(home / "tomorrow.csv")]
     return [*COMMANDS[command].replace("{}", str(home)).split(), "--out", str(out), *more]
 
 
-def make_home(home: Path) -> None:
+def put(command: str, home: Path, out: Path) -> None:
+    """What a command finds at --out in any case."""
+    if command in BEFORE:
+        shutil.copytree(home / BEFORE[command], out)
+
+
+def make_home(home: Path, wanted: list[str]) -> None:
     torch.set_num_threads(1)
     frame, _ = generate(Teacher(num_rows=1200, cardinalities=(40, 20), num_numeric=1, seed=1))
     home.mkdir()
@@ -89,12 +109,31 @@ def make_home(home: Path) -> None:
     frame.drop("label").write_csv(home / "today.csv")
     ctr.prepare(home / "rows.csv", home / "data", labels="label", log=None)
     torch.manual_seed(0)
-    ctr.save_model(models.build(CONFIG, ctr.Schema.load(home / "data")), CONFIG, home / "data", home / "model")
+    (home / "quick").mkdir()
+    how = {"max_epochs": 1, "batch_size": 64}
+    for name in ("fm", "mlp"):
+        text = json.dumps({"model": name, "embedding_dim": 4, "training": how})
+        (home / "quick" / f"{name}.json").write_text(text)
+    if "update" in wanted:
+        make_log(home, frame)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-        if cli.main(arguments_of("train", home, home / "unused")):
-            raise RuntimeError(said.getvalue())
-    shutil.rmtree(home / "unused")
+        for command in ("train", *({"compare", "tune"} & set(wanted))):
+            if cli.main(arguments_of(command, home, home / "unused")):
+                raise RuntimeError(said.getvalue())
+            shutil.rmtree(home / "unused")
     home.with_name("imported").write_text("\n".join(sys.modules))  # what commands would import that are forked later
+
+
+def make_log(home: Path, frame: pl.DataFrame) -> None:
+    """A model whose columns are made of events, and later ones."""
+    log = frame.with_row_index("ts")
+    log[800:].write_csv(home / "tomorrow.csv")
+    events = Events("ts", [History("C1", "C2", 3)], ["C1"])
+    ctr.prepare(log[:800], home / "events", labels="label", split_by="ts", events=events, log=None)
+    of_events = {"model": "din", "embedding_dim": 4}
+    schema = ctr.Schema.load(home / "events")
+    ctr.save_model(models.build(of_events, schema), of_events, home / "events", home / "events_model")
+    ctr.save_model(models.build(CONFIG, ctr.Schema.load(home / "data")), CONFIG, home / "data", home / "model")
 
 
 # ---- processes
@@ -147,7 +186,8 @@ def contents(path: Path) -> dict[str, str]:
 
 def result_of(out: Path) -> str:
     """What a command made, without the times that it notes: the checksums of a folder, or the bytes of a file."""
-    names = [name for name in ("MANIFEST", "ranking.json") if (out / name).exists()] if out.is_dir() else [""]
+    names = [name for name in ("ranking.json", "best.json") if (out / name).exists()] if out.is_dir() else [""]
+    names += sorted(str(path.relative_to(out)) for path in out.rglob("MANIFEST"))
     return " ".join(hashlib.sha256((out / name).read_bytes()).hexdigest()[:12] for name in names) or "nothing"
 
 
@@ -175,7 +215,8 @@ class Suite:
         self.failures: list[str] = []
         self.counts: dict[str, list[int]] = {}
         self.references: dict[str, str] = {}
-        making = FORK.Process(target=make_home, args=(self.home,))
+        wanted = trials.wanted() if trials.pairs <= len(FIXED) else list(COMMANDS)
+        making = FORK.Process(target=make_home, args=(self.home, wanted))
         making.start()
         making.join()
         import_everything()
@@ -204,6 +245,7 @@ class Suite:
             folder = self.folder / f"reference {command}"
             folder.mkdir(exist_ok=True)
             out = out_of(command, folder, "out")
+            put(command, self.home, out)
             status, said = alone(arguments_of(command, self.home, out))
             expect(status == 0, f"{command}: {said}")
             expect(not hidden(folder), f"{command} leaves {hidden(folder)}")
@@ -212,17 +254,16 @@ class Suite:
 
     def all(self) -> None:
         trials, chance = self.trials, random.Random(self.trials.seed)
-        folders = [name for name in COMMANDS if "predict" not in name]
+        folders = [name for name in COMMANDS if "predict" not in name and name not in BEFORE]
         pairs = [(name, name) for name in COMMANDS] + [(one, two) for one in folders for two in folders if one < two]
-        commands = [name for name in COMMANDS if trials.only in name]
-        fixed = [("train", "train"), ("prepare", "train")]
+        commands = trials.wanted()
         for number in range(trials.pairs):
-            one, two = fixed[number] if number < len(fixed) else pairs[(number - 2) % len(pairs)]
+            one, two = FIXED[number] if number < len(FIXED) else pairs[(number - len(FIXED)) % len(pairs)]
             if number > len(COMMANDS):
                 one, two = chance.choice(pairs)
             self.trial("two at once", f"{number} {one}, {two}", lambda folder, a=one, b=two: self.rivals(folder, a, b))
         for name in commands if trials.full_disks else ():
-            for over in (False, True):
+            for over in (False, True) if name not in BEFORE else (False,):
                 what = f"{name}{' --overwrite' if over else ''}"
                 self.trial("full disk", what, lambda folder, n=name, o=over: self.full_disk(folder, n, o))
         for name in commands if trials.read_only else ():
@@ -231,6 +272,7 @@ class Suite:
     def rivals(self, folder: Path, one: str, two: str) -> None:
         """One finishes, and has made what it makes alone; the other says who holds the place."""
         out = out_of(one, folder, "out")
+        put(one, self.home, out)
         ends = together([arguments_of(name, self.home, out) for name in (one, two)])
         codes = [status for _, status, _ in ends]
         expect(sorted(map(str, codes)) == ["0", "1"], f"exit codes {codes}: {[said for *_, said in ends]}")
@@ -247,6 +289,7 @@ class Suite:
         """No file may grow beyond a size: the old state stays, bytes are named, and with more room it is made."""
         out = out_of(command, folder, "out")
         reference = self.reference(command)
+        put(command, self.home, out)
         if over:
             status, said = alone(arguments_of(command, self.home, out))
             expect(status == 0, said)
@@ -268,9 +311,9 @@ class Suite:
             expect(str(out) in last or command.startswith("rank"), f"{size}: {out} is not named: {last}")
             after = contents(out) if out.exists() else None
             unlike = [name for name in before or {} if (after or {}).get(name) != (before or {})[name]]
-            unlike = [name for name in unlike if name != "log.jsonl"]  # which tells of the newest run
+            unlike = [name for name in unlike if Path(name).name != "log.jsonl"]  # which tells of the newest run
             expect(not unlike, f"{size}: the old {unlike} are not as they were")
-            if before is None and not command.startswith(("train", "search")):  # whose checkpoints stay
+            if before is None and not command.startswith(("train", "search", "compare", "tune")):  # which go on
                 expect(after is None, f"{size}: {out} is there")
         else:
             status, said = alone(arguments_of(command, self.home, out, *["--overwrite"] * over))
@@ -283,6 +326,7 @@ class Suite:
         place = folder / "place"
         place.mkdir()
         old = out_of(command, place, "old")
+        put(command, self.home, old)
         status, said = alone(arguments_of(command, self.home, old))
         expect(status == 0, said)
         new, below = out_of(command, place, "new"), out_of(command, self.home / "rows.csv", "deep/er")
@@ -290,12 +334,15 @@ class Suite:
         for path in (place, *(path for path in place.rglob("*") if path.is_dir())):
             path.chmod(0o555)
         try:
-            for out, more in ((old, ["--overwrite"]), (new, []), (below, [])):
+            trials = ((old, []),) if command in BEFORE else ((old, ["--overwrite"]), (new, []), (below, []))
+            for out, more in trials:
                 status, said = alone(arguments_of(command, self.home, out, *more), become_nobody)
                 expect(status == 1 and said.startswith("ctrlib: "), f"exit code {status}: {said}")
                 expect(said.count("\n") == 1, f"more than one line: {said}")
-                expect(f"--out {out}: " in said and ("may not be written" in said or "is a file" in said), said)
-                expect("give another --out" in said, f"no cure: {said}")
+                named = out if command in BEFORE else f"--out {out}"
+                expect(said.startswith(f"ctrlib: {named}: "), said)
+                expect("may not be written" in said or "is a file" in said, said)
+                expect(("give another --out" in said) == (command not in BEFORE), f"no cure, or one too many: {said}")
                 expect(contents(place) == before, "the old state is not as it was")
         finally:
             for path in (place, *(path for path in place.rglob("*") if path.is_dir())):

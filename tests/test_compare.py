@@ -223,16 +223,77 @@ def test_killed_in_any_run_it_ends_the_same(data: Path, tmp_path: Path, monkeypa
     for _ in range(3):
         with pytest.raises(Killed):
             ctr.compare(data, MODELS, tmp_path / "out", seeds=2)
+    remove = module.remove
+
+    def killing(path: Path) -> None:
+        if path.name == "comparing.json":
+            raise Killed
+        remove(path)
+
+    monkeypatch.setattr(module, "remove", killing)
+    with pytest.raises(Killed):
+        ctr.compare(data, MODELS, tmp_path / "out", seeds=2)  # all is there but for the clean-up
+    monkeypatch.setattr(module, "remove", remove)
     found = ctr.compare(data, MODELS, tmp_path / "out", seeds=2)
     assert started == ["good-0", "good-1", "good-1", "slow-2", "slow-2", "slow-3", "slow-3"]
     assert without_clock(found) == without_clock(whole)
     assert not list((tmp_path / "out").rglob("checkpoints")) and not (tmp_path / "out" / "comparing.json").exists()
     with pytest.raises(ctr.CtrlibError, match="is a folder of `ctrlib compare` already"):
         ctr.compare(data, MODELS, tmp_path / "out", seeds=2)
+
+
+def test_an_older_comparison_stays_until_the_new_one_is_over(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in a run, or anywhere as it takes the other's place, the same command ends as one that was not."""
+    out, run, remove = tmp_path / "out", module.run, module.remove
+    whole = ctr.compare(data, MODELS, out, seeds=2)
+    renamed = {"good": MODELS["good"], "slower": MODELS["slow"]}
+    for one in ("good-0", "slow-3"):
+        (out / one / "mark").touch()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def stopped(*arguments: Any, **named: Any) -> Any:
+        if named["out"].name == "good-1":
+            raise Killed
+        return run(*arguments, **named)
+
+    monkeypatch.setattr(module, "run", stopped)
+    with pytest.raises(Killed):
+        ctr.compare(data, renamed, out, seeds=2, overwrite=True)
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(ctr.CtrlibError, match=r"anew holds an unfinished comparison.*seed was 0, is now 5"):
+        ctr.compare(data, renamed, out, seeds=2, seed=5, overwrite=True)
     monkeypatch.setattr(module, "run", run)
-    (tmp_path / "out" / "good-0" / "mark").touch()
-    again = ctr.compare(data, MODELS, tmp_path / "out", seeds=2, overwrite=True)
-    assert without_clock(again) == without_clock(whole) and not (tmp_path / "out" / "good-0" / "mark").exists()
+    kills, calls = 0, 0
+
+    def killing(path: Path) -> None:
+        nonlocal calls
+        calls += path.name[-1].isdigit()
+        if calls > kills:
+            raise Killed
+        remove(path)
+
+    monkeypatch.setattr(module, "remove", killing)
+    found = None
+    while found is None:
+        try:
+            found = ctr.compare(data, renamed, out, seeds=2, overwrite=True)
+        except Killed:
+            if kills == 2:
+                with pytest.raises(ctr.CtrlibError, match=r"anew holds a comparison, .*seed was 0, is now 5"):
+                    ctr.compare(data, renamed, out, seeds=2, seed=5, overwrite=True)
+            kills, calls = kills + 1, 0
+            monkeypatch.setattr(module, "run", None)  # all runs are over
+    assert kills == 5  # two runs of before that have no successor, and four of now but those that were moved
+    assert json.dumps(without_clock(found)).replace("slower", "slow") == json.dumps(without_clock(whole))
+    assert found == json.loads((out / "comparison.json").read_text())
+    names = {path.name for path in out.iterdir() if path.name != ".lock"}
+    assert names == {"good-0", "good-1", "slower-2", "slower-3", "comparison.json"}
+    assert not list(out.rglob("mark"))
+    for line in found["models"]:
+        for one in line["runs"]:
+            assert ctr.Predictor.load(out / one["folder"]).evaluate_prepared(data, "test")["auc"] == one["test_auc"]
 
 
 def test_another_comparison_does_not_go_on_there(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,8 +270,29 @@ def test_the_command(
     printed, said = capsys.readouterr()
     assert "14 trials on" in printed and "14 complete" in printed and "0 (defaults)" in printed
     assert said.count("\n") == 14 and "trial 13 of 14, " in said and "; best 0.69000 (trial 0)" in said
-    assert cli.main([*arguments, "--json", "--overwrite"]) == 0
-    assert json.loads(capsys.readouterr().out)["best"]["number"] == 0
+    before = {name: (out / name).read_bytes() for name in ("best.json", "trials.json")}
+    arguments += ["--json", "--overwrite", "--seed", "1"]
+
+    class Killed(BaseException):
+        """What no part of ctrlib catches."""
+
+    def dying(_: Any, config: Any, **named: Any) -> Any:
+        if len(calls) == 20:
+            raise Killed
+        return run(_, config, **named)
+
+    monkeypatch.setattr(tuning, "run", dying)
+    with pytest.raises(Killed):
+        cli.main(arguments)
+    assert {name: (out / name).read_bytes() for name in before} == before  # the older search stays until then
+    capsys.readouterr()
+    monkeypatch.setattr(tuning, "run", run)
+    assert cli.main(arguments) == 0
+    printed, said = capsys.readouterr()
+    assert json.loads(printed)["best"]["number"] == 0 and said.count("\n") == 8
+    assert json.loads((out / "trials.json").read_text())["identity"]["seed"] == 1
+    assert json.loads((out / "best.json").read_text())["training"]["seed"] == 1
+    assert {path.name for path in out.iterdir() if path.name != ".lock"} == set(before)
     for wrong, expected in ((["--models", "mpl"], "there is no model mpl"), (["--trials", "0"], "trials")):
         assert cli.main(["tune", str(data), "--out", f"{out}2", *wrong]) == 1
         assert expected in capsys.readouterr().err

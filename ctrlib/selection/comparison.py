@@ -15,7 +15,7 @@ from ctrlib._lock import holding
 from ctrlib._target import FINISHED, check_target
 from ctrlib.distributed import world_size
 from ctrlib.errors import ArgumentError, UnsupportedError, check_path, check_type, check_whole
-from ctrlib.making import remove, write_text
+from ctrlib.making import remove, sweep, write_text
 from ctrlib.manifest import check_folder, data_hash, load_schema
 from ctrlib.models.build import plain
 from ctrlib.selection.significance import Difference, auc_influence, difference_of_means, log_loss_influence
@@ -36,6 +36,7 @@ from ctrlib.training.run import run
 from ctrlib.training.splits import load_to_score
 
 RESULT, UNFINISHED = "comparison.json", "comparing.json"
+ANEW = "anew"  # folder for a comparison that takes the place of an older one when it is over
 MEASURED = ("valid_auc", "valid_logloss", "test_auc", "test_logloss", "seconds")
 
 
@@ -69,7 +70,7 @@ def compare(
         out: folder for the runs and comparison.json, the result.
         seeds: runs of each model, 2 or more.
         seed: the first.
-        overwrite: replace an older comparison.
+        overwrite: replace an older comparison, which stays until this one is over.
         log: is called with a line for each run.
 
     Returns:
@@ -103,11 +104,25 @@ def compare(
     check_target(out, "comparison", inputs=[data], overwrite=overwrite)
     data, out = Path(data), Path(out)
     check_folder(data)
-    if overwrite and (out / RESULT).is_file():
-        _remove_old(out)
-    configs = _configs(data, models)
-    hashes = load_schema(data).hash, data_hash(data)
-    said = plain({"models": configs, "seeds": seeds, "seed": seed, "data": hashes[0], "rows": hashes[1]})
+    said = {"models": _configs(data, models), "seeds": seeds, "seed": seed}
+    said = plain({**said, "data": load_schema(data).hash, "rows": data_hash(data)})
+    if not (out / RESULT).is_file():
+        return _compare(data, said, out, log)
+    if (out / UNFINISHED).is_file():  # it was over but for this
+        refuse_another(_read(out / UNFINISHED), said, f"{out} holds a comparison that is over, and that is another one")
+        remove(out / UNFINISHED)
+        return _read(out / RESULT)
+    anew = out / ANEW
+    if (anew / RESULT).is_file():  # it was over, and killed as it took its place
+        refuse_another(_said_by(_read(anew / RESULT)), said, f"{anew} holds a comparison, and that is another one")
+    else:
+        _compare(data, said, anew, log)
+    return _replace(out, anew)
+
+
+def _compare(data: Path, said: dict[str, Any], out: Path, log: Callable[[str], None] | None) -> dict[str, Any]:
+    """What `compare` says, in a folder that holds no older one."""
+    configs, seeds, seed, hashes = said["models"], said["seeds"], said["seed"], (said["data"], said["rows"])
     out.mkdir(parents=True, exist_ok=True)
     if (out / UNFINISHED).is_file():
         refuse_another(_read(out / UNFINISHED), said, f"{out} holds an unfinished comparison, and that is another one")
@@ -182,6 +197,7 @@ def _run(config: dict[str, Any], data: Path, folder: Path, hashes: tuple[str, st
         )
         if (folder / FINISHED).is_file():
             clean_up(folder)
+        sweep(folder, FINISHED)
         remove(folder / "checkpoints")  # if it was stopped between these
         return _read(path)
     _, result = run(
@@ -201,12 +217,31 @@ def _read(path: Path) -> dict[str, Any]:
         raise ArgumentError(f"{path} is damaged ({error}): delete {path.parent} to do that part again") from error
 
 
-def _remove_old(out: Path) -> None:
-    old = _read(out / RESULT)
-    for line in old.get("models", ()):
-        for one in line["runs"]:
-            remove(out / Path(one["folder"]).name)
-    remove(out / RESULT)
+def _said_by(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a comparison was asked for."""
+    models = {line["name"]: line["config"] for line in result["models"]}
+    hashes = {"data": result["data_hash"], "rows": result["rows_hash"]}
+    return {"models": models, **{name: result[name] for name in ("seeds", "seed")}, **hashes}
+
+
+def _replace(out: Path, anew: Path) -> dict[str, Any]:
+    """Put a comparison in the place of the older one around it; the result last, so that it can be done again."""
+    result = _read(anew / RESULT)
+    old, new = (
+        [Path(one["folder"]).name for line in said["models"] for one in line["runs"]]
+        for said in (_read(out / RESULT), result)
+    )
+    for name in old:
+        if name not in new:
+            remove(out / name)
+    for name in new:
+        if (anew / name).is_dir():  # or it was moved already
+            remove(out / name)
+            (anew / name).rename(out / name)
+    (anew / RESULT).replace(out / RESULT)
+    remove(anew)
+    sweep(out, RESULT)
+    return result
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from ctrlib.training.run import run
 
 By = Literal["auc", "log_loss"]
 TRIALS, BEST = "trials.json", "best.json"
+ANEW = "trials_anew.json"  # trials of a search that takes the place of an older one when it is over
 MINUTES = 10.0
 STARTUP = 10  # trials at random, beside those of the defaults, before any is proposed by others
 UNPRUNED = 5  # trials before any is stopped early
@@ -89,7 +90,7 @@ def tune(
             `trials` is not said either.
         by: the validation metric that tells which trial is best. Which epoch of a trial counts, its own training says.
         seed: of the search, and of each training.
-        overwrite: replace an older search.
+        overwrite: replace an older search, which stays until this one is over.
         log: is called with a line for each trial.
 
     Returns:
@@ -126,26 +127,27 @@ def tune(
     starts = {name: config_for(data, name, seed=seed) for name in names}
     hashes = load_schema(data).hash, data_hash(data)
     identity = plain({"models": names, "by": by, "seed": seed, "data": hashes[0], "rows": hashes[1]})
-    if overwrite and (out / BEST).is_file():
-        remove(out / BEST)
-        remove(out / TRIALS)
     out.mkdir(parents=True, exist_ok=True)
-    found = _begin(out / TRIALS, identity)
+    path = out / (ANEW if (out / BEST).is_file() else TRIALS)
+    found = _begin(path, identity)
     search = _Search(data, starts, by, seed, found)
     while (trials is None or len(found) < trials) and (minutes is None or not found or search.spent() < 60 * minutes):
         line = search.next(None if minutes is None or not found else 60 * minutes - search.spent())
         found.append(line)
-        write_text(out / TRIALS, to_json({"identity": identity, "trials": found}, indent=1) + "\n")
+        write_text(path, to_json({"identity": identity, "trials": found}, indent=1) + "\n")
         if log is not None:
             log(search.told(line, trials, minutes))
     best = search.best()
     if best is None:
         raise ArgumentError(
-            f"no trial of {out} came to an end with a number; {TRIALS} there says what each did: give it more time, or "
-            "look whether the data can be trained on by `ctrlib train`"
+            f"no trial of {out} came to an end with a number; {path.name} there says what each did: give it more time, "
+            "or look whether the data can be trained on by `ctrlib train`"
         )
     config = search.config_of(best["parameters"], complete_it=True)
     write_text(out / BEST, json.dumps(config, indent=1) + "\n")
+    if path.name == ANEW:  # killed before this, it finds all trials there, and comes by here again
+        write_text(out / TRIALS, path.read_text(encoding="utf-8"))
+        remove(path)
     return {"data": str(data), **identity, "best": best, "trials": found, "config": config}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ctrlib._target import target
+from ctrlib._target import TargetError, target
 from ctrlib.data.cells import checks, without_bad_rows
 from ctrlib.data.coded import read_coded
 from ctrlib.data.event_state import State
@@ -38,12 +39,18 @@ def update(model: str | Path, data: RawData, *, on_bad_row: OnBadRow = "raise") 
     Raises:
         SchemaError: the folder keeps no events, or a column is missing or of another type.
         DataError: a row is damaged, or not later than the events that are known.
+        TargetError: the folder may not be written to, or holds the data.
         LockedError: somebody else writes into the folder; the message says who.
     """
     check_path("a model folder", model=model)
     check_on_bad_row(on_bad_row)
     model = Path(model)
     inputs = paths_of(data) if in_files(data) else []
+    if model.is_dir() and not os.access(model, os.W_OK):  # said here, since there is no --out to be another
+        raise TargetError(
+            f"{model}: this folder may not be written to (it is read-only, or somebody else's): update a copy of it, "
+            "or ask for the right to write there"
+        )
     with target(model, ("model", "compressed", "search"), inputs=inputs, overwrite=True):
         schema = load_schema(model)
         state = State.load(model, schema)
