@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -217,6 +218,69 @@ def test_the_command_logs_to_mlflow(data, tmp_path, monkeypatch, capsys):
     assert [run.name for run in client.runs.values()] == ["m"]
     assert not (tmp_path / "m" / ".mlflow-run").exists()
     assert "mlflow" not in json.loads((tmp_path / "m" / "model.json").read_text())["training"]
+
+
+# ------------------------------------------------------------------------------------------------------ TensorBoard
+
+
+def shown_by_tensorboard(folder):
+    """What TensorBoard itself reads: name of a scalar -> steps and values; without what it has dropped."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    read = events.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    read.Reload()
+    found = {name: [(one.step, one.value) for one in read.Scalars(name)] for name in read.Tags()["scalars"]}
+    return {name: values for name, values in found.items() if values}
+
+
+def test_tensorboard_shows_the_lines_of_the_log(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    ctr.run(data, CONFIG, out=tmp_path, tensorboard=True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    found = shown_by_tensorboard(tmp_path)
+    assert set(found) == {name for name, value in lines[0].items() if value is not None}
+    for name, values in found.items():
+        assert values == [(line["epoch"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+
+
+def test_tensorboard_shows_no_epoch_twice_when_a_run_goes_on(data, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    evaluate, calls = loop.evaluate, []
+
+    def stopped(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("stopped")
+        return evaluate(*arguments, **named)
+
+    # Event files are read in the order of their names, which have the second and, as text, a number.
+    clock = SimpleNamespace(time=itertools.count(1_800_000_000).__next__)
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time", clock)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stopped)
+        with pytest.raises(RuntimeError, match="stopped"):
+            ctr.run(data, CONFIG, out=tmp_path, tensorboard=True)
+    assert [step for step, _ in shown_by_tensorboard(tmp_path)["valid_auc"]] == [1, 2]
+    ctr.run(data, CONFIG, out=tmp_path, tensorboard=True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    expected = [(line["epoch"], pytest.approx(line["valid_auc"], rel=1e-6)) for line in lines]
+    assert shown_by_tensorboard(tmp_path)["valid_auc"] == expected
+    ctr.run(data, CONFIG, out=tmp_path / "one", tensorboard=True)
+    one_epoch = {**CONFIG, "training": {**CONFIG["training"], "max_epochs": 1}}
+    ctr.run(data, one_epoch, out=tmp_path / "one", tensorboard=True)  # another run there: nothing is left of the old
+    assert [step for step, _ in shown_by_tensorboard(tmp_path / "one")["valid_auc"]] == [1]
+
+
+def test_tensorboard_takes_what_is_not_finite_and_any_name(tmp_path):
+    pytest.importorskip("tensorboard")
+    tracker = TensorBoard(tmp_path)
+    tracker.start({"model": "fm"})
+    said = {"a": math.inf, "b": -math.inf, "c": math.nan, "recall@20": 0.25, "of user&item": 1, "valid_gauc": None}
+    tracker.log(said, 1)
+    tracker.finish(None)
+    found = shown_by_tensorboard(tmp_path)
+    assert math.isnan(found.pop("c")[0][1])
+    assert found == {name: [(1, value)] for name, value in said.items() if name not in ("c", "valid_gauc")}
 
 
 def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
