@@ -17,6 +17,7 @@ from ctrlib.cli.prepare import Columns, Output, Prepare
 from ctrlib.data.columns import Columns as Encoded
 from ctrlib.data.encoder import FEW_CELLS, Encoder
 from ctrlib.data.fingerprint import fingerprint
+from ctrlib.data.infer import infer_features
 from ctrlib.data.split import split_table
 from ctrlib.data.stream import blocks
 from ctrlib.data.table import RawTable
@@ -374,6 +375,13 @@ def test_times_and_near_unique_text_are_remarked_on(tmp_path: Path) -> None:
     times = [(start + datetime.timedelta(minutes=7 * (n // 2))).isoformat() + "Z" for n in range(NUM_ROWS)]
     (remark,) = remarks_of(tmp_path, {"at": times, "label": LABEL})
     assert remark.startswith("column 'at' holds times, such as '2024-03-05T08:15:30Z', and was taken for ids")
+    days = [(start + datetime.timedelta(days=n // 2)).date().isoformat() for n in range(NUM_ROWS)]
+    (remark,) = remarks_of(tmp_path, {"day": days, "label": LABEL})
+    assert remark.startswith("column 'day' holds times, such as '2024-03-05', and was taken for ids")
+    assert remarks_of(tmp_path, {"day": [f"{day} (x)" for day in days], "label": LABEL}) == []
+    each = [(start + datetime.timedelta(minutes=7 * n)).isoformat() for n in range(NUM_ROWS)]
+    (guess,) = infer_features(RawTable((pl.LazyFrame({"at": each}),), "demo"))
+    assert (guess.feature, guess.reason) == (None, "ignored: every row has another time; --split-by splits by it")
     trains = pl.DataFrame({"who": [f"u{n}" for n in range(NUM_ROWS - 1)] + ["u0"], "label": LABEL})
     valid = pl.DataFrame({"who": [f"u{n}" for n in range(290, 320)], "label": LABEL[:30]})
     (remark,) = remarks_of(tmp_path, {"train": trains, "valid": valid})

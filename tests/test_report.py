@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
     clicks = generate(Teacher(6_000, cardinalities=(60, 80, 5), num_numeric=2, max_history=4, seed=3))[0].rename(NAMES)
     features = [ctr.Sequence("clicked", vocabulary="item")]
     ctr.prepare(clicks, where / "data", features=features, labels="click", group="user", log=None)
+    clicks.write_parquet(where / "clicks.parquet")
     clicks[:500].write_parquet(where / "today.parquet")
     for name, model in (("first", "dcnv2"), ("second", "fm")):
         how = {"batch_size": 256, "learning_rate": 5e-3, "max_epochs": 2, "device": "cpu"}
@@ -114,6 +115,8 @@ def test_of_two_runs_the_page_says_what_was_measured(folder, capsys, tmp_path):
         assert f'data-value="{result["embedding_bytes"]!r}"' in text
     saved = pl.read_parquet(scores)
     assert saved.columns == ["click", "user", "shop", "first", "second"]
+    clicks = pl.read_parquet(folder / "clicks.parquet")
+    assert saved["user"].dtype == pl.String and saved["user"].is_in(clicks["user"].unique().to_list()).all()
     labels, a, b, users = (saved[name].to_numpy() for name in ("click", "first", "second", "user"))
     test = metrics.auc_paired_test(labels, a, b, groups=users)
     (paired,) = evaluated["paired"]
@@ -184,6 +187,7 @@ def test_of_raw_rows_and_of_predictions(folder, capsys, tmp_path):
     assert headings == ["The run", "Metrics", "Reliability", "By price", "By shop", *headings[-2:]]
     expected, _ = ctr.Predictor.load(folder / "first").predict(folder / "today.parquet")
     assert np.allclose(pl.read_csv(scores)["first"], expected["click"], atol=1e-7)
+    assert pl.read_csv(scores)["user"].to_list() == pl.read_parquet(folder / "today.parquet")["user"].to_list()
     call = [scores, "--label", "click", "--score", "first", "--group", "user", "--by", "shop"]
     status, said = report(folder, capsys, *call, "--out", tmp_path / "p.html")
     assert status == 0, said

@@ -50,6 +50,8 @@ class Predictions:
     weights: np.ndarray | None = None
     by: dict[str, pl.Series] = field(default_factory=dict)
     """Columns by whose values rows are told apart."""
+    group_values: pl.Series | None = None
+    """(B,) what groups are called, where their numbers are ours."""
 
 
 def read_predictions(

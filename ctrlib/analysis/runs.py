@@ -20,7 +20,7 @@ from ctrlib.making import settle
 from ctrlib.metrics.probability import sigmoid
 from ctrlib.schema import SchemaError
 from ctrlib.serving.predictor import Predictor
-from ctrlib.serving.slices import prepared_values
+from ctrlib.serving.slices import prepared_groups, prepared_values
 from ctrlib.training.evaluate import Scores, are_known, predict, unless_uniform
 from ctrlib.training.record import load_record
 
@@ -102,6 +102,7 @@ def score_runs(
     split: str | None = "test",
     by: Sequence[str] = (),
     batch_size: int = 8192,
+    with_groups: bool = False,
 ) -> list[Predictions]:
     """What the models of runs predict for the same rows, as logits: one `Predictions` for each label.
 
@@ -111,6 +112,7 @@ def score_runs(
         split: of the prepared folder; None where `data` is raw.
         by: columns by whose values rows are told apart: of a prepared folder features with one id a row, or the group.
         batch_size: rows per step.
+        with_groups: whether to find out what groups are called, for `scores_frame`.
 
     Raises:
         SchemaError: a folder holds no model, or the data do not fit one.
@@ -124,6 +126,8 @@ def score_runs(
     first = next(iter(predictors.values()))
     scored: dict[str, Scores] = {}
     values: dict[str, pl.Series] = {}
+    called: pl.Series | None = None
+    group = first.schema.group if with_groups else None
     for name, predictor in predictors.items():
         if predictor.schema.labels != first.schema.labels:
             raise ArgumentError(
@@ -134,15 +138,18 @@ def score_runs(
             assert isinstance(data, str | Path)
             schema = predictor.check_prepared(data)
             values = values or {one: prepared_values(Path(data), split, schema, one) for one in by}
+            called = prepared_groups(Path(data), split) if called is None and group else called
             scored[name] = predict(predictor.model, Loader(data, split, batch_size=batch_size))
         else:
-            scored[name], kept, _ = predictor.score(data, batch_size=batch_size, keep=tuple(by))
+            keep = tuple(dict.fromkeys([*by, *([group] if group else [])]))
+            scored[name], kept, _ = predictor.score(data, batch_size=batch_size, keep=keep)
             values = values or {one: kept[one] for one in by}
-    return _predictions(scored, values, first, data)
+            called = kept[group] if group else None
+    return _predictions(scored, values, called, first, data)
 
 
 def _predictions(
-    scored: dict[str, Scores], values: dict[str, pl.Series], first: Predictor, data: Any
+    scored: dict[str, Scores], values: dict[str, pl.Series], called: pl.Series | None, first: Predictor, data: Any
 ) -> list[Predictions]:
     one = next(iter(scored.values()))
     for name, other in scored.items():
@@ -172,6 +179,7 @@ def _predictions(
                 first.schema.group if one.groups is not None else None,
                 weights,
                 {name: column.filter(pl.Series(keep)) for name, column in values.items()},
+                None if called is None else called.filter(pl.Series(keep)),
             )
         )
     return found
@@ -191,9 +199,9 @@ def scores_frame(evaluated: Sequence[Predictions]) -> pl.DataFrame:
         several = len(evaluated) > 1
         columns: dict[str, Any] = {"label": [one.label] * len(one.labels)} if several else {}
         columns["value" if several else one.label] = one.labels.astype(np.int8)
-        if one.groups is not None and (one.group not in one.by):
-            columns[one.group or "group"] = one.groups
-        columns |= dict(one.by)
+        if one.groups is not None:
+            columns[one.group or "group"] = one.groups if one.group_values is None else one.group_values
+        columns |= {name: values for name, values in one.by.items() if name not in columns}
         if one.weights is not None:
             columns["weight"] = one.weights
         for name, scores in one.scores.items():

@@ -170,7 +170,8 @@ class Report(Command):
         prepared = self._is_prepared()
         split = (rows.split or "test") if prepared else None
         data: Any = rows.data[0] if len(rows.data) == 1 else list(rows.data)
-        evaluated = score_runs(runs, data, split=split, by=rows.by)
+        saved = self.output.scores is not None
+        evaluated = score_runs(runs, data, split=split, by=rows.by, with_groups=saved)
         if self.output.scores is not None:
             self._save(evaluated)
         remarks = [f"Rows: {named(rows.data)}" + (f", split {split}." if split else ".")]

@@ -32,7 +32,7 @@ _MEASURE_NAME = re.compile(
 )
 
 
-_TIME = r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}[T ]\d{1,2}:\d{2}"
+_TIME = r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}([T ]\d{1,2}:\d{2}|$)"
 _TIME_NAME = re.compile(r"hour|time|date|day", re.IGNORECASE)
 HOURS = "hours as YYMMDDHH: make hour of day and weekday of them (docs/data.md, Splits and times)"
 
@@ -124,7 +124,10 @@ def _guess_text(name: str, present: pl.Series, distinct: pl.Series, share_of_num
     if divided and (tokens := present.str.split("|").explode()).n_unique() < 0.5 * len(tokens):
         return Guess(name, MultiValued(name), "text: values repeat between '|'")
     if num_distinct == len(present) >= MIN_ROWS_FOR_IDENTIFIER:
-        return Guess(name, None, "ignored: every row has another text")
+        times = present.gather_every(max(1, len(present) // LOOK_AT)).str.contains(_TIME).all()
+        return Guess(
+            name, None, f"ignored: every row has another {'time; --split-by splits by it' if times else 'text'}"
+        )
     if share_of_numbers > 0.5:
         other = present.filter(present.cast(pl.Float64, strict=False).is_null()).mode()[0]
         return Guess(

@@ -33,18 +33,30 @@ def prepared_values(folder: Path, split: str, schema: Schema, name: str) -> pl.S
             f"{folder} has no column {name!r} with one id a row; {instead([name], known_names)}: or evaluate a raw file"
         )
     column = name if name in names else GROUP_COLUMN
-    files = sorted((folder / split).glob("*.parquet"))
-    ids = pl.concat([pl.read_parquet(path, columns=[column]) for path in files]).to_series().cast(pl.Int64)
-    file = names.get(name, Path("groups.parquet")).as_posix()
-    if column == GROUP_COLUMN and not (folder / file).is_file():
-        return ids.alias(name)  # groups that are integers stand for themselves
-    check_file(folder, file)
-    of_id = pl.read_parquet(folder / file).select("id", "value").with_columns(pl.col("id").cast(pl.Int64))
-    values = ids.to_frame("id").join(of_id, on="id", how="left", maintain_order="left")["value"].cast(pl.String)
-    unseen = (ids == OOV_ID) & (column == name)
+    if column == GROUP_COLUMN:
+        return prepared_groups(folder, split).alias(name)
+    ids = _ids(folder, split, column)
+    values, unseen = _named(folder, names[name].as_posix(), ids), ids == OOV_ID
     return pl.DataFrame([values.alias("value"), unseen.alias("unseen")]).select(
         pl.when("unseen").then(pl.lit(UNSEEN)).otherwise("value").alias(name)
     )[name]
+
+
+def prepared_groups(folder: Path, split: str) -> pl.Series:
+    """The groups of the rows of a prepared split, in the loader's order, as they were called before."""
+    ids, file = _ids(folder, split, GROUP_COLUMN), "groups.parquet"
+    return _named(folder, file, ids) if (folder / file).is_file() else ids  # integers stand for themselves
+
+
+def _ids(folder: Path, split: str, column: str) -> pl.Series:
+    files = sorted((folder / split).glob("*.parquet"))
+    return pl.concat([pl.read_parquet(path, columns=[column]) for path in files]).to_series().cast(pl.Int64)
+
+
+def _named(folder: Path, file: str, ids: pl.Series) -> pl.Series:
+    check_file(folder, file)
+    of_id = pl.read_parquet(folder / file).select("id", "value").with_columns(pl.col("id").cast(pl.Int64))
+    return ids.to_frame("id").join(of_id, on="id", how="left", maintain_order="left")["value"].cast(pl.String)
 
 
 def score_slices(scores: Scores, values: pl.Series, labels: Sequence[str]) -> list[dict[str, Any]]:
