@@ -8,10 +8,6 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-NONE = {
-    **dict.fromkeys(("kills", "terminations", "flips", "truncations", "swaps", "resumed", "full-disks"), 0),
-    **dict.fromkeys(("lost", "stopped", "torchruns", "rank-changes"), 0),
-}
 # How damage is found is in test_checkpoint.py, and here a run goes on after it; test_killed_calls.py kills runs of one
 # process. Full disks, silent processes, and what torchrun starts again by itself are left to `make faults`, and so are
 # checkpoints after each step.
@@ -21,29 +17,10 @@ SHORT = {
 }
 
 
-def run(folder: Path, trials: dict[str, float], command: list[str]) -> subprocess.CompletedProcess[str]:
-    flags = [text for name, count in trials.items() for text in (f"--{name}", str(count))]
-    environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, *command, *flags], capture_output=True, text=True, env=environment)
-
-
-def test_every_fault_is_survived(tmp_path: Path) -> None:
-    assert set(NONE) <= set(SHORT)
-    done = run(tmp_path, SHORT, [str(TESTS / "faults.py")])
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
-    counts = {cells[1].strip(): [int(cells[place]) for place in (2, 3, 4)] for cells in lines}
-    kills = [numbers for fault, numbers in counts.items() if fault.startswith("kill -9: ")]
-    assert [runs for runs, _, _ in kills] == [1]
-    assert sum(injected for _, injected, _ in kills) >= 1
-    assert len(counts) == 1 + 1 + 1 + 2
-    assert all(survived == runs <= injected for runs, injected, survived in counts.values())
-    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("torch")]  # torch's own are torch's
-    assert not left
-
-
 CARELESS = """
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 sys.path.insert(0, sys.argv.pop(1))
 import faults
@@ -62,12 +39,31 @@ def careless(self, tensors, **options):
     return state
 
 
+trials = tyro.cli(faults.Trials)
+status = faults.main(trials)
+left = [path.name for path in Path(faults.tempfile.gettempdir()).iterdir()]
+print("left:", *(name for name in left if not name.startswith("torch")))  # torch's own are torch's
 Checkpoints.load = careless
-sys.exit(faults.main(tyro.cli(faults.Trials)))
+print("careless")
+none = dict.fromkeys(("kills", "terminations", "flips", "lost", "rank_changes"), 0)
+sys.exit(10 * status + faults.main(replace(trials, **none, full_disks=1)))
 """
 
 
-def test_a_resume_that_loses_the_last_bits_is_found_out(tmp_path: Path) -> None:
-    done = run(tmp_path, {**NONE, "full-disks": 1}, ["-c", CARELESS, str(TESTS)])
+def test_every_fault_is_survived_and_a_resume_that_loses_the_last_bits_is_found_out(tmp_path: Path) -> None:
+    flags = [text for name, count in SHORT.items() for text in (f"--{name}", str(count))]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "200"}
+    command = [sys.executable, "-c", CARELESS, str(TESTS), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "ended with other bits" in done.stdout
+    survived, _, found_out = done.stdout.partition("left:")
+    lines = [line.split("│") for line in survived.splitlines() if line.startswith("│")]
+    counts = {cells[1].strip(): [int(cells[place]) for place in (2, 3, 4)] for cells in lines}
+    kills = [numbers for fault, numbers in counts.items() if fault.startswith("kill -9: ")]
+    assert [runs for runs, _, _ in kills] == [1]
+    assert sum(injected for _, injected, _ in kills) >= 1
+    assert len(counts) == 1 + 1 + 1 + 2
+    assert all(survived == runs <= injected for runs, injected, survived in counts.values())
+    left, careless, found_out = found_out.partition("careless\n")
+    assert careless and not left.strip()
+    assert "ended with other bits" in found_out
