@@ -116,14 +116,28 @@ def test_ctrlib_alone_goes_the_whole_road(tmp_path: Path, capsys: pytest.Capture
     flops = 6 * 256 * (624 * 400 + 2 * 400 * 400 + 401) + 4 * 256 * 13
     assert machine["GFLOP of a step"] == pytest.approx(flops / 1e9)
     assert machine["matrix share"] == pytest.approx(machine["step products, ms"] / machine["step, ms"])
-    with (
-        speed.Program(knobs, "ctrlib", raw) as program,
-        pytest.raises(RuntimeError, match=r"(?s)ended in open.*no_such"),
-    ):
-        program.do("open", model="no_such", net={})
     capsys.readouterr()
     with pytest.raises(SystemExit, match="needs --raw DIR"):
         speed.raw_files(replace(knobs, data="frappe"))
+
+
+def test_of_a_program_that_fails_the_end_of_its_log_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "ctrlib_speed.py").write_text(
+        "from worker import Program, serve\n"
+        "class Broken(Program):\n"
+        "    def __init__(self, *, engine, precision, **setting): super().__init__(**setting)\n"
+        "    def open(self, model, net): raise ValueError(f'there is no {model}')\n"
+        "serve(Broken)\n"
+    )
+    monkeypatch.setattr(speed, "HERE", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "recipes" / "peers"))
+    knobs = speed.Knobs(work=tmp_path / "work")
+    with (
+        speed.Program(knobs, "ctrlib", tmp_path) as program,
+        pytest.raises(RuntimeError, match=r"(?s)ended in open.*there is no no_such"),
+    ):
+        program.do("open", model="no_such", net={})
 
 
 def test_what_was_measured_becomes_tables_and_a_picture(tmp_path: Path) -> None:
