@@ -160,6 +160,13 @@ def quick(**more: Any) -> dict[str, Any]:
 MODELS = {"good": quick(learning_rate=0.01), "slow": quick(learning_rate=1e-5)}
 
 
+@pytest.fixture(scope="module")
+def compared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder of a comparison of these, to be read only, and what was found."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    return out, ctr.compare(data, MODELS, out, seeds=2)
+
+
 def without_clock(value: Any) -> Any:
     """A result without what a clock has measured."""
     if isinstance(value, dict):
@@ -193,9 +200,8 @@ def test_a_comparison_says_what_its_runs_are(data: Path, tmp_path: Path) -> None
     assert scored["auc"] == pytest.approx(good["runs"][1]["test_auc"])
 
 
-def test_rows_of_a_group_count_as_one_draw(data: Path, tmp_path: Path) -> None:
-    ctr.compare(data, MODELS, tmp_path / "out", seeds=2)
-    scores = module._scored(data, tmp_path / "out" / "good-0")
+def test_rows_of_a_group_count_as_one_draw(data: Path, compared: tuple[Path, dict[str, Any]]) -> None:
+    scores = module._scored(data, compared[0] / "good-0")
     value, of_groups = module.value_of(scores, auc_influence)
     assert len(of_groups) == len(np.unique(scores.groups)) < len(scores.labels)
     expected, rows = auc_influence(scores.labels[:, 0], scores.logits[:, 0])
@@ -209,8 +215,10 @@ class Killed(BaseException):
     """What no part of ctrlib catches. A KeyboardInterrupt in the wrong place would end the tests as well."""
 
 
-def test_killed_in_any_run_it_ends_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = ctr.compare(data, MODELS, tmp_path / "whole", seeds=2)
+def test_killed_in_any_run_it_ends_the_same(
+    data: Path, compared: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = compared
     run, started = module.run, []
 
     def stopped(*arguments: Any, **named: Any) -> Any:
