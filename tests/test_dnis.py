@@ -73,7 +73,7 @@ def planted_search(folder: Path, **changed: Any) -> torch.Tensor:
     with torch.no_grad():
         for basis in model.embedding.numeric.parameters():
             basis.copy_(torch.eye(8).view(basis.shape)).requires_grad_(False)
-    settings = DNIS(blocks=4, ratio=1.5, learning_rate=3e-3, warm_epochs=5, **changed)
+    settings = DNIS(blocks=4, ratio=1.5, learning_rate=3e-3, **changed)
     train = Loader(folder, "train", batch_size=1000, shuffle=True)
     valid = Loader(folder, "valid", batch_size=5000, shuffle=True)
     plan = dnis.search(model, train, valid, settings=settings, console=QUIET)
@@ -94,11 +94,11 @@ def recovers(alpha: torch.Tensor) -> bool:
 
 
 def test_planted_ranks_are_found_and_without_normalising_they_are_not(planted: Path) -> None:
-    alpha = planted_search(planted, epochs=11, penalty=0.3)
+    alpha = planted_search(planted, warm_epochs=5, epochs=11, penalty=0.3)
     assert recovers(alpha), alpha.tolist()
-    raw = planted_search(planted, epochs=5, normalise="none")
+    raw = planted_search(planted, warm_epochs=2, epochs=4, normalise="none")
     assert raw.min() > 0.9  # as good as nothing has moved
-    pushed = planted_search(planted, epochs=5, normalise="none", penalty=0.3)
+    pushed = planted_search(planted, warm_epochs=2, epochs=4, normalise="none", penalty=0.3)
     assert not recovers(pushed) and pushed.max() < 0.6  # the penalty does not tell them apart
 
 
