@@ -215,11 +215,11 @@ class Suite:
         self.failures: list[str] = []
         self.counts: dict[str, list[int]] = {}
         self.references: dict[str, str] = {}
+        import_everything()
         wanted = trials.wanted() if trials.pairs <= len(FIXED) else list(COMMANDS)
         making = FORK.Process(target=make_home, args=(self.home, wanted))
         making.start()
         making.join()
-        import_everything()
         import_all((folder / "imported").read_text().split())
         be_ready()
         folder.chmod(0o755)
