@@ -53,6 +53,8 @@ def named(package: str, names: Mapping[str, Sequence[str]], modules: Sequence[st
 
     def get(name: str) -> Any:
         if name not in module_of and name not in modules:
+            if name.startswith("__"):  # which tools ask of every module, and nobody misspells
+                raise AttributeError(f"module {package!r} has no attribute {name!r}")
             raise AttributeError(no_such(package, name, public))
         found = _import(f"{package}.{module_of.get(name, name)}")
         if name in module_of:
