@@ -370,6 +370,42 @@ def test_cells_filled_up_to_one_length_are_remarked_on(tmp_path: Path, kind: Any
     assert remarks_of(tmp_path, {"seen": mixed, "label": LABEL}, [kind("seen")]) == []
 
 
+@pytest.mark.parametrize(
+    ("write", "shown"),
+    [
+        (lambda n: f"{n % 50}%", "0%"),
+        (lambda n: f"${1000 + n % 70:,}.50", "$1,000.50"),
+        (lambda n: f"{n % 40} €", "0 €"),
+        (lambda n: f"{n % 90 * 37:,}", "1,036"),  # of which some have no comma
+        (lambda n: f"({n % 30})", "(0)"),  # negative, in books
+    ],
+    ids=["percent", "dollars", "euros", "thousands", "brackets"],
+)
+def test_numbers_with_other_signs_are_remarked_on(tmp_path: Path, write: Any, shown: str) -> None:
+    cells = [write(n) for n in range(NUM_ROWS)]
+    (remark,) = remarks_of(tmp_path, {"x": cells, "label": LABEL})
+    assert remark.startswith(f"column 'x' was taken for ids, but holds numbers with other signs, such as {shown!r}")
+    each = pl.LazyFrame({"x": [f"${n:,}.10" for n in range(NUM_ROWS)]})
+    (guess,) = infer_features(RawTable((each,), "demo"))
+    assert guess.feature is None
+    assert guess.remark.startswith("column 'x' was left out, since every row has another, but holds numbers with")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda n: f"{101 + n % 7},{201 + n % 5}",  # a list of ids, which has a remark of its own
+        lambda n: f"s{n % 9}%",
+        lambda n: f"{n % 9}-{n % 7}",
+        lambda n: f"{n % 50}",
+    ],
+    ids=["list", "letter", "range", "plain"],
+)
+def test_other_text_is_not_taken_for_numbers_with_signs(tmp_path: Path, write: Any) -> None:
+    found = remarks_of(tmp_path, {"x": [write(n) for n in range(NUM_ROWS)], "label": LABEL})
+    assert not any("other signs" in remark for remark in found)
+
+
 def test_times_and_near_unique_text_are_remarked_on(tmp_path: Path) -> None:
     start = datetime.datetime(2024, 3, 5, 8, 15, 30)
     times = [(start + datetime.timedelta(minutes=7 * (n // 2))).isoformat() + "Z" for n in range(NUM_ROWS)]

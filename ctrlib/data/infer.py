@@ -33,6 +33,8 @@ _MEASURE_NAME = re.compile(
 
 
 _TIME = r"^\d{4}[-/]\d{1,2}[-/]\d{1,2}([T ]\d{1,2}:\d{2}|$)"
+# Numbers as people write them, which are text until the marks are gone: $1,234.50, 83 %, 1,200.
+_MARKED = r"^[-+(]?[$€£¥]?\s?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?\s?[%€£¥]?\)?$"
 _TIME_NAME = re.compile(r"hour|time|date|day", re.IGNORECASE)
 HOURS = "hours as YYMMDDHH: make hour of day and weekday of them (docs/data.md, Splits and times)"
 
@@ -120,31 +122,31 @@ def _guess(values: pl.Series) -> Guess:
 
 def _guess_text(name: str, present: pl.Series, distinct: pl.Series, share_of_numbers: float) -> Guess:
     num_distinct, bar = len(distinct), "|"
+    some = present.gather_every(max(1, len(present) // LOOK_AT))
     divided = distinct.str.contains(bar, literal=True).any() and present.str.contains(bar, literal=True).mean() > 0.1  # type: ignore[operator]
     if divided and (tokens := present.str.split("|").explode()).n_unique() < 0.5 * len(tokens):
         return Guess(name, MultiValued(name), "text: values repeat between '|'")
     if num_distinct == len(present) >= MIN_ROWS_FOR_IDENTIFIER:
-        times = present.gather_every(max(1, len(present) // LOOK_AT)).str.contains(_TIME).all()
-        return Guess(
-            name, None, f"ignored: every row has another {'time; --split-by splits by it' if times else 'text'}"
-        )
+        times = some.str.contains(_TIME).all()
+        why = f"ignored: every row has another {'time; --split-by splits by it' if times else 'text'}"
+        return Guess(name, None, why, _marks(name, some, "was left out, since every row has another"))
     if share_of_numbers > 0.5:
         other = present.filter(present.cast(pl.Float64, strict=False).is_null()).mode()[0]
-        return Guess(
-            name, Categorical(name), f"text: {share_of_numbers:.0%} numbers, but also {other!r} (missing_values?)"
-        )
-    return Guess(name, Categorical(name), "text", _doubt(name, present))
+        reason = f"text: {share_of_numbers:.0%} numbers, but also {other!r} (missing_values?)"
+        return Guess(name, Categorical(name), reason, _marks(name, some, "was taken for ids"))
+    return Guess(name, Categorical(name), "text", _doubt(name, some))
 
 
-def _doubt(name: str, present: pl.Series) -> str:
+def _doubt(name: str, some: pl.Series) -> str:
     """What to remark on text that is taken for ids, if anything."""
-    some = present.gather_every(max(1, len(present) // LOOK_AT))
     if some.str.contains(_TIME).all():
         return (
             f"column {name!r} holds times, such as {some[0]!r}, and was taken for ids, which later times are not "
             f"among: split by it (--split-by {name}), make parts of it that come again, such as the hour, or leave it "
             f"out (--ignore {name})"
         )
+    if marks := _marks(name, some, "was taken for ids"):
+        return marks
     taken = f"every cell of {name!r} was taken for one id, such as {some[0]!r}, but cells look like lists"
     if (some.str.starts_with("[") & some.str.ends_with("]")).mean() > 0.5:  # type: ignore[operator]
         return f"{taken} in JSON: name it as a bag (--multi {name}) or a history (--sequence {name})"
@@ -155,6 +157,19 @@ def _doubt(name: str, present: pl.Series) -> str:
             f"a history (--sequence '{name}:separator={separator}')"
         )
     return ""
+
+
+def _marks(name: str, some: pl.Series, taken: str) -> str:
+    """A remark on numbers that are text because of a currency, `%` or separators of thousands."""
+    if not some.str.contains(_MARKED).all() or not some.str.contains(r"[^\d.+-]").any():
+        return ""
+    if some.str.contains(r"[%$€£¥]").mean() <= 0.5 and separator_in(some) is not None:  # type: ignore[operator]
+        return ""  # 101,205 are two ids if 101 and 205 come again
+    marked = some.filter(some.str.contains(r"[^\d.+-]"))
+    return (
+        f"column {name!r} {taken}, but holds numbers with other signs, such as {marked[0]!r}: write them as plain "
+        "numbers, such as 1234.5, to have it numeric"
+    )
 
 
 def separator_in(texts: pl.Series) -> str | None:
