@@ -20,6 +20,8 @@ from ctrlib import cli, models
 from ctrlib.data.scan import DataError
 from ctrlib.manifest import write_manifest
 from ctrlib.schema import Categorical, Numeric, SchemaError, Sequence
+from ctrlib.search.floors import rounded_rows
+from ctrlib.search.plan import materialise
 
 CONFIG: dict[str, Any] = {"model": "fm", "embedding_dim": 4}
 
@@ -288,7 +290,8 @@ def test_when_all_rows_are_left_out(predictor, tmp_path):
         predictor.predict(csv_of(tmp_path / "two.csv", bad), on_bad_row="skip")
 
 
-def test_rank_is_predict_sorted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["din", "wide_deep", "wide_deep in 8 bits"])
+def test_rank_is_predict_sorted(tmp_path: Path, name: str) -> None:
     """One user, many candidates: every feature on either side, histories and numbers too."""
     random = np.random.default_rng(0)
     rows = 300
@@ -306,7 +309,7 @@ def test_rank_is_predict_sorted(tmp_path: Path) -> None:
     )
     features = [ctr.Sequence("history", vocabulary="item"), ctr.MultiValued("tags")]
     ctr.prepare(frame, tmp_path / "data", features=features, labels="click", group="user", log=None)
-    config = {"model": "din", "embedding_dim": 4, "hidden": [8]}
+    config = {"model": name.split()[0], "embedding_dim": 4, "hidden": [8]}
     torch.manual_seed(0)
     model = ctr.models.build(config, ctr.Schema.load(tmp_path / "data"))
     with torch.no_grad():
@@ -314,6 +317,9 @@ def test_rank_is_predict_sorted(tmp_path: Path) -> None:
             parameter.normal_(0, 0.5)
     ctr.save_model(model, config, tmp_path / "data", tmp_path / "model")
     predictor = ctr.Predictor.load(tmp_path / "model")
+    if name.endswith("bits"):
+        smaller = materialise(predictor.model, rounded_rows(predictor.model, 8))
+        predictor = ctr.Predictor(smaller.eval(), predictor.schema, predictor.folder)
     context = {"user": 7, "age": 33, "history": "i1|i2|unheard", "page": "front"}
     candidates = frame.select("item", "tags", "price").head(50).with_columns(note=pl.lit("x"))
     shared = pl.DataFrame({name: [cell] * 50 for name, cell in context.items()})

@@ -76,6 +76,23 @@ class Ragged:
 
 
 @dataclass(frozen=True)
+class Shared(Ragged):
+    """One list that all rows hold, written out for each of them; `one` is the list by itself.
+
+    >>> lists = Shared.of(np.array([7, 8], np.int32), 2)
+    >>> lists.values.tolist(), lists.offsets.tolist(), lists.one.tolist()
+    ([7, 8, 7, 8], [0, 2, 4], [7, 8])
+    """
+
+    one: Array  # int32
+
+    @classmethod
+    def of(cls, one: Array, num_rows: int) -> Shared:
+        """A list for so many rows."""
+        return cls(np.tile(one, num_rows), np.arange(num_rows + 1) * len(one), one)
+
+
+@dataclass(frozen=True)
 class Columns:
     """N decoded rows. Single-valued columns lie side by side, so that gathering a row touches two cache lines, not 26.
 

@@ -38,6 +38,7 @@ from ctrlib.data.stream import ahead, blocks
 from ctrlib.data.table import ROW, RawTable, as_frame, clean, naming, numbered
 from ctrlib.data.unknown import judge
 from ctrlib.data.vocabulary import load_counts, load_vocabulary, vocabulary_path
+from ctrlib.data.whole_numbers import NUM_EXAMPLES, WholeColumns
 from ctrlib.making import new_folder
 from ctrlib.manifest import load_schema, write_manifest
 from ctrlib.schema import (
@@ -61,7 +62,8 @@ from ctrlib.schema import Sequence as History
 Rows: TypeAlias = Any
 FEW_CELLS = 4096  # go cell by cell
 FEW_CELLS_OF_ROWS = 4 * FEW_CELLS  # of rows as dictionaries, from which a frame would have to be made first
-NUM_EXAMPLES = 10  # unseen values that are kept to be shown
+FEW_NUMBERS = 16 * FEW_CELLS  # of frames: cells of which some need no Python
+MOST_PARTS = 32  # encoders of some features that are kept
 
 
 @dataclass
@@ -169,6 +171,19 @@ class Encoder:
             for f in self._lists
         }
         self._number_of = {f.name: number_of_cell(f, missing) for f in schema.dense}
+        self._whole = WholeColumns(schema, self.known, kinds)
+        # What `only` gave, which takes longer than to encode a few rows.
+        self._parts: dict[frozenset[str], Encoder] = {}
+        # Features of which a whole number means the text that it is in decimal.
+        whole = [
+            f
+            for f in (*self._single, *self._lists)
+            if not isinstance(f, RawId)
+            and getattr(f, "bucket", None) is None
+            and kinds.get(f.name, "parsed") in ("parsed", "null", "integer")
+        ]
+        self._of_whole = list(dict.fromkeys(map(vocabulary_of, whole)))
+        self._whole_place = {f.name: self._of_whole.index(vocabulary_of(f)) for f in whole}
 
     @property
     def single_names(self) -> list[str]:
@@ -187,13 +202,20 @@ class Encoder:
         >>> Encoder(schema, {"item": ["a"]}).only(["item"]).transform({"item": "a"})[0].ids.tolist()
         [[3]]
         """
+        key = frozenset(names)
+        if (known := self._parts.get(key)) is not None:
+            return known
         part = copy.copy(self)
+        part._parts = {}
         features = tuple(feature for feature in self.schema.features if feature.name in names)
         part.schema = dataclasses.replace(self.schema, features=features, group=None)
         part._names = part.inputs = [feature.name for feature in features]
         part._single = [feature for feature in self._single if feature.name in names]
         part._lists = [feature for feature in self._lists if feature.name in names]
         part._number_of = {name: number for name, number in self._number_of.items() if name in names}
+        if len(self._parts) == MOST_PARTS:  # whoever asks may choose the names
+            self._parts.clear()
+        self._parts[key] = part
         return part
 
     @classmethod
@@ -314,9 +336,15 @@ class Encoder:
         else:
             frame = as_frame(rows, name)
             columns = dict(zip(frame.columns, frame.get_columns()))
-            if 0 < frame.height * len(names) <= FEW_CELLS and columns.keys() >= set(names):
-                with contextlib.suppress(Careful):
-                    return self._quick({name: cells_of(columns[name]) for name in names}, columns)
+            if 0 < frame.height * len(names) <= FEW_NUMBERS and columns.keys() >= set(names):
+                # Whole numbers are taken as polars has them; the others go cell by cell.
+                cells: dict[str, Any] = {
+                    one: numbers for one in names if (numbers := self._whole.of_frame(one, columns[one])) is not None
+                }
+                if frame.height * (len(names) - len(cells)) <= FEW_CELLS:
+                    with contextlib.suppress(Careful):
+                        cells |= {name: cells_of(columns[name]) for name in names if name not in cells}
+                        return self._quick(cells, columns)
         return self.transform_table(self._table(frame, name))
 
     def _table(self, frame: pl.DataFrame, name: str) -> RawTable:
@@ -472,9 +500,12 @@ class Encoder:
         num_rows = len(next(iter(cells.values())))
         counts = Counts(num_rows)
         counts.ignored = [name for name in given if name not in cells and name not in self._not_inputs]
-        ids = []
-        for feature in self._single:
+        ids = np.empty((num_rows, len(self._single)), self._id_type)
+        of_whole = self._whole.singles(cells, self.single_names, ids, counts)
+        for position, feature in enumerate(self._single):
             name = feature.name
+            if name in of_whole:
+                continue
             if isinstance(feature, RawId):
                 found = [raw_id_of_cell(feature, cell) for cell in cells[name]]
                 unseen, missing = 0, found.count(MISSING_RAW_ID)
@@ -488,28 +519,30 @@ class Encoder:
                 if unseen:
                     self._note(counts, feature, texts)
             counts.ids[name], counts.unseen[name], counts.missing[name] = num_rows, unseen, missing
-            ids.append(found)
+            ids[:, position] = found
         ragged = {}
         for listed in self._lists:
-            texts_of, get = self._texts_of[listed.name], self.known[vocabulary_of(listed)].get
-            lists = [texts_of(cell) for cell in cells[listed.name]]
+            name = listed.name
+            if (whole := self._whole.lists(listed, cells[name], counts)) is not None:
+                ragged[name] = whole
+                continue
+            texts_of, get = self._texts_of[name], self.known[vocabulary_of(listed)].get
+            lists = [texts_of(cell) for cell in cells[name]]
             empty = [MISSING_ID] if isinstance(listed, MultiValued) else []
             of_rows = [[MISSING_ID if one is None else get(one, OOV_ID) for one in texts] or empty for texts in lists]
             values = [one for row in of_rows for one in row]
             lengths = np.array([len(row) for row in of_rows], np.int64)
-            ragged[listed.name] = Ragged(np.array(values, np.int32), offsets_of(lengths))
-            counts.ids[listed.name], counts.unseen[listed.name] = len(values), values.count(OOV_ID)
-            counts.missing[listed.name] = values.count(MISSING_ID)
+            ragged[name] = Ragged(np.array(values, np.int32), offsets_of(lengths))
+            counts.ids[name], counts.unseen[name] = len(values), values.count(OOV_ID)
+            counts.missing[name] = values.count(MISSING_ID)
             if isinstance(listed, History):
-                counts.empty[listed.name] = sum(not row for row in of_rows)
-            if counts.unseen[listed.name]:
+                counts.empty[name] = sum(not row for row in of_rows)
+            if counts.unseen[name]:
                 self._note(counts, listed, [one for texts in lists for one in texts])
         floats = self.empty_floats(num_rows)
         for position, (name, number_of) in enumerate(self._number_of.items()):
             floats[:, position] = [number_of(cell) for cell in cells[name]]
-        # A row's ids side by side, as everywhere.
-        beside = np.ascontiguousarray(np.array(ids, self._id_type).reshape(len(ids), num_rows).T)
-        return Columns(beside, ragged, floats, self._groups(num_rows)), counts
+        return Columns(ids, ragged, floats, self._groups(num_rows)), counts
 
     def _note(self, counts: Counts, feature: VocabularyFeature, texts: list[str | None]) -> None:
         """Keep some of the unseen values."""
@@ -538,6 +571,11 @@ class Encoder:
         if schema.weight is not None:
             floats[:, -1] = 1
         return floats
+
+    def empty(self, num_rows: int) -> Columns:
+        """Room for so many rows, as `transform` gives them."""
+        ids = np.empty((num_rows, len(self._single)), self._id_type)
+        return Columns(ids, {}, self.empty_floats(num_rows), self._groups(num_rows))
 
     def _groups(self, num_rows: int) -> npt.NDArray[np.int64] | None:
         return np.zeros(num_rows, np.int64) if self.schema.group is not None else None

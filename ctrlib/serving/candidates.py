@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ctrlib.data.columns import Columns, Ragged
+from ctrlib.data.columns import Columns, Shared
 from ctrlib.data.encoder import Encoder
 from ctrlib.data.scan import DataError
 from ctrlib.data.table import as_frame
 from ctrlib.errors import ArgumentError, WrongTypeError, check_type, shown
-from ctrlib.schema import SchemaError
+from ctrlib.schema import Schema, SchemaError
 
 
 def joined(encoder: Encoder, context: Mapping[str, Any], items: Any) -> Columns:
@@ -50,39 +51,32 @@ def joined(encoder: Encoder, context: Mapping[str, Any], items: Any) -> Columns:
         whole = rows.with_columns(pl.lit(pl.Series([cell])).first().alias(name) for name, cell in past.items())
         return encoder.transform(whole, name="items")[0]
     of_context = [name for name in encoder.inputs if name in context]
-    parts: list[tuple[Columns, Encoder, npt.NDArray[np.int64]]] = []
-    for names, given, place in (
-        (of_items, rows if as_rows else rows.select(of_items), np.arange(size)),
-        (of_context, {name: context[name] for name in of_context}, np.zeros(size, np.int64)),
-    ):
-        if names:
-            part = encoder.only(names)
-            parts.append((part.transform(given, name="items" if names is of_items else "context")[0], part, place))
-    return _side_by_side(encoder, parts, size)
+    columns = encoder.empty(size)
+    if of_items:
+        part = encoder.only(of_items)
+        given = rows if as_rows else rows.select(of_items)
+        _put(columns, encoder, part.transform(given, name="items")[0], part)
+    if of_context:
+        part = encoder.only(of_context)
+        given = {name: context[name] for name in of_context}
+        _put(columns, encoder, part.transform(given, name="context")[0], part)
+    return _in_order(columns, encoder.schema)
 
 
-def _side_by_side(
-    encoder: Encoder, parts: Sequence[tuple[Columns, Encoder, npt.NDArray[np.int64]]], size: int
-) -> Columns:
-    """The features of several encodings in the schema's order; `place`: which row of an encoding each row takes."""
-    schema = encoder.schema
-    singles: dict[str, npt.NDArray[Any]] = {}
-    ragged: dict[str, Ragged] = {}
-    numbers: dict[str, npt.NDArray[np.float32]] = {}
-    for columns, part, place in parts:
-        singles |= {name: columns.ids[place, at] for at, name in enumerate(part.single_names)}
-        numbers |= {feature.name: columns.floats[place, at] for at, feature in enumerate(part.schema.dense)}
-        ragged |= {name: lists.take(place) for name, lists in columns.ragged.items()}
-    ids = [singles[name] for name in encoder.single_names]
-    floats = encoder.empty_floats(size)
-    for at, feature in enumerate(schema.dense):
-        floats[:, at] = numbers[feature.name]
-    return Columns(
-        np.stack(ids, axis=1) if ids else np.empty((size, 0), np.int32),
-        {feature.name: ragged[feature.name] for feature in schema.sparse if feature.name in ragged},
-        floats,
-        np.zeros(size, np.int64) if schema.group is not None else None,
-    )
+def _put(columns: Columns, encoder: Encoder, found: Columns, part: Encoder) -> None:
+    """Put the features of an encoding where they stand among all; those of a single row into each."""
+    size = len(columns.ids)
+    columns.ids[:, [encoder.single_names.index(name) for name in part.single_names]] = found.ids
+    dense = [feature.name for feature in encoder.schema.dense]
+    places = [dense.index(feature.name) for feature in part.schema.dense]
+    columns.floats[:, places] = found.floats[:, : len(places)]
+    for name, lists in found.ragged.items():
+        columns.ragged[name] = lists if len(lists.offsets) == size + 1 else Shared.of(lists.values, size)
+
+
+def _in_order(columns: Columns, schema: Schema) -> Columns:
+    ragged = {feature.name: columns.ragged[feature.name] for feature in schema.sparse if feature.name in columns.ragged}
+    return dataclasses.replace(columns, ragged=ragged)
 
 
 def best(scores: npt.NDArray[np.float64], k: int | None) -> npt.NDArray[np.int64]:

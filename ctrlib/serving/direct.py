@@ -22,7 +22,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ctrlib.data.collate import collate
-from ctrlib.data.columns import Columns
+from ctrlib.data.columns import Columns, Shared
 from ctrlib.embeddings.packed import PackedTables
 from ctrlib.embeddings.table import TableEmbedding, Wide
 from ctrlib.layers import full_precision
@@ -57,8 +57,11 @@ class Rows:
         return torch.from_numpy(ids + shifts)
 
     def bag(self, name: str, shift: int) -> tuple[Tensor, Tensor]:
-        """The ids of a bag or history, moved likewise, and its offsets: (N,), (B + 1,)."""
+        """The ids of a bag or history, moved likewise, and its offsets: (N,), (B + 1,); or (N,) and (2,) where one list
+        is that of all rows, which is read once."""
         ragged = self.columns.ragged[name]
+        if isinstance(ragged, Shared):
+            return torch.from_numpy(ragged.one.astype(np.int64) + shift), torch.tensor([0, len(ragged.one)])
         return torch.from_numpy(ragged.values.astype(np.int64) + shift), torch.from_numpy(ragged.offsets)
 
 
@@ -151,7 +154,7 @@ class _DirectTables:
         for name in self.bags:
             values, offsets = rows.bag(name, self.first[name])
             bag = F.embedding_bag(values, self.weight, offsets, mode=self.mode[name], include_last_offset=True)
-            blocks.append(bag.unsqueeze(1))
+            blocks.append(bag.expand(rows.size, -1).unsqueeze(1))
         fields = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
         return fields if self.in_order else fields[:, self.order]
 
@@ -179,7 +182,7 @@ class _DirectPacked(nn.Module):
                 ids = rows.single(positions, np.zeros(len(positions), np.int64)).T
                 fields |= zip(names, group.look_up(ids, places).unbind(0))
             for name, place in bags:
-                fields[name] = group.pool(place, *rows.bag(name, 0))
+                fields[name] = group.pool(place, *rows.bag(name, 0)).expand(rows.size, -1)
         return torch.stack([fields[name] for name in self.names], dim=1)
 
 
