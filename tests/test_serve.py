@@ -27,8 +27,10 @@ import ctrlib as ctr
 from ctrlib import cli
 from ctrlib.data.encoder import FEW_CELLS_OF_ROWS
 from ctrlib.errors import ArgumentError
+from ctrlib.export.folder import Exported, export_model
+from ctrlib.manifest import write_manifest
 from ctrlib.serving import requests
-from ctrlib.serving.requests import Limits
+from ctrlib.serving.requests import Limits, described
 from ctrlib.serving.scoring import Scorer
 from ctrlib.serving.server import application, bind
 
@@ -224,6 +226,44 @@ def test_whole_numbers_may_stand_beside_others_in_requests_of_any_size(app: Any)
     assert post(app, "/predict", {"rows": given}).json() == answer
     few = post(app, "/predict", {"rows": given[:7]}).json()
     np.testing.assert_allclose(few["predictions"]["click"], answer["predictions"]["click"][:7], rtol=0, atol=1e-6)
+
+
+def test_an_export_is_served_as_its_model_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = ctr.Predictor.load(folder)
+    export_model(folder, tmp_path / "onnx", to="onnx")
+    exported = Exported(tmp_path / "onnx").predictor()
+    made = application(exported, LIMITS)
+    try:
+        for number in (1, 100):
+            given = rows(number)
+            given[0] |= {"user": 10_000, "item": None, "tags": "", "clicked": "", "page": "front"}
+            expected, counts = loaded.predict(given)
+            answer = post(made, "/predict", {"rows": given}).json()
+            assert answer["counts"] == counts
+            for label in LABELS:
+                np.testing.assert_allclose(answer["predictions"][label], expected[label], rtol=0, atol=1e-6)
+        context, items = {"user": 7, "clicked": ["i1", "i2"]}, frame(50, 2).select("item", "tags", "price")
+        ranked = post(made, "/rank", {"context": context, "items": items.to_dicts(), "k": 5, "by": "buy"}).json()
+        best = loaded.rank(context, items, 5, by="buy")
+        assert ranked["rows"] == best["row"].to_list()
+        np.testing.assert_allclose(ranked["predictions"]["buy"], best["buy"], rtol=0, atol=1e-6)
+        assert asked(made, "GET", "/model").json() == described(loaded, LIMITS)
+        bad = post(made, "/predict", {"rows": [{**rows(1)[0], "price": "dear"}]})
+        assert bad.status_code == 400 and "row 1, column 'price'" in bad.json()["error"]
+    finally:
+        made.state.service.close()
+    # Code is run only where that is said.
+    about = json.loads((tmp_path / "onnx/export.json").read_text())
+    (tmp_path / "onnx/export.json").write_text(json.dumps({**about, "format": "pt2"}))
+    write_manifest(tmp_path / "onnx", "export")
+    assert cli.main(["serve", str(tmp_path / "onnx"), "--port", "0"]) == 1
+    assert "holds a program of torch's" in (said := capsys.readouterr().err) and "--trust" in said
+    # Of an older version, which lacks what columns are encoded with.
+    (tmp_path / "onnx/export.json").write_text(json.dumps(about))
+    (tmp_path / "onnx/schema.json").unlink()
+    write_manifest(tmp_path / "onnx", "export")
+    with pytest.raises(ctr.SchemaError, match=r"has no schema\.json, an older ctrlib wrote it"):
+        Exported(tmp_path / "onnx").predictor()
 
 
 def test_what_there_is(app: Any, predictor: ctr.Predictor) -> None:

@@ -39,7 +39,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Serve(Command):
-    """Answer requests for a trained model's probabilities over HTTP.
+    """Answer requests for a trained model's probabilities over HTTP, or those of an exported one.
 
     POST /predict takes {"rows": [{"COLUMN": CELL, ...}, ...]}, POST /rank the candidates of one user. GET /model,
     /health and /metrics say what there is. SIGTERM and Ctrl-C end it when the requests at work are answered. It knows
@@ -51,13 +51,17 @@ class Serve(Command):
     """
 
     model: Positional[Path]
-    """Model folder, as `ctrlib train` or `ctrlib compress` writes it."""
+    """Model folder, as `ctrlib train` or `ctrlib compress` writes it; or a folder of `ctrlib export`."""
+    trust: bool = False
+    """Run an export that is code (pt2, aoti): whoever wrote it decides what it does."""
     listening: Listening = field(default_factory=Listening)
     load: Load = field(default_factory=Load)
 
     def __call__(self) -> int:
         """Run the command; the exit status."""
-        check_model(self.model)
+        is_export = (self.model / "export.json").is_file()
+        if not is_export:
+            check_model(self.model)
         host, port, grace = self.listening.host, self.listening.port, self.listening.grace
         check_whole(0, port=port)
         check_whole(1, grace=grace, max_rows=self.load.max_rows, threads=self.load.threads)
@@ -75,7 +79,12 @@ class Serve(Command):
         with bind(host, port) as bound:
             url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
             torch.set_num_threads(self.load.threads)
-            predictor = Predictor.load(self.model)
+            if is_export:
+                from ctrlib.export.folder import Exported
+
+                predictor: Predictor = Exported(self.model, trust=self.trust).predictor()
+            else:
+                predictor = Predictor.load(self.model)
             if not _is_loopback(host):
                 print(
                     f"{host} may be reached by others, and nobody is asked for a password", file=sys.stderr, flush=True

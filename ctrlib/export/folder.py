@@ -5,6 +5,7 @@
 | `model.*` | the program (`ctrlib.export.formats`) |
 | `export.json` | its format, inputs and labels, and how far it is from the model that was trained |
 | `encoder.json`, `vocab.json` | how raw cells become inputs |
+| `schema.json` | the same for ctrlib's own encoder, which takes columns at once |
 | `reader.py`, `quick.py` | what reads these two, with numpy alone |
 | `README.md` | the model's card, and how the export is loaded |
 | `MANIFEST` | checksums of all |
@@ -22,17 +23,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
 from ctrlib._target import target
 from ctrlib.data import quick
+from ctrlib.data.encoder import Encoder
 from ctrlib.errors import ArgumentError, UnsupportedError, check_path
 from ctrlib.export import reader
 from ctrlib.export.formats import Run, format_named
 from ctrlib.export.program import Program, Signature
 from ctrlib.making import new_folder, size_of
 from ctrlib.manifest import CARD, check_file, check_folder, manifest_of, write_manifest
-from ctrlib.schema import SchemaError, kind_of
+from ctrlib.schema import Schema, SchemaError, kind_of
 from ctrlib.serving.card import exported_card
+from ctrlib.serving.direct import Rows
 from ctrlib.serving.predictor import Predictor
 
 VERSION = 1
@@ -138,6 +142,7 @@ def _write_encoder(predictor: Predictor, folder: Path) -> None:
         "types": raw_format.get("types", {}),
     }
     (folder / "encoder.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    predictor.schema.save(folder / "schema.json")
     values = {name: list(known) for name, known in predictor.encoder.known.items()}
     (folder / "vocab.json").write_text(json.dumps(values, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
     for module in (reader, quick):
@@ -176,8 +181,8 @@ class Exported:
             ) from error
         if form.code and not trust:
             raise UnsupportedError(
-                f"{folder} holds {form.code} ({form.file}): it can do anything that you can; say trust=True if you "
-                "know who made it"
+                f"{folder} holds {form.code} ({form.file}): it can do anything that you can; say trust=True (--trust) "
+                "if you know who made it"
             )
         form.check()
         for name in (form.file, "encoder.json", "vocab.json"):
@@ -196,3 +201,40 @@ class Exported:
         """Probabilities of raw rows, (B, T)."""
         found: npt.NDArray[np.float64] = reader.Reader.probabilities(self.logits(rows))
         return found
+
+    def predictor(self) -> ExportedPredictor:
+        """What scores raw rows as a model folder's `Predictor` does, and ranks candidates: for servers.
+
+        Of a model that reads a log of events, rows hold the histories and rates themselves, as for `predict`.
+
+        Raises:
+            SchemaError: the export is of an older version, or its files are of different models.
+        """
+        if not (self.folder / "schema.json").is_file():
+            raise SchemaError(f"{self.folder} has no schema.json, an older ctrlib wrote it: export the model again")
+        check_file(self.folder, "schema.json")
+        schema = Schema.load(self.folder / "schema.json")
+        raw_format = {name: value for name, value in (schema.raw_format or {}).items() if name != "events"}
+        values = {name: list(known) for name, known in self.reader.known.items()}
+        encoder = Encoder(dataclasses.replace(schema, raw_format=raw_format), values)
+        model = _Called(self._run, Signature(schema)).eval()
+        return ExportedPredictor(model, schema, self.folder, encoder)
+
+
+class _Called(nn.Module):
+    """The program of an export, called as `Predictor` calls a model."""
+
+    def __init__(self, run: Run, signature: Signature) -> None:
+        super().__init__()
+        self.run, self.signature = run, signature
+
+    def forward(self, rows: Rows) -> Tensor:
+        return torch.from_numpy(self.run(self.signature.arrays(rows.columns)))
+
+
+class ExportedPredictor(Predictor):
+    """A `Predictor` of an export's program (`Exported.predictor`): what it scores in memory, and candidates."""
+
+    def __init__(self, model: nn.Module, schema: Schema, folder: Path, encoder: Encoder) -> None:
+        super().__init__(model, schema, folder)
+        self.__dict__.update(encoder=encoder, _direct=model)  # which are made of a model folder otherwise

@@ -107,7 +107,9 @@ def _read_onnx(path: Path, names: list[str]) -> Run:
     import onnxruntime
 
     refuse_files_beside(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # not all of the machine, beside a server's other threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(arrays: Arrays) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = session.run(None, arrays)[0]

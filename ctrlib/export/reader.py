@@ -46,7 +46,7 @@ class Reader:
             raise ValueError(f"{folder} has encoder.json of version {described.get('version')}, expected {VERSION}")
         self.labels: list[str] = described["labels"]
         self.features = [SimpleNamespace(**feature) for feature in described["features"]]
-        self._known = {name: dict(zip(texts, range(FIRST_ID, FIRST_ID + len(texts)))) for name, texts in values.items()}
+        self.known = {name: dict(zip(texts, range(FIRST_ID, FIRST_ID + len(texts)))) for name, texts in values.items()}
         missing, types = frozenset(described["missing_values"]), described["types"]
         self._single = [f for f in self.features if f.kind in ("categorical", "raw_id")]
         self._lists = [f for f in self.features if f.kind in ("multi_valued", "sequence")]
@@ -72,7 +72,7 @@ class Reader:
             columns = [self._column(feature, rows) for feature in self._single]
             found["ids"] = np.ascontiguousarray(np.array(columns, np.int64).reshape(len(columns), len(rows)).T)
         for feature in self._lists:
-            get = self._known[feature.vocabulary or feature.name].get
+            get = self.known[feature.vocabulary or feature.name].get
             empty = [MISSING_ID] if feature.kind == "multi_valued" else []
             lists = self._each(feature, rows, self._texts[feature.name])
             ids = [[MISSING_ID if one is None else get(one, OOV_ID) for one in texts] or empty for texts in lists]
@@ -99,7 +99,7 @@ class Reader:
     def _column(self, feature: SimpleNamespace, rows: Sequence[Mapping[str, Any]]) -> list[int]:
         if feature.kind == "raw_id":
             return self._each(feature, rows, lambda cell: raw_id_of_cell(feature, cell))  # type: ignore[arg-type]
-        texts_of, get = self._texts[feature.name], self._known[feature.vocabulary or feature.name].get
+        texts_of, get = self._texts[feature.name], self.known[feature.vocabulary or feature.name].get
         texts = [one for (one,) in self._each(feature, rows, lambda cell: texts_of([cell]))]
         return [MISSING_ID if one is None else get(one, OOV_ID) for one in texts]
 
