@@ -329,6 +329,27 @@ def test_rank_is_predict_sorted(tmp_path: Path, name: str) -> None:
     assert (np.diff(found["click"].to_numpy()) <= 0).all() and sorted(found["row"]) == list(range(50))
     assert predictor.rank(context, candidates, 5).equals(found.head(5))
     assert predictor.rank(context, candidates.to_dicts(), 5).equals(found.head(5))
+    # Encoded once, and named by their keys; in a file, too.
+    keyed = candidates.with_columns(key=pl.int_range(50) * 3)
+    keyed.write_csv(tmp_path / "items.csv")
+    for given in (keyed, keyed.to_arrow(), tmp_path / "items.csv"):
+        known = predictor.items(given, "key")
+        assert len(known) == 50 and len(known[[9, "0"]]) == 2
+        assert predictor.rank(context, known, 5).equals(found.head(5))
+        some = predictor.rank(context, known[[30, "3", 3]])
+        assert some.equals(predictor.rank(context, candidates[[10, 1, 1]]))
+    with pytest.raises(DataError, match="no item of key '1' among the 50"):
+        known[[0, 1]]
+    with pytest.raises(ctr.SchemaError, match=r"columns \['price'\] are in the context and in the items"):
+        predictor.rank({**context, "price": 1.0}, known)
+    for wrong_items, key, message in (
+        (keyed, "sku", "there is no column 'sku' to name them by"),
+        (keyed.select("key"), "key", "none of the columns that the model reads is there"),
+        (keyed.with_columns(key=pl.lit(1)), "key", "'1' of column 'key' is there more than once"),
+        (keyed.with_columns(key=pl.when(pl.col("key") > 0).then("key")), "key", "column 'key' is empty in row 1"),
+    ):
+        with pytest.raises((ctr.SchemaError, DataError), match=message):
+            predictor.items(wrong_items, key)
     # The same candidate twice: the first comes first.
     twice = pl.concat([candidates.head(1), candidates.head(1)])
     assert predictor.rank(context, twice)["row"].to_list() == [0, 1]

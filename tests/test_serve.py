@@ -228,6 +228,27 @@ def test_whole_numbers_may_stand_beside_others_in_requests_of_any_size(app: Any)
     np.testing.assert_allclose(few["predictions"]["click"], answer["predictions"]["click"][:7], rtol=0, atol=1e-6)
 
 
+def test_items_may_be_named_by_their_keys(predictor: ctr.Predictor) -> None:
+    items = frame(200, 2).select("item", "tags", "price").with_columns(sku=pl.format("s{}", pl.int_range(200)))
+    made = application(predictor, LIMITS, predictor.items(items, "sku"))
+    context = {"user": 7, "clicked": "i1|i2|unheard"}
+    try:
+        keys = items["sku"].to_list()[::-1]
+        found = post(made, "/rank", {"context": context, "items": keys, "k": 10}).json()
+        assert found == post(made, "/rank", {"context": context, "items": items[::-1].to_dicts(), "k": 10}).json()
+        for given, status, message in (
+            (["s1", "s1000"], 400, "there is no item of key 's1000' among the 200"),
+            ([*keys, "s1", {"item": "i1"}], 400, "items: row 1 is str 's199': expected an object of cells"),
+            ([], 400, "items has no rows"),
+            (["s1"] * (LIMITS.rows + 1), 413, "items has 4,001 rows"),
+            ([True], 400, "items: row 1 is bool True"),
+        ):
+            answer = post(made, "/rank", {"context": context, "items": given})
+            assert answer.status_code == status and message in answer.json()["error"]
+    finally:
+        made.state.service.close()
+
+
 def test_an_export_is_served_as_its_model_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = ctr.Predictor.load(folder)
     export_model(folder, tmp_path / "onnx", to="onnx")
@@ -534,6 +555,8 @@ def test_wrong_flags_and_places_are_refused(folder: Path, capsys: pytest.Capture
         (f"serve {folder} --max-rows 0", "max_rows (--max-rows) must be 1 or more, got 0"),
         (f"serve {folder} --threads 0", "threads (--threads) must be 1 or more, got 0"),
         (f"serve {folder.parent / 'data'}", "is not a model folder, it has no model.json"),
+        (f"serve {folder} --items items.csv", "--items and --item-key go together"),
+        (f"serve {folder} --items no.csv --item-key sku", "no.csv does not exist"),
     ):
         assert cli.main(line.split()) == 1
         printed, said = capsys.readouterr()

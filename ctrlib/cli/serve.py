@@ -11,8 +11,9 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from ctrlib.cli.flags import Command
-from ctrlib.cli.paths import check_model
-from ctrlib.errors import MissingPackageError, check_whole
+from ctrlib.cli.kinds import OptionalName, OptionalPath, Switch
+from ctrlib.cli.paths import check_model, check_raw
+from ctrlib.errors import ArgumentError, MissingPackageError, check_whole
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,16 @@ class Listening:
     """Port to listen at; 0 is any that is free, which is printed."""
     grace: int = 20
     """Seconds that requests at work have after SIGTERM; then they are cut off."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items that requests to /rank may name by their keys, encoded once at the start."""
+
+    items: OptionalPath = None
+    """File of them, with the columns of the model that depend on the item only."""
+    item_key: OptionalName = None
+    """Column of it that names an item."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,10 @@ class Serve(Command):
 
     model: Positional[Path]
     """Model folder, as `ctrlib train` or `ctrlib compress` writes it; or a folder of `ctrlib export`."""
-    trust: bool = False
+    trust: Switch = False
     """Run an export that is code (pt2, aoti): whoever wrote it decides what it does."""
     listening: Listening = field(default_factory=Listening)
+    catalogue: Catalogue = field(default_factory=Catalogue)
     load: Load = field(default_factory=Load)
 
     def __call__(self) -> int:
@@ -64,6 +76,11 @@ class Serve(Command):
             check_model(self.model)
         host, port, grace = self.listening.host, self.listening.port, self.listening.grace
         check_whole(0, port=port)
+        items, key = self.catalogue.items, self.catalogue.item_key
+        if (items is None) != (key is None):
+            raise ArgumentError("--items and --item-key go together: a file of items, and its column of their keys")
+        if items is not None:
+            check_raw(items)
         check_whole(1, grace=grace, max_rows=self.load.max_rows, threads=self.load.threads)
         try:
             from ctrlib.serving.server import bind, serve
@@ -85,6 +102,7 @@ class Serve(Command):
                 predictor: Predictor = Exported(self.model, trust=self.trust).predictor()
             else:
                 predictor = Predictor.load(self.model)
+            known = None if items is None or key is None else predictor.items(items, key)
             if not _is_loopback(host):
                 print(
                     f"{host} may be reached by others, and nobody is asked for a password", file=sys.stderr, flush=True
@@ -94,7 +112,7 @@ class Serve(Command):
                 found = {"url": url, "model": str(self.model), "schema_hash": predictor.schema.hash}
                 print(json.dumps(found) if self.json else f"{self.model} is served at {url}", flush=True)
 
-            serve(predictor, bound, Limits(rows=self.load.max_rows), grace=grace, started=started)
+            serve(predictor, bound, Limits(rows=self.load.max_rows), items=known, grace=grace, started=started)
         return 0
 
 

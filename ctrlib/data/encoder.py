@@ -347,6 +347,10 @@ class Encoder:
                         return self._quick(cells, columns)
         return self.transform_table(self._table(frame, name))
 
+    def make_ready(self) -> None:
+        """Make what is otherwise made when the first rows come."""
+        self._whole.make_ready()
+
     def _table(self, frame: pl.DataFrame, name: str) -> RawTable:
         if not frame.height:
             raise DataError(f"{name} has no rows: expected at least one")

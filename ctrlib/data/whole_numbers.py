@@ -126,6 +126,10 @@ class WholeColumns:
     def _numbers(self) -> WholeNumbers:  # made at first use; twice at worst, if threads ask at once
         return WholeNumbers([self._known[name] for name in self._vocabularies])
 
+    def make_ready(self) -> None:
+        """Make the tables now."""
+        _ = self._numbers
+
     def of_frame(self, name: str, column: pl.Series) -> Ints | None:
         """A column of a frame for `singles`, if it has several whole numbers that mean their texts, and no null."""
         if len(column) < 2 or name not in self._single or column.dtype not in FITTING or column.null_count():

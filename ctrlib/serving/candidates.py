@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from ctrlib._lazy import instead
 from ctrlib.data.columns import Columns, Shared
 from ctrlib.data.encoder import Encoder
+from ctrlib.data.raw import in_files
 from ctrlib.data.scan import DataError
 from ctrlib.data.table import as_frame
 from ctrlib.errors import ArgumentError, WrongTypeError, check_type, shown
@@ -24,7 +27,7 @@ def joined(encoder: Encoder, context: Mapping[str, Any], items: Any) -> Columns:
     Args:
         encoder: of the model.
         context: the cells that all rows share, such as those of the user, the time and the page.
-        items: the other cells of each candidate: a frame, or a list of dictionaries.
+        items: the other cells of each candidate: a frame, or a list of dictionaries; or `Items`.
 
     Raises:
         SchemaError: a column is in both, or in neither.
@@ -35,8 +38,10 @@ def joined(encoder: Encoder, context: Mapping[str, Any], items: Any) -> Columns:
     as_rows = isinstance(items, list | tuple)
     if as_rows and (wrong := [row for row in items if not isinstance(row, Mapping)]):
         raise WrongTypeError(f"items: a row is {shown(wrong[0])}, expected a dictionary of cells")
-    rows = items if as_rows else as_frame(items, "items")
-    size, there = len(rows), {name for row in rows for name in row} if as_rows else set(rows.columns)
+    known = items if isinstance(items, Items) else None
+    rows = items if as_rows or known is not None else as_frame(items, "items")
+    size = len(rows)
+    there = set(known.names if known is not None else rows.columns if not as_rows else {n for row in rows for n in row})
     if not size:
         raise DataError("items has no rows: expected at least one candidate")
     of_items = [name for name in encoder.inputs if name in there]
@@ -54,8 +59,9 @@ def joined(encoder: Encoder, context: Mapping[str, Any], items: Any) -> Columns:
     columns = encoder.empty(size)
     if of_items:
         part = encoder.only(of_items)
-        given = rows if as_rows else rows.select(of_items)
-        _put(columns, encoder, part.transform(given, name="items")[0], part)
+        given = rows if as_rows or known is not None else rows.select(of_items)
+        found = known.columns if known is not None else part.transform(given, name="items")[0]
+        _put(columns, encoder, found, part)
     if of_context:
         part = encoder.only(of_context)
         given = {name: context[name] for name in of_context}
@@ -77,6 +83,53 @@ def _put(columns: Columns, encoder: Encoder, found: Columns, part: Encoder) -> N
 def _in_order(columns: Columns, schema: Schema) -> Columns:
     ragged = {feature.name: columns.ragged[feature.name] for feature in schema.sparse if feature.name in columns.ragged}
     return dataclasses.replace(columns, ragged=ragged)
+
+
+@dataclass(frozen=True)
+class Items:
+    """Items that are encoded once, for rankings that name them by their keys (`Predictor.items`).
+
+    `items[keys]` are some of them, in that order: what `Predictor.rank` takes as candidates.
+
+    `columns`: the items as the model reads them; `names`: of their columns; `places`: key -> the item's row.
+    """
+
+    columns: Columns
+    names: Sequence[str]
+    places: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.columns.ids)
+
+    def __getitem__(self, keys: Sequence[str | int]) -> Items:
+        places = self.places
+        try:
+            rows = np.array([places[key if type(key) is str else str(key)] for key in keys], np.int64)
+        except KeyError as error:
+            raise DataError(f"items: there is no item of key {error.args[0]!r} among the {len(places):,}") from None
+        return Items(self.columns.take(rows), self.names, places)
+
+
+def read_items(encoder: Encoder, items: Any, key: str) -> Items:
+    """Encode items once; arguments and errors as of `Predictor.items`."""
+    if encoder.has_past:
+        raise ArgumentError("histories and rates of this model depend on user and item together: rank with their rows")
+    raws = list(encoder.read(items if in_files(items) else as_frame(items, "items"), name="items", keep=[key]))
+    if not raws or key not in raws[0].dtypes:
+        raise SchemaError(f"items: there is no column {key!r} to name them by; {instead([key], raws[0].dtypes)}")
+    names = [name for name in encoder.inputs if name in raws[0].dtypes]
+    if not names:
+        raise SchemaError(f"items: none of the columns that the model reads is there, such as {encoder.inputs[:3]}")
+    part = encoder.only(names)
+    columns = Columns.concatenate([part.transform_table(raw)[0] for raw in raws])
+    keys = [one for raw in raws for one in raw.frame.select(pl.col(key).cast(pl.String)).collect()[key].to_list()]
+    places = {one: place for place, one in enumerate(keys)}
+    if None in places:
+        raise DataError(f"items: column {key!r} is empty in row {places[None] + 1}: each item needs a key")
+    if len(places) < len(keys):
+        twice = next(one for place, one in enumerate(keys) if places[one] != place)
+        raise DataError(f"items: {twice!r} of column {key!r} is there more than once: give each item one row")
+    return Items(columns, names, places)
 
 
 def best(scores: npt.NDArray[np.float64], k: int | None) -> npt.NDArray[np.int64]:

@@ -33,7 +33,7 @@ from ctrlib.errors import ArgumentError, check_path, check_type, check_whole
 from ctrlib.making import new_file
 from ctrlib.manifest import load_schema
 from ctrlib.schema import Schema, SchemaError
-from ctrlib.serving.candidates import joined, ranked
+from ctrlib.serving.candidates import Items, joined, ranked, read_items
 from ctrlib.serving.direct import Rows as DirectRows
 from ctrlib.serving.direct import direct
 from ctrlib.serving.model_folder import load_model
@@ -108,7 +108,7 @@ class Predictor:
         Args:
             context: the cells that all candidates share, such as those of the user and the page.
             items: the other cells of each candidate: a frame, or a list of dictionaries. Columns that the model does
-                not know are left aside.
+                not know are left aside. Or what `items` gave, or some of it.
             k: how many to return; None for all.
             by: the label whose probability decides; by default the first.
 
@@ -124,6 +124,21 @@ class Predictor:
         by = self.label_named(by)
         found = self._probabilities(joined(self.encoder, context, items), 8192, Report(self.encoder, "items"))
         return ranked(found, by, k)
+
+    def items(self, items: Any, key: str) -> Items:
+        """Items that many rankings choose from, encoded once: `rank(context, items[keys])` takes less than half as long
+        as with their rows.
+
+        Args:
+            items: a table of them, or a file or several, with the columns of the model that depend on the item only.
+            key: the column that names an item, each another; numbers as their decimal text.
+
+        Raises:
+            SchemaError: there is no such column, or none that the model reads.
+            DataError: a key is missing or there twice, or a cell is damaged. Of `items[keys]`: there is no such item.
+            ArgumentError: the model reads a log of events.
+        """
+        return read_items(self.encoder, items, key)
 
     def label_named(self, by: str | None) -> str:
         """The label of that name, or the first for None.

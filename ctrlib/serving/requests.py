@@ -15,7 +15,7 @@ from typing import Any
 from ctrlib._lazy import instead
 from ctrlib.data.columns import Columns
 from ctrlib.errors import CtrlibError, check_whole, shown
-from ctrlib.serving.candidates import best, joined
+from ctrlib.serving.candidates import Items, best, joined
 from ctrlib.serving.predictor import Predictor, Probabilities
 
 PLAIN = frozenset({str, int, float, bool, type(None)})
@@ -78,8 +78,10 @@ def predict(predictor: Predictor, body: bytes, limits: Limits) -> Asked:
     return Asked(columns, "rows", lambda found: {"predictions": _by_label(labels, found), "counts": counts})
 
 
-def rank(predictor: Predictor, body: bytes, limits: Limits) -> Asked:
+def rank(predictor: Predictor, body: bytes, limits: Limits, *, known: Items | None = None) -> Asked:
     """`{"context": {...}, "items": [{...}, ...], "k": 10, "by": label}` -> `{"rows": [...], "predictions": {...}}`.
+
+    `known`: items of which a request may give the keys instead of rows.
 
     Raises:
         CtrlibError: as `predict`.
@@ -87,7 +89,11 @@ def rank(predictor: Predictor, body: bytes, limits: Limits) -> Asked:
     given = fields(parsed(body), needed=("context", "items"), others=("k", "by"))
     context, items, k, by = given["context"], given["items"], given.get("k"), given.get("by")
     check_rows([context], "context", limits)
-    check_rows(items, "items", limits)
+    if known is not None and type(items) is list and set(map(type, items)) <= {str, int}:
+        check_number(items, "items", limits)
+        items = known[items]
+    else:
+        check_rows(items, "items", limits)
     if k is not None and (type(k) is not int or k < 1):
         raise RefusedError(f"k is {shown(k)}: expected a whole number from 1 on, or nothing for all")
     if by is not None and type(by) is not str:
@@ -168,11 +174,7 @@ def check_rows(rows: Any, name: str, limits: Limits) -> None:
     """
     if type(rows) is not list:
         raise RefusedError(f"{name} is {shown(rows)}: expected a list of objects, each a row of cells")
-    if len(rows) > limits.rows:
-        raise RefusedError(
-            f"{name} has {len(rows):,} rows, and this server takes {limits.rows:,} a request: send them in several",
-            413,
-        )
+    check_number(rows, name, limits)
     if set(map(type, rows)) <= {dict} and _are_plain(list(itertools.chain.from_iterable(map(dict.values, rows)))):
         return
     for number, row in enumerate(rows, 1):
@@ -186,6 +188,19 @@ def check_rows(rows: Any, name: str, limits: Limits) -> None:
                         raise RefusedError(_at(name, number, column, wrong or "a list within a list"))
             elif wrong := _wrong(cell):
                 raise RefusedError(_at(name, number, column, wrong))
+
+
+def check_number(rows: list[Any], name: str, limits: Limits) -> None:
+    """Refuse too many rows (413).
+
+    Raises:
+        RefusedError: as said.
+    """
+    if len(rows) > limits.rows:
+        raise RefusedError(
+            f"{name} has {len(rows):,} rows, and this server takes {limits.rows:,} a request: send them in several",
+            413,
+        )
 
 
 def _are_plain(cells: list[Any]) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import signal
@@ -37,6 +38,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ctrlib.errors import ArgumentError, CtrlibError, check_whole
+from ctrlib.serving.candidates import Items
 from ctrlib.serving.predictor import Predictor
 from ctrlib.serving.requests import Limits, RefusedError, described, predict, rank
 from ctrlib.serving.scoring import Read, Scorer
@@ -49,14 +51,15 @@ PATHS = ("/", "/model", "/health", "/metrics", "/predict", "/rank")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-def application(predictor: Predictor, limits: Limits | None = None) -> Starlette:
+def application(predictor: Predictor, limits: Limits | None = None, items: Items | None = None) -> Starlette:
     """The server of a model, for uvicorn or any other that speaks ASGI on asyncio; its `state.service` is a `Service`.
 
     Args:
         predictor: of the model.
         limits: what it takes.
+        items: of which requests to rank may give the keys instead of rows (`Predictor.items`).
     """
-    service = Service(predictor, limits or Limits())
+    service = Service(predictor, limits or Limits(), items)
     get, post = ["GET"], ["POST"]
     app = Starlette(
         routes=[
@@ -81,10 +84,12 @@ class Service:
     Args:
         predictor: of the model; it is used once, so that nobody waits for what is made at first use.
         limits: what is taken.
+        items: as in `application`.
     """
 
-    def __init__(self, predictor: Predictor, limits: Limits) -> None:
+    def __init__(self, predictor: Predictor, limits: Limits, items: Items | None = None) -> None:
         self.predictor, self.limits = predictor, limits
+        self._rank = functools.partial(rank, known=items)
         self.draining = False
         self.requests: Counter[tuple[str, int]] = Counter()  # path, status
         self.seconds: dict[str, list[float]] = {}  # path -> number in each bar, that beyond all, and the sum
@@ -92,6 +97,7 @@ class Service:
         row = dict.fromkeys(predictor.encoder.inputs)
         with contextlib.suppress(CtrlibError):  # of a model that reads a log, a row must have a time
             predictor.score_encoded([predictor.encode(row)[0]])
+        predictor.encoder.make_ready()
         self._described = described(predictor, limits)
         self.scorer = Scorer(predictor, limits)
 
@@ -105,7 +111,7 @@ class Service:
 
     async def rank(self, request: Request) -> Response:
         """`POST /rank`."""
-        return await self._scored(rank, request)
+        return await self._scored(self._rank, request)
 
     async def model(self, request: Request) -> Response:
         """`GET /model`."""
@@ -307,6 +313,7 @@ def serve(
     bound: socket.socket,
     limits: Limits | None = None,
     *,
+    items: Items | None = None,
     grace: int = 20,
     started: Callable[[], None] = lambda: None,
 ) -> None:
@@ -316,6 +323,7 @@ def serve(
         predictor: of the model.
         bound: as `bind` gives it.
         limits: what is taken.
+        items: as in `application`.
         grace: seconds after which requests that are still at work are cut off.
         started: is called when connections are taken.
 
@@ -323,7 +331,7 @@ def serve(
         ArgumentError: `grace` is below 1.
     """
     check_whole(1, grace=grace)
-    app = application(predictor, limits)
+    app = application(predictor, limits, items)
     config = uvicorn.Config(
         app,
         ws="none",

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/export.py                     # the table of docs/export.md
     python tests/benchmarks/export.py --speed             # latency of each format beside ctrlib's own Predictor
+    python tests/benchmarks/export.py --speed --deepctr PYTHON --rechub PYTHON      # and beside two other libraries
     python tests/benchmarks/export.py --small             # files of compressed models, and how far they are from these
 
 The table has every published model on a schema with ids, a bag, a history and numbers, every look-up and every encoding
@@ -15,7 +16,11 @@ file and the compressed model. Rows are random normal numbers, which have no str
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +32,7 @@ import numpy as np
 import torch
 import tyro
 from safetensors.torch import save
+from serving_speed import model_folder
 from tyro.conf import FlagCreatePairsOff
 
 import ctrlib as ctr
@@ -68,6 +74,14 @@ class Knobs:
     """Formats of the table."""
     speed: bool = False
     """Measure how long scoring takes instead."""
+    deepctr: Path | None = None
+    """Python of an environment with DeepCTR-Torch, to be measured in turns with it."""
+    rechub: Path | None = None
+    """Python of an environment with torch-rechub, likewise."""
+    seconds: float = 0.5
+    """Of a turn."""
+    rounds: int = 3
+    """Turns."""
     small: bool = False
     """Measure compressed models instead; --only takes names of methods."""
 
@@ -106,39 +120,102 @@ def difference(config: dict[str, Any], name: str) -> str:
     return f"{found['relative']:.0e}" if found["relative"] else "0"
 
 
-def milliseconds(call: Callable[[], object], seconds: float = 2.0) -> str:
-    """p50 and p99 of a call."""
+def timed(call: Callable[[], object], seconds: float) -> list[float]:
+    """Milliseconds of each call in so many seconds."""
     taken: list[float] = []
-    for _ in range(20):
+    for _ in range(3):
         call()
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         started = time.perf_counter()
         call()
         taken.append(1000 * (time.perf_counter() - started))
-    return f"{np.percentile(taken, 50):.3f} / {np.percentile(taken, 99):.3f}"
+    return taken
 
 
-def speed() -> None:
-    """A DCN V2 over 10 ids of 1,000 values, width 16, as `serving_speed.py` has it."""
-    features = tuple(ctr.Categorical(f"c{n}", num_embeddings=1_003) for n in range(10))
-    schema = ctr.Schema(features, ("label",))
+class Peer:
+    """A process of `peer_latency.py`."""
+
+    def __init__(self, python: Path, name: str) -> None:
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        packages = {"LATENCY_PACKAGES": sysconfig.get_paths()["purelib"]}
+        self.process = subprocess.Popen(
+            [str(python), str(Path(__file__).with_name("peer_latency.py")), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **threads, **packages},
+        )
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit(f"{self.process.args} ended: run it by hand to see why")
+        return line
+
+    def __call__(self, size: int, seconds: float) -> dict[str, list[float]]:
+        assert self.process.stdin is not None
+        print(size, seconds, file=self.process.stdin, flush=True)
+        return dict(json.loads(self._answer()))
+
+    def close(self) -> None:
+        with self.process:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+
+
+def products(model: ctr.Model, size: int) -> Callable[[], object]:
+    """All linear layers on so many rows, without anything between them: the least that a call can take."""
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    given = [(torch.randn(size, layer.in_features), layer.weight.detach(), layer.bias) for layer in layers]
+
+    def call() -> None:
+        with torch.inference_mode():
+            for x, weight, bias in given:
+                torch.nn.functional.linear(x, weight, bias)
+
+    return call
+
+
+def speed(knobs: Knobs) -> None:
+    """A DCN V2 over 10 ids of 1,000 values, width 16, as `serving_speed.py` has it, in turns with the peers."""
+    sizes = (1, 100, 1000, 8192)
+    peers = [Peer(path, name) for name, path in (("deepctr", knobs.deepctr), ("rechub", knobs.rechub)) if path]
     torch.manual_seed(0)
-    model = build({"model": "dcnv2", "embedding_dim": 16}, schema).eval()
-    program = Program(model, schema)
-    runs: dict[str, Callable[[Any], Any]] = {"torch, eager": program.run}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, form in FORMATS.items():
-            path = Path(folder) / form.file
+    with tempfile.TemporaryDirectory() as name:
+        predictor = ctr.Predictor.load(model_folder(Path(name), 1_000, hidden=[400, 400, 400]))
+        program = Program(predictor.model, predictor.schema)
+        random = np.random.default_rng(0)
+        rows = [
+            {f"c{n}": int(one) * 7919 + n for n, one in enumerate(ids)} for ids in random.integers(0, 1_000, (8192, 10))
+        ]
+        arrays = {size: program.signature.examples(size) for size in sizes}
+        runs: dict[str, Callable[[int], Any]] = {
+            "its matrix products": lambda size: products(predictor.model, size),  # type: ignore[arg-type]
+            "`Predictor.predict`, from raw rows": lambda size: lambda: predictor.predict(rows[:size]),
+            "torch, eager": lambda size: lambda: program.run(arrays[size]),
+        }
+        for to, form in FORMATS.items():
+            path = Path(name) / form.file
             form.write(program, path)
-            runs[name] = form.read(path, program.signature.names)
-        print(f"{'p50 / p99 in ms':20}" + "".join(f"{size:>20,} rows" for size in (1, 100, 1000, 8192)))
-        for name, run in runs.items():
-            cells = []
-            for size in (1, 100, 1000, 8192):
-                arrays = program.signature.examples(size)
-                cells.append(milliseconds(lambda run=run, arrays=arrays: run(arrays)))  # type: ignore[misc]
-            print(f"{name:20}" + "".join(f"{cell:>25}" for cell in cells), flush=True)
+            run = form.read(path, program.signature.names)
+            runs[to] = lambda size, run=run: lambda: run(arrays[size])  # type: ignore[misc]
+        found: dict[str, dict[int, list[float]]] = {}
+        for size in sizes:
+            for _ in range(knobs.rounds):
+                for way, call in runs.items():
+                    found.setdefault(way, {}).setdefault(size, []).extend(timed(call(size), knobs.seconds))
+                for peer in peers:
+                    for way, taken in peer(size, knobs.seconds).items():
+                        found.setdefault(way, {}).setdefault(size, []).extend(taken)
+        for peer in peers:
+            peer.close()
+    print("| p50 / p99, ms | " + " | ".join(f"{size:,}" for size in sizes) + " |\n| --- |" + " --: |" * len(sizes))
+    for way, by_size in found.items():
+        cells = [f"{np.percentile(by_size[size], 50):.3g} / {np.percentile(by_size[size], 99):.3g}" for size in sizes]
+        print(f"| {way} | " + " | ".join(cells) + " |")
 
 
 LARGE = ctr.Schema(
@@ -212,7 +289,7 @@ def main(knobs: Knobs) -> None:
     """Print the table, or the times."""
     torch.set_num_threads(1)
     if knobs.speed or knobs.small:
-        speed() if knobs.speed else small(knobs)
+        speed(knobs) if knobs.speed else small(knobs)
         return
     print("| model | " + " | ".join(knobs.formats) + " |\n| --- |" + " --- |" * len(knobs.formats))
     for name, config in cases():

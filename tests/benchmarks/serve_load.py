@@ -4,7 +4,7 @@
 
 DCN V2 over 10 ids of 100,000 values each, in a process of its own beside this one, on loopback. The time of a request
 counts from when it was due, so that a server that stands still is not spared those that wait meanwhile. Then 1,000
-candidates of one user through /rank, one request after another.
+candidates of one user through /rank, one request after another. `--export onnx` serves an export of it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import tyro
 from serving_speed import FIELDS, model_folder
+
+from ctrlib.export.folder import export_model
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 IDLE = 2.0  # seconds after which a connection is not used again: uvicorn closes it after 5
@@ -48,6 +50,10 @@ class Arguments:
     """Hidden layers of the model."""
     threads: int = 1
     """Threads of the server's model."""
+    export: str | None = None
+    """Serve the model exported to this format, such as onnx."""
+    home: Path | None = None
+    """Folder in which the model is kept for the next time."""
 
 
 class Client:
@@ -142,8 +148,15 @@ async def one_after_another(client: Client, arguments: Arguments) -> None:
 def main(arguments: Arguments) -> None:
     """Serve, load, stop."""
     with tempfile.TemporaryDirectory() as name:
-        model = model_folder(Path(name), arguments.values, hidden=list(arguments.hidden))
-        command = [sys.executable, "-m", "ctrlib.cli", "serve", str(model), "--port", "0", "--json"]
+        home = arguments.home or Path(name)
+        served = home / "model"
+        if not served.exists():
+            model_folder(home, arguments.values, hidden=list(arguments.hidden))
+        if arguments.export is not None:
+            served = home / arguments.export
+            if not served.exists():
+                export_model(home / "model", served, to=arguments.export)
+        command = [sys.executable, "-m", "ctrlib.cli", "serve", str(served), "--port", "0", "--json", "--trust"]
         command += ["--threads", str(arguments.threads)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
             try:
