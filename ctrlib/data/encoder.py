@@ -174,16 +174,6 @@ class Encoder:
         self._whole = WholeColumns(schema, self.known, kinds)
         # What `only` gave, which takes longer than to encode a few rows.
         self._parts: dict[frozenset[str], Encoder] = {}
-        # Features of which a whole number means the text that it is in decimal.
-        whole = [
-            f
-            for f in (*self._single, *self._lists)
-            if not isinstance(f, RawId)
-            and getattr(f, "bucket", None) is None
-            and kinds.get(f.name, "parsed") in ("parsed", "null", "integer")
-        ]
-        self._of_whole = list(dict.fromkeys(map(vocabulary_of, whole)))
-        self._whole_place = {f.name: self._of_whole.index(vocabulary_of(f)) for f in whole}
 
     @property
     def single_names(self) -> list[str]:
