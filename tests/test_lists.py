@@ -370,6 +370,29 @@ def test_cells_filled_up_to_one_length_are_remarked_on(tmp_path: Path, kind: Any
     assert remarks_of(tmp_path, {"seen": mixed, "label": LABEL}, [kind("seen")]) == []
 
 
+@pytest.mark.parametrize(("share", "is_remarked"), [(1.0, True), (0.5, True), (0.2, False), (0.1, False)])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_missing_numbers_are_counted_and_a_split_that_lacks_more_is_remarked_on(
+    tmp_path: Path, share: float, is_remarked: bool, as_file: bool
+) -> None:
+    def rows(missing: int) -> pl.DataFrame:
+        x = pl.Series("x", [None if n < missing else n / 7 for n in range(1000)], dtype=pl.Float64)
+        return pl.DataFrame({"x": x, "y": [n / 3 for n in range(1000)], "label": [n % 2 for n in range(1000)]})
+
+    given: dict[str, Any] = {"train": rows(100), "test": rows(round(1000 * share))}
+    if as_file:
+        for name, frame in given.items():
+            frame.write_csv(tmp_path / f"{name}.csv")
+        given = {name: tmp_path / f"{name}.csv" for name in given}
+    ctr.prepare(given, tmp_path / "p", labels="label", log=None)
+    report = json.loads((tmp_path / "p" / "report.json").read_text())
+    assert report["features"]["x"]["missing"] == {"train": 0.1, "test": share}
+    assert report["features"]["y"]["missing"] == {"train": 0.0, "test": 0.0}
+    found = [remark for remark in report["remarks"] if remark.startswith("numbers of 'x' are missing in 10%")]
+    assert len(found) == is_remarked
+    assert all(f"in {share:.0%} of those of test" in remark for remark in found)
+
+
 @pytest.mark.parametrize(
     ("write", "shown"),
     [

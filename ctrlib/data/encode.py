@@ -172,6 +172,15 @@ def totals_of_labels(raw: RawTable, schema: Schema, label_positive: Mapping[str,
     )
 
 
+def present_numbers(raw: RawTable, schema: Schema) -> dict[str, int]:
+    """Number -> how many rows of a raw table without bad ones have one."""
+    if not schema.dense:
+        return {}
+    dtypes = raw.dtypes
+    present = {f.name: Total(f.name, number(f.name, dtypes[f.name]), lambda _, rows: rows.sum()) for f in schema.dense}
+    return {name: int(rows or 0) for name, rows in raw.totals(present).sum().row(0, named=True).items()}
+
+
 @dataclass(frozen=True)
 class Totals:
     """What encoded rows hold: label -> number of "positive" ones and of those "present"; `ids` as in `count_ids`."""

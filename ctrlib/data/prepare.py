@@ -21,7 +21,14 @@ from ctrlib.data.cells import TOO_LARGE, check_columns, checks, without_bad_rows
 from ctrlib.data.columns import GROUP_COLUMN
 from ctrlib.data.derived import derive
 from ctrlib.data.describe import check_arguments, describe
-from ctrlib.data.encode import fit_groups, judge_table, refuse_other_spelling, totals_of_labels, vocabularies_of_floats
+from ctrlib.data.encode import (
+    fit_groups,
+    judge_table,
+    present_numbers,
+    refuse_other_spelling,
+    totals_of_labels,
+    vocabularies_of_floats,
+)
 from ctrlib.data.event_state import State
 from ctrlib.data.events import Events
 from ctrlib.data.infer import HOURS, NO_CELLS
@@ -347,16 +354,18 @@ class _Preparation:
         """As `write` would, where it is not written."""
         train = self.tables["train"]
         totals = totals_of_labels(train, self.schema, self.label_positive)
-        self.report.add("train", totals, self.label_positive, train.name)
+        self.report.add("train", totals, {}, self.label_positive, train.name)
 
     def write(self) -> None:
         """The rows of each split, and what comes to light by that."""
         for name in self.tables:
             (self.folder / name).mkdir()
         self.written = self.workers.write(self.tables, self.folder, self.schema, self.known, self.label_positive)
+        self.present: dict[str, dict[str, int]] = {}
         for name, totals in self.written.items():
             table = self.tables[name]
-            self.report.add(name, totals, self.label_positive, table.name)
+            self.present[name] = present_numbers(table, self.schema)
+            self.report.add(name, totals, self.present[name], self.label_positive, table.name)
             if name != "train":
                 values = values_in(self.folder / "vocab", self.schema)
                 self.report.remarks += judge_table(table, totals.ids, self.schema, values)
@@ -369,6 +378,8 @@ class _Preparation:
         guessed = [name for name, why in self.reasons.items() if why != "as told" and name not in self.doubts]
         found += self.doubts.values()
         found += remarks.on_unseen(self.written, self.schema, guessed if self.earlier is None else ())
+        rows = {name: totals.rows for name, totals in self.written.items()}
+        found += remarks.on_missing_numbers(self.present, rows)
         found += remarks.on_lists(train, self.schema)
         found += remarks.on_lengths(train, self.schema, self.folder / "train")
         if self.rows_of and self.events is not None and self.events.time is not None:

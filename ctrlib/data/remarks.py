@@ -21,6 +21,7 @@ FIRST_ROWS = 10_000  # that are looked at
 MIN_CELLS = 20  # of fewer, an equal length says nothing
 FEW_LABELS = 100  # of the rarer class; the standard error of an AUC is then about .03
 CHANCE = 1e-3
+OTHERWISE_MISSING = 0.2  # difference of shares of missing numbers from which on a split is made otherwise than train
 
 
 def on_lists(train: RawTable, schema: Schema) -> Iterator[str]:
@@ -162,6 +163,29 @@ def _p_of_difference(positive_a: int, number_a: int, positive_b: int, number_b: 
         return 1.0
     z = (positive_a / number_a - positive_b / number_b) / math.sqrt(variance)
     return math.erfc(abs(z) / math.sqrt(2))
+
+
+def on_missing_numbers(present: Mapping[str, Mapping[str, int]], rows: Mapping[str, int]) -> Iterator[str]:
+    """Numbers that a split lacks far more often than train, or far more seldom.
+
+    Args:
+        present: split -> number -> rows that have one.
+        rows: split -> its rows.
+
+    >>> next(on_missing_numbers({"train": {"age": 990}, "test": {"age": 0}}, {"train": 1000, "test": 100}))[:70]
+    "numbers of 'age' are missing in 1% of the rows of train and in 100% of"
+    """
+    for name, in_train in present["train"].items():
+        of_train = 1 - in_train / rows["train"]
+        for split, found in present.items():
+            share = 1 - found[name] / rows[split]
+            p = _p_of_difference(in_train, rows["train"], found[name], rows[split])
+            if abs(share - of_train) > OTHERWISE_MISSING and p < CHANCE:
+                yield (
+                    f"numbers of {name!r} are missing in {of_train:.0%} of the rows of train and in {share:.0%} of "
+                    f"those of {split}; they become train's mean, and nothing tells a model: look how {split} was "
+                    f"made, or leave the column out (--ignore {name})"
+                )
 
 
 def on_unseen(totals: Mapping[str, Totals], schema: Schema, guessed: Collection[str]) -> Iterator[str]:

@@ -35,7 +35,7 @@ class Report:
         for feature in schema.features:
             entry: dict[str, Any] = {"kind": kind_of(feature), "reason": reasons[feature.name]}
             if isinstance(feature, Numeric):
-                entry |= {"transform": feature.transform}
+                entry |= {"transform": feature.transform, "missing": {}}
             elif isinstance(feature, RawId):
                 entry |= {"form": feature.form, "missing": {}, "oov": {}}
             else:
@@ -48,7 +48,14 @@ class Report:
             self.remarks += earlier.remarks
         self.content["remarks"] = self.remarks
 
-    def add(self, split: str, totals: Totals, label_positive: Mapping[str, str] | None, source: str) -> None:
+    def add(
+        self,
+        split: str,
+        totals: Totals,
+        present_numbers: Mapping[str, int],
+        label_positive: Mapping[str, str] | None,
+        source: str,
+    ) -> None:
         """Count a split; `source` is what to call its rows.
 
         Raises:
@@ -71,6 +78,8 @@ class Report:
         self.content["missing_labels"][split] = {
             name: totals.rows - counts["present"] for name, counts in totals.labels.items()
         }
+        for name, number in present_numbers.items():
+            self.content["features"][name]["missing"][split] = (totals.rows - number) / totals.rows
         for name, counts in totals.ids.items():
             entry = self.content["features"][name]
             if entry["kind"] == "sequence":
@@ -91,7 +100,7 @@ class Report:
             if entry is None:
                 table.add_row(name, "-", "", "", "", reason)
             elif entry["kind"] == "numeric":
-                table.add_row(name, "numeric", entry["transform"], "", "", reason)
+                table.add_row(name, "numeric", entry["transform"], f"{entry['missing']['train']:.2%}", "", reason)
             else:
                 shares = [f"{entry[what][split]:.2%}" for what, split in (("missing", "train"), ("oov", last))]
                 if "empty" in entry:

@@ -4,7 +4,8 @@
 
 DCN V2 over 10 ids of 100,000 values each, in a process of its own beside this one, on loopback. The time of a request
 counts from when it was due, so that a server that stands still is not spared those that wait meanwhile. Then 1,000
-candidates of one user through /rank, one request after another. `--export onnx` serves an export of it.
+candidates of one user through /rank, one request after another: sent as rows, then by the keys of a file of items.
+`--export onnx` serves an export of it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import polars as pl
 import tyro
 from serving_speed import FIELDS, model_folder
 
@@ -128,21 +131,30 @@ async def open_loop(client: Client, arguments: Arguments, server: int) -> None:
     print(f"  processor's time of a request: {used[0]:.1f} ms in the server, {used[1]:.1f} ms here")
 
 
-async def one_after_another(client: Client, arguments: Arguments) -> None:
+def items_of(arguments: Arguments) -> pl.DataFrame:
+    """Items by their keys, with the second half of the fields."""
+    ids = np.random.default_rng(3).integers(0, arguments.values, (arguments.values, FIELDS)) * 7919 + np.arange(FIELDS)
+    columns = {f"c{n}": ids[:, n] for n in range(FIELDS // 2, FIELDS)}
+    return pl.DataFrame({"sku": np.arange(arguments.values), **columns})
+
+
+async def one_after_another(client: Client, arguments: Arguments, *, by_keys: bool) -> None:
     rng = np.random.default_rng(2)
     half = FIELDS // 2
     taken, statuses = [], []
     for number in range(arguments.ranks + 20):
         ids = rng.integers(0, arguments.values, (arguments.candidates, FIELDS)) * 7919 + np.arange(FIELDS)
         context = {f"c{n}": int(ids[0, n]) for n in range(half)}
-        items = [{f"c{n}": int(row[n]) for n in range(half, FIELDS)} for row in ids]
+        items: list[Any] = [{f"c{n}": int(row[n]) for n in range(half, FIELDS)} for row in ids]
+        if by_keys:
+            items = rng.integers(0, arguments.values, arguments.candidates).tolist()
         body = json.dumps({"context": context, "items": items, "k": 10}).encode()
         started = time.perf_counter()
         status = await client.post("/rank", body)
         if number >= 20:
             taken.append(time.perf_counter() - started)
             statuses.append(status)
-    report(f"{arguments.candidates:,} candidates of one user", taken, statuses)
+    report(f"{arguments.candidates:,} candidates of one user{', by keys' if by_keys else ''}", taken, statuses)
 
 
 def main(arguments: Arguments) -> None:
@@ -157,7 +169,8 @@ def main(arguments: Arguments) -> None:
             if not served.exists():
                 export_model(home / "model", served, to=arguments.export)
         command = [sys.executable, "-m", "ctrlib.cli", "serve", str(served), "--port", "0", "--json", "--trust"]
-        command += ["--threads", str(arguments.threads)]
+        items_of(arguments).write_csv(home / "items.csv")
+        command += ["--threads", str(arguments.threads), "--items", str(home / "items.csv"), "--item-key", "sku"]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
             try:
                 assert server.stdout is not None
@@ -166,7 +179,8 @@ def main(arguments: Arguments) -> None:
                 async def load() -> None:
                     client = Client(str(address.hostname), int(address.port or 0))
                     await open_loop(client, arguments, server.pid)
-                    await one_after_another(client, arguments)
+                    for by_keys in (False, True):
+                        await one_after_another(client, arguments, by_keys=by_keys)
                     client.close()
 
                 asyncio.run(load())
