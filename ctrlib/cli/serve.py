@@ -50,7 +50,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Serve(Command):
-    """Answer requests for a trained model's probabilities over HTTP, or those of an exported one.
+    """Serve a trained or exported model's probabilities over HTTP.
 
     POST /predict takes {"rows": [{"COLUMN": CELL, ...}, ...]}, POST /rank the candidates of one user. GET /model,
     /health and /metrics say what there is. SIGTERM and Ctrl-C end it when the requests at work are answered. It knows
