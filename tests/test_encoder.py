@@ -23,7 +23,8 @@ from ctrlib import models
 from ctrlib.data import stream
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns, Ragged, decode, find_row_groups, offsets_of
-from ctrlib.data.encoder import FEW_CELLS, Counts, Encoder
+from ctrlib.data.counts import Counts
+from ctrlib.data.encoder import FEW_CELLS, Encoder
 from ctrlib.data.quick import Careful, texts_of_column
 from ctrlib.data.rows import frame_of
 from ctrlib.data.scan import DataError

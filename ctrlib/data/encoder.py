@@ -15,7 +15,6 @@ import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -27,6 +26,7 @@ from ctrlib._lock import locked
 from ctrlib._target import TargetError
 from ctrlib.data.cells import check_columns, checks, fitted_number, label, number, raw_id, text, without_bad_rows
 from ctrlib.data.columns import Columns, Ragged, lists_of, offsets_of
+from ctrlib.data.counts import NUM_EXAMPLES, Counts
 from ctrlib.data.encode import refuse_other_form, refuse_retyped
 from ctrlib.data.event_state import State, has_events
 from ctrlib.data.quantiles import has_points, points_path, read_points
@@ -38,7 +38,7 @@ from ctrlib.data.stream import ahead, blocks
 from ctrlib.data.table import ROW, RawTable, as_frame, clean, naming, numbered
 from ctrlib.data.unknown import judge
 from ctrlib.data.vocabulary import load_counts, load_vocabulary, vocabulary_path
-from ctrlib.data.whole_numbers import NUM_EXAMPLES, WholeColumns
+from ctrlib.data.whole_numbers import WholeColumns
 from ctrlib.making import new_folder
 from ctrlib.manifest import load_schema, write_manifest
 from ctrlib.schema import (
@@ -66,42 +66,10 @@ FEW_NUMBERS = 16 * FEW_CELLS  # of frames: cells of which some need no Python
 MOST_PARTS = 32  # encoders of some features that are kept
 
 
-@dataclass
-class Counts:
-    """What was found in rows: feature -> number of "ids" looked up, of those "unseen" in train, of "missing" ones;
-    history -> number of "empty" ones.
-
-    `examples`: a few of the unseen values of each feature. `ignored`: columns that the schema does not know. `skipped`:
-    why how many rows were left out.
-    """
-
-    rows: int = 0
-    ids: dict[str, int] = field(default_factory=dict)
-    unseen: dict[str, int] = field(default_factory=dict)
-    missing: dict[str, int] = field(default_factory=dict)
-    empty: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    ignored: list[str] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: Counts) -> None:
-        """Count more rows."""
-        self.rows += other.rows
-        for what in ("ids", "unseen", "missing", "empty"):
-            mine, theirs = getattr(self, what), getattr(other, what)
-            for name, count in theirs.items():
-                mine[name] = mine.get(name, 0) + count
-        for name, values in other.examples.items():
-            known = self.examples.setdefault(name, [])
-            known += [value for value in values if value not in known][: NUM_EXAMPLES - len(known)]
-        self.ignored = list(dict.fromkeys([*self.ignored, *other.ignored]))
-        self.skipped += other.skipped
-
-
 class Encoder:
     """Raw rows to ids and numbers, as they were fitted on train.
 
-    Nothing in it changes after it is made, so threads may share one.
+    Threads may share one: what it keeps for the next rows changes nothing that it gives.
 
     Args:
         schema: fitted.

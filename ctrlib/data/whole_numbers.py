@@ -9,21 +9,18 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from ctrlib.data.columns import Ragged, offsets_of
+from ctrlib.data.counts import NUM_EXAMPLES, Counts
 from ctrlib.schema import OOV_ID, Categorical, MultiValued, RawId, Schema, vocabulary_of
 from ctrlib.schema import Sequence as History
 
-if TYPE_CHECKING:
-    from ctrlib.data.encoder import Counts
-
 Ints = npt.NDArray[np.int64]
-NUM_EXAMPLES = 10  # unseen values that are kept to be shown
 FITTING = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # into 64 bits
 PLACES = 4  # in each bucket, of which there are at least as many as numbers: 1 of 250 numbers finds no place, or fewer
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: spreads neighbours evenly

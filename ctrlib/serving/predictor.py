@@ -23,7 +23,8 @@ from ctrlib._target import check_target, target
 from ctrlib.batch import Batch
 from ctrlib.data.collate import collate
 from ctrlib.data.columns import Columns
-from ctrlib.data.encoder import Counts, Encoder, Rows
+from ctrlib.data.counts import Counts
+from ctrlib.data.encoder import Encoder, Rows
 from ctrlib.data.loader import Loader
 from ctrlib.data.raw import check_paths, in_files, paths_of
 from ctrlib.data.scan import DataError, OnBadRow, check_on_bad_row
