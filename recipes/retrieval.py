@@ -2,26 +2,29 @@
 
     python recipes/retrieval.py --raw DIR --data movielens_1m --model ultragcn --seed 1 [--select-on-test] [--record]
     python recipes/retrieval.py --raw DIR --data gowalla --model ultragcn ials ease itemcf popularity --seeds 1 2 3
-    python recipes/retrieval.py --raw DIR --data gowalla --time
+    python recipes/retrieval.py --raw DIR --data gowalla --rivals published lightgcn --minutes 30 --record
 
 DIR holds `gowalla/` and `ultragcn_ml1m/` with train.txt.gz and test.txt.gz, lines `user item item ...`: Gowalla from
 https://github.com/kuandeng/LightGCN, MovieLens-1M from https://github.com/xue-pai/UltraGCN. Metrics are those of these
 programs: top 20, training items left out, means over all users (each has test items in both).
 
 The honest number chooses the epoch on a tenth of train and then trains on all of it; `--select-on-test` chooses on test
-as the published numbers do. All settings were chosen on validation. `--time` says what an epoch of LightGCN and of the
-published form takes here, from some of its batches.
+as the published numbers do. All settings were chosen on validation. `--rivals` trains LightGCN, or UltraGCN as it was
+published, for so many minutes and says how far they are then, and what one of their epochs takes.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import tyro
 from scipy import sparse
@@ -30,6 +33,7 @@ from torch.nn.functional import softplus
 from tyro.conf import FlagCreatePairsOff
 
 from ctrlib.cli.flags import parse_option
+from ctrlib.retrieval.evaluate import evaluate
 from ctrlib.retrieval.interactions import Aligned, Interactions, read_log
 from ctrlib.retrieval.objective import Objective
 from ctrlib.retrieval.run import train
@@ -70,6 +74,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 Model = Literal["ultragcn", "ials", "ease", "itemcf", "popularity"]
+Rival = Literal["published", "lightgcn"]
+Scores = Callable[[npt.NDArray[np.int64]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,10 @@ class Knobs:
     """Epochs from one look at validation to the next."""
     select_on_test: bool = False
     """Choose the epoch on test, as published numbers do."""
-    time: bool = False
-    """Time epochs of LightGCN and of the published form of UltraGCN, and do nothing else."""
+    rivals: tuple[Rival, ...] = ()
+    """Train these instead, for --minutes: UltraGCN as it was published, or LightGCN."""
+    minutes: float = 1.0
+    """How long."""
     record: bool = False
     """Append the results to results.csv."""
 
@@ -106,11 +114,10 @@ def main(knobs: Knobs) -> None:
     folder = knobs.raw / FOLDERS[knobs.data]
     log = Interactions.of(read_log(folder / "train.txt.gz"))
     test = log.aligned(read_log(folder / "test.txt.gz"))
-    if knobs.time:
-        print(to_json(times(knobs.data, log)))
-        return
-    for model in knobs.model:
-        for seed in knobs.seeds:
+    for seed in knobs.seeds:
+        for rival in knobs.rivals:
+            race(knobs, log, test, rival, seed)
+        for model in () if knobs.rivals else knobs.model:
             run(knobs, log, test, model, seed)
 
 
@@ -132,55 +139,63 @@ def run(knobs: Knobs, log: Interactions, test: Aligned, model: str, seed: int) -
     found = trained.record
     print(to_json({"data": knobs.data, "model": model, **found}), flush=True)
     if knobs.record:
-        kept = ("recall@20", "ndcg@20")
-        scores = {
-            f"{split}_{name}": found[f"{split}_{name}"]
-            for split in ("valid", "test")
-            for name in kept
-            if f"{split}_{name}" in found
-        }
-        scores |= {"peak_memory_mb": found["peak_memory_mb"], "fit_seconds": found["fit_seconds"]}
-        row = {
-            "engine": "exact",
-            "seed": seed,
-            "seconds": found["seconds"],
-            "epochs": found["best_epoch"],
-            KEY: found[KEY],
-        }
-        path = Path(__file__).parent / "results.csv"
+        kept = {f"{split}_{name}" for split in ("valid", "test") for name in ("recall@20", "ndcg@20")}
+        kept |= {"peak_memory_mb", "fit_seconds"}
         name = model + (", epoch selected on test" if knobs.select_on_test else "")
-        record(row, path, data=NAMES[knobs.data], model=name, task="retrieval", scores=scores)
+        row = {"seed": seed, "seconds": found["seconds"], "epochs": found["best_epoch"], KEY: found[KEY]}
+        keep(knobs, name, row, {key: value for key, value in found.items() if key in kept})
 
 
-def times(data: Literal["gowalla", "movielens_1m"], log: Interactions, batches: int = 5) -> dict[str, float]:
-    """Seconds of an epoch of LightGCN (3 layers, BPR, batch 2048) and of the published form of UltraGCN."""
-    method = official(data)
-    objective = Objective(log.matrix, method.weights)
-    tables = make_tables(log.num_users, log.num_items, method.embedding_dim, init_std=method.init_std, seed=0)
-    sampler = Sampler(objective, tables, method.draws, learning_rate=method.learning_rate, seed=0)
-    given = sampler._batches()
-    sampler.step(*next(given))
+def keep(knobs: Knobs, name: str, row: dict[str, Any], scores: dict[str, float]) -> None:
+    """Append a row to results.csv."""
+    path = Path(__file__).parent / "results.csv"
+    record({"engine": "exact", **row}, path, data=NAMES[knobs.data], model=name, task="retrieval", scores=scores)
+
+
+def race(knobs: Knobs, log: Interactions, test: Aligned, rival: Rival, seed: int) -> None:
+    """Train another form for so many minutes: how good it is then, and what an epoch of it takes."""
+    trained = Published(knobs.data, log, seed) if rival == "published" else LightGCN(log, seed)
+    trained.step()  # the first one also makes what Adam keeps
     started = time.perf_counter()
-    for _, batch in zip(range(batches), given):
-        sampler.step(*batch)
-    of_step = (time.perf_counter() - started) / batches
-    light = LightGCN(log, 64)
-    light.step(2048)
-    started = time.perf_counter()
-    for _ in range(batches):
-        light.step(2048)
-    of_light = (time.perf_counter() - started) / batches
-    return {
-        "ultragcn_published_seconds_per_epoch": of_step * objective.num_batches,
-        "ultragcn_published_epochs": method.epochs,
-        "lightgcn_seconds_per_epoch": of_light * -(-log.matrix.nnz // 2048),
-    }
+    steps = 0
+    while (seconds := time.perf_counter() - started) < 60 * knobs.minutes:
+        trained.step()
+        steps += 1
+    found = evaluate(trained.scores(), log.matrix, test, over="all")
+    scores = {f"test_{name}": found[name] for name in ("recall@20", "ndcg@20")}
+    scores |= {"epochs_done": steps / trained.batches, "seconds_per_epoch": seconds / steps * trained.batches}
+    print(to_json({"data": knobs.data, "rival": rival, "seed": seed, **scores}), flush=True)
+    if knobs.record:
+        keep(knobs, f"{rival}, {knobs.minutes:g} minutes", {"seed": seed, "seconds": seconds}, scores)
+
+
+class Published:
+    """UltraGCN as it was published: vectors that begin near 0, negatives drawn for each pair, Adam."""
+
+    def __init__(self, data: Literal["gowalla", "movielens_1m"], log: Interactions, seed: int) -> None:
+        method = official(data)
+        objective = Objective(log.matrix, method.weights)
+        tables = make_tables(log.num_users, log.num_items, method.embedding_dim, init_std=method.init_std, seed=seed)
+        self.sampler = Sampler(objective, tables, method.draws, learning_rate=method.learning_rate, seed=seed)
+        self.batches = objective.num_batches
+        self._given = (batch for _ in itertools.count() for batch in self.sampler.batches())
+
+    def step(self) -> None:
+        """One update by the next batch of pairs."""
+        self.sampler.step(*next(self._given))
+
+    def scores(self) -> Scores:
+        """Scores of all items for some users, by what has been learnt so far."""
+        users, items = self.sampler.vectors()
+        return lambda some: users[torch.from_numpy(some)] @ items.T
 
 
 class LightGCN:
-    """Three layers of LightGCN (He et al., SIGIR 2020, https://arxiv.org/abs/2002.02126) with BPR, to be timed."""
+    """LightGCN (He et al., SIGIR 2020, https://arxiv.org/abs/2002.02126): three layers, 64 columns, BPR, batch 2048."""
 
-    def __init__(self, log: Interactions, width: int, layers: int = 3) -> None:
+    layers, batch = 3, 2048
+
+    def __init__(self, log: Interactions, seed: int) -> None:
         num_users, num_items = log.matrix.shape
         upper = sparse.hstack([sparse.csr_matrix((num_users, num_users)), log.matrix])
         lower = sparse.hstack([log.matrix.T, sparse.csr_matrix((num_items, num_items))])
@@ -189,29 +204,40 @@ class LightGCN:
         graph = sparse.csr_matrix(scale @ graph @ scale, dtype=np.float32)
         starts, columns, values = (torch.from_numpy(part) for part in (graph.indptr, graph.indices, graph.data))
         self.graph = torch.sparse_csr_tensor(starts, columns, values, size=graph.shape, check_invariants=False)
-        self.log, self.layers = log, layers
-        self.vectors = torch.nn.Parameter(torch.randn(num_users + num_items, width) * 0.1)
+        self.log, self.batches = log, -(-log.matrix.nnz // self.batch)
+        first = torch.randn(num_users + num_items, 64, generator=torch.Generator().manual_seed(seed))
+        self.vectors = torch.nn.Parameter(first * 0.1)
         self.adam = torch.optim.Adam([self.vectors], lr=1e-3)
-        self.draws = np.random.default_rng(0)
+        self.draws = np.random.default_rng(seed)
 
-    def step(self, batch: int) -> None:
-        """One update by a batch of pairs, each with a negative."""
-        matrix = self.log.matrix
-        places = self.draws.integers(0, matrix.nnz, batch)
-        users = torch.from_numpy(np.searchsorted(matrix.indptr, places, side="right") - 1)
-        items = torch.from_numpy(matrix.indices[places].astype(np.int64)) + self.log.num_users
-        others = torch.from_numpy(self.draws.integers(0, self.log.num_items, batch)) + self.log.num_users
+    def step(self) -> None:
+        """One update by users drawn alike, each with one of their items and one of all."""
+        matrix, shift = self.log.matrix, self.log.num_users
+        drawn = self.draws.choice(np.flatnonzero(np.diff(matrix.indptr)), self.batch)
+        places = self.draws.integers(matrix.indptr[drawn], matrix.indptr[drawn + 1])
+        users = torch.from_numpy(drawn)
+        items = torch.from_numpy(matrix.indices[places].astype(np.int64)) + shift
+        others = torch.from_numpy(self.draws.integers(0, self.log.num_items, self.batch)) + shift
+        final = self._final()
+        loss = softplus((final[users] * (final[others] - final[items])).sum(1)).mean()
+        l2 = torch.stack([self.vectors[ids].square().sum() for ids in (users, items, others)]).sum()
+        loss = loss + 1e-4 / 2 / self.batch * l2
+        self.adam.zero_grad()
+        torch.autograd.backward(loss)
+        self.adam.step()
+
+    def _final(self) -> Tensor:
         layer: Tensor = self.vectors
         total: Tensor = self.vectors
         for _ in range(self.layers):
             layer = torch.sparse.mm(self.graph, layer)
             total = total + layer
-        total = total / (self.layers + 1)
-        loss = softplus((total[users] * (total[others] - total[items])).sum(1)).mean()
-        loss = loss + 1e-4 * sum(self.vectors[ids].square().sum() for ids in (users, items, others)) / batch
-        self.adam.zero_grad()
-        torch.autograd.backward(loss)
-        self.adam.step()
+        return total / (self.layers + 1)
+
+    def scores(self) -> Scores:
+        """Scores of all items for some users, by what has been learnt so far."""
+        users, items = self._final().detach().tensor_split([self.log.num_users])
+        return lambda some: users[torch.from_numpy(some)] @ items.T
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ def test_the_exact_engine_is_adam_on_whole_tables() -> None:
     sampler = Sampler(objective, tables, Draws(6), learning_rate=0.01, seed=0)
     adam = torch.optim.Adam([users, items], lr=0.01)
     around = torch.from_numpy(objective.graph.neighbours).clamp(min=0)  # type: ignore[union-attr]
-    for rows, columns, negatives in sampler._batches():
+    for rows, columns, negatives in sampler.batches():
         adam.zero_grad()
         loss = objective.sampled_loss(
             rows, columns, negatives, users[rows], items[columns], items[negatives], items[around[columns]]
@@ -331,16 +331,21 @@ def test_neighbours_of_items_are_what_finds_planted_blocks() -> None:
     assert found[1.0] > found[0.0] + 0.1, found
 
 
-def test_ease_is_the_closed_form() -> None:
-    matrix = random_matrix(50, 1100, 0.02)  # more items than are copied at a time
+@pytest.mark.parametrize("shape", [(50, 1100), (1100, 50), (60, 60)])  # more than are copied at a time, either way
+def test_ease_is_the_closed_form(shape: tuple[int, int]) -> None:
+    matrix = random_matrix(*shape, 0.05)
     a = matrix.toarray().astype(np.float64)
-    inverse = np.linalg.inv(a.T @ a + 3 * np.eye(1100))
+    inverse = np.linalg.inv(a.T @ a + 3 * np.eye(shape[1]))
     weights = -inverse / np.diag(inverse)
     np.fill_diagonal(weights, 0)
     log = Interactions.of_matrix(matrix)
+    others = random_matrix(7, shape[1], 0.1)
     for double, tolerance in ((True, 1e-6), (False, 1e-4)):
-        found = EASE(l2=3.0, double=double).fit(log).scores(np.arange(50))
-        np.testing.assert_allclose(found.numpy(), a @ weights, atol=tolerance)
+        ease = EASE(l2=3.0, double=double).fit(log)
+        found = ease.scores(np.arange(1, shape[0]))
+        np.testing.assert_allclose(found.numpy(), (a @ weights)[1:], atol=tolerance)
+        np.testing.assert_allclose(ease.fold_in(others).numpy(), others.toarray() @ weights, atol=tolerance)
+        assert ("weights" in ease.state()) == (shape[0] >= shape[1])
 
 
 def test_itemcf_is_the_dense_one() -> None:
@@ -638,13 +643,13 @@ def test_the_methods_are_one_list() -> None:
     assert official("movielens_1m").weights.batch_size == 1024
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_what_is_saved_scores_as_before(name: str, tmp_path: Path) -> None:
-    log, test = blocks_log(60, 40, 4)
+@pytest.mark.parametrize(("name", "num_users"), [*((name, 60) for name in SMALL), ("ease", 30)])
+def test_what_is_saved_scores_as_before(name: str, num_users: int, tmp_path: Path) -> None:
+    log, test = blocks_log(num_users, 40, 4)  # EASE keeps another matrix where users are fewer than items
     trained = train(log, {"method": name, **SMALL[name]}, test=test, seed=1)
     folders.save(trained, tmp_path / "model")
     again = folders.load(tmp_path / "model")
-    users = np.arange(60)
+    users = np.arange(num_users)
     assert torch.equal(again.method.scores(users), trained.method.scores(users))
     torch.testing.assert_close(again.method.fold_in(log.matrix[:3]), trained.method.fold_in(log.matrix[:3]))
     assert again.record == json.loads(json.dumps(trained.record))

@@ -146,16 +146,21 @@ class ItemCF(_FromHistory):
 class EASE(_FromHistory):
     """s_u = A_u B with B = argmin |A - A B|^2 + l2 |B|^2 and diag B = 0: with P = (A^T A + l2)^-1, B_ij = -P_ij / P_jj.
 
-    The inverse takes I^3 multiplications and one I x I matrix: 41,000 items are 6.7 GB in float32.
+    Where there are fewer users than items, P is never made: since A P = M A with M = (A A^T + l2)^-1, a matrix between
+    users tells all scores. Either inverse takes n^3 multiplications and one n x n matrix, with n the smaller of the
+    numbers of users and items: n = 30,000 is 3.6 GB in float32.
 
     Args:
         l2: the penalty.
-        double: compute in float64; by default below 10,000 items.
+        double: compute in float64; by default where n is below 10,000.
 
     >>> log = Interactions.of_matrix([[1, 1], [0, 1]])
     >>> EASE(l2=1.0).fit(log).scores(np.array([1])).numpy().round(2)  # P is [[3, -1], [-1, 2]] / 5
     array([[0.33, 0.  ]], dtype=float32)
     """
+
+    between_users: Tensor | None = None  # M, (U, U)
+    diagonal: Tensor  # of P, (I,); only beside M
 
     def __init__(self, *, l2: float = 500.0, double: bool | None = None) -> None:
         check_number(0, above=True, l2=l2)
@@ -163,29 +168,82 @@ class EASE(_FromHistory):
 
     def fit(self, log: Interactions, *, seed: int = 0, watch: Watch | None = None) -> EASE:
         """Invert the matrix; nothing is drawn and there are no epochs."""
-        double = log.num_items < 10_000 if self.double is None else self.double
-        kind: Any = np.float64 if double else np.float32
-        users = sparse.csr_matrix(log.matrix, dtype=kind)
+        smaller = min(log.num_users, log.num_items)
+        double = smaller < 10_000 if self.double is None else self.double
+        users = sparse.csr_matrix(log.matrix, dtype=np.float64 if double else np.float32)
         items = sparse.csr_matrix(users.T)
-        gram = np.empty((log.num_items, log.num_items), kind, order="F")
-        for start in range(0, log.num_items, ROWS):  # columns, which are rows as well
-            gram[:, start : start + ROWS] = (items[start : start + ROWS] @ users).toarray().T
-        gram[np.diag_indices(log.num_items)] += self.l2
-        factorise, invert = linalg.get_lapack_funcs(("potrf", "potri"), (gram,))
-        factor, failed = factorise(gram, lower=True, overwrite_a=True, clean=False)
-        if failed:
-            raise ArgumentError(f"A^T A + {self.l2} has no Cholesky factor in {kind.__name__}: give a larger l2")
-        inverse, _ = invert(factor, lower=True, overwrite_c=True)
-        for start in range(0, log.num_items, ROWS):  # only the lower triangle was filled
-            stop = min(start + ROWS, log.num_items)
-            corner = inverse[start:stop, start:stop]
-            corner[:] = np.tril(corner) + np.tril(corner, -1).T
-            inverse[start:stop, stop:] = inverse[stop:, start:stop].T
+        self.histories, self.between_users = log.matrix, None
+        if log.num_users < log.num_items:
+            inverse = _penalised_inverse(users, self.l2)
+            explained = np.empty(log.num_items, users.dtype)  # a_j^T M a_j of each item
+            for start in range(0, log.num_items, ROWS):
+                some = items[start : start + ROWS]
+                explained[start : start + ROWS] = some.multiply(some @ inverse).sum(axis=1).A1
+            self.diagonal = torch.from_numpy((1 - explained) / self.l2).float()
+            self.between_users = torch.from_numpy(inverse.astype(np.float32, copy=False))
+            return self
+        inverse = _penalised_inverse(items, self.l2)
         diagonal = inverse.diagonal().copy()
         inverse /= -diagonal
         inverse[np.diag_indices(log.num_items)] = 0
-        self.weights, self.histories = inverse.astype(np.float32, order="C", copy=False), log.matrix
+        self.weights = inverse.astype(np.float32, order="C", copy=False)
         return self
+
+    def scores(self, users: Ints) -> Tensor:
+        """Scores of all items for some of the users, (B,) -> (B, I)."""
+        if self.between_users is None:
+            return super().scores(users)
+        rows = self.between_users[torch.from_numpy(np.asarray(users))].numpy()
+        return self._less(self.histories[users], torch.from_numpy((self.histories.T @ rows.T).T))
+
+    def fold_in(self, histories: sparse.csr_matrix) -> Tensor:
+        """Scores of all items for users of whom only items are known, (B, I) ones -> (B, I)."""
+        if self.between_users is None:
+            return super().fold_in(histories)
+        check_history(histories, self.histories.shape[1])
+        common = histories @ self.histories.T  # items that they share with users of training
+        known = (self.histories.T @ (common @ self.between_users.numpy()).T).T
+        return self._less(histories, (dense(histories) - torch.from_numpy(known)) / self.l2)
+
+    def _less(self, histories: sparse.csr_matrix, product: Tensor) -> Tensor:
+        """H B = H - H P / diag P, given H P."""
+        return dense(histories) - product / self.diagonal
+
+    def state(self) -> dict[str, Tensor]:
+        """The users' rows, and the weights between items, or what stands for them where users are fewer."""
+        if self.between_users is None:
+            return super().state()
+        parts = {"between_users": self.between_users, "diagonal": self.diagonal}
+        return {**csr_state("histories", self.histories), **parts}
+
+    def load(self, state: Mapping[str, Tensor]) -> EASE:
+        """Put back what `state` gave."""
+        self.between_users = state.get("between_users")
+        if self.between_users is not None:
+            self.histories, self.diagonal = csr_of("histories", state), state["diagonal"]
+            return self
+        loaded: EASE = super().load(state)
+        return loaded
+
+
+def _penalised_inverse(rows: sparse.csr_matrix, l2: float) -> Any:
+    """(R R^T + l2)^-1 of a sparse matrix R, (n, m) -> (n, n), in its own type and in the memory of the result."""
+    size, columns = rows.shape[0], sparse.csr_matrix(rows.T)
+    gram = np.empty((size, size), rows.dtype, order="F")
+    for start in range(0, size, ROWS):  # columns, which are rows as well
+        gram[:, start : start + ROWS] = (rows[start : start + ROWS] @ columns).toarray().T
+    gram[np.diag_indices(size)] += l2
+    factorise, invert = linalg.get_lapack_funcs(("potrf", "potri"), (gram,))
+    factor, failed = factorise(gram, lower=True, overwrite_a=True, clean=False)
+    if failed:
+        raise ArgumentError(f"A^T A + {l2} has no Cholesky factor in {rows.dtype}: give a larger l2")
+    inverse, _ = invert(factor, lower=True, overwrite_c=True)
+    for start in range(0, size, ROWS):  # only the lower triangle was filled
+        stop = min(start + ROWS, size)
+        corner = inverse[start:stop, start:stop]
+        corner[:] = np.tril(corner) + np.tril(corner, -1).T
+        inverse[start:stop, stop:] = inverse[stop:, start:stop].T
+    return inverse
 
 
 class IALS(Vectors):

@@ -126,9 +126,10 @@ class Sampler:
 
     def epoch(self) -> float:
         """A pass over all pairs; the sum of its losses, L2 included."""
-        return sum(self.step(*batch) for batch in self._batches())
+        return sum(self.step(*batch) for batch in self.batches())
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of a pass: numbers of users, of their items, and of negatives."""
         order = torch.randperm(len(self._users), generator=self._generator)
         for some in torch.split(order, self.objective.weights.batch_size):
             users = self._users[some]
