@@ -12,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
 from ctrlib.embeddings import table
+from ctrlib.embeddings.table import shift_ids
 from ctrlib.errors import WrongTypeError
 from ctrlib.models import MODELS, build, for_engine
 from ctrlib.testing import example_batch, example_schema
@@ -214,6 +215,28 @@ def test_tim_reads_histories_of_one_thing_and_pools_others() -> None:
     plain.load_state_dict(model.embedding.rest.state_dict())
     assert model.embedding.histories == ["clicks", "purchases"]
     assert torch.equal(model.embedding(batch)[:, [0, 4]], plain(batch))
+
+
+@pytest.mark.parametrize("stacked", [0, 1, 2])
+def test_rows_are_those_that_torchrec_looks_up(stacked: int) -> None:
+    features = (
+        ctr.Categorical("shop", num_embeddings=9),
+        ctr.MultiValued("tags", num_embeddings=7),
+        ctr.Categorical("user", num_embeddings=20),
+        ctr.Sequence("shops", vocabulary="shop", num_embeddings=9),
+    )
+    embedding = ctr.TableEmbedding(features, embedding_dim=4, stacked=stacked)
+    batch = example_batch(ctr.Schema(features, ("y",)), 64)
+    turned = {name: batch.sparse[name] for name in ("tags", "shops", "user", "shop")}
+    batch.sparse = KeyedJaggedTensor.from_jt_dict(turned)
+    assert (batch.sparse["shops"].lengths() == 0).any()  # of no bag that is empty is a row
+    pooled = embedding.tables(shift_ids(batch.sparse, embedding.first_rows)).to_dict()
+    expected = torch.stack([pooled[feature.name] for feature in features], dim=1)
+    found = embedding(batch)
+    assert torch.equal(found, expected)
+    weights, slopes = list(embedding.parameters()), torch.randn_like(found)
+    for ours, theirs in zip(*(torch.autograd.grad((out * slopes).sum(), weights) for out in (found, expected))):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_second_history_of_one_thing_is_a_second_unit() -> None:

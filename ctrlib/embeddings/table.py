@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -113,8 +114,7 @@ class TableEmbedding(nn.Module):
         """Batch -> (B, F, D)."""
         blocks: dict[bool, Tensor] = {}
         if self.tables is not None:
-            pooled = regroup(self.tables(shift_ids(batch.sparse, self.first_rows)), self.names)
-            blocks[False] = pooled.view(batch.size, len(self.names), self.out_shape[1])
+            blocks[False] = look_up(self.tables, shift_ids(batch.sparse, self.first_rows), self.names)
         if self.numeric is not None:
             dense = batch.dense if self.columns is None else batch.dense[:, self.columns]
             blocks[True] = self.numeric(dense)
@@ -153,6 +153,7 @@ class Wide(nn.Module):
         self.out_shape = (num_tasks,)
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         num_dense = len(features) - len(sparse)
+        self.names = [feature.name for feature in sparse]
         self.tables = make_tables(
             sparse,
             embedding_dim=num_tasks * columns,
@@ -170,8 +171,7 @@ class Wide(nn.Module):
         """Batch -> (B, T)."""
         total = batch.dense.new_zeros(batch.size, self.num_tasks)
         if self.tables is not None:
-            # The sum over fields does not care about their order.
-            pooled = self.tables(shift_ids(batch.sparse, self.first_rows)).values()
+            pooled = look_up(self.tables, shift_ids(batch.sparse, self.first_rows), self.names)
             total = total + pooled.view(batch.size, -1, self.num_tasks, self.columns).sum(1).mean(2)
         if self.numeric_weights is not None:
             total = total + batch.dense @ self.numeric_weights
@@ -343,6 +343,31 @@ def table_name(vocabulary: str) -> str:
     ('table_type', 'table_user%2Eid')
     """
     return "table_" + vocabulary.replace("%", "%25").replace(".", "%2E")
+
+
+def look_up(tables: Any, sparse: KeyedJaggedTensor, names: Sequence[str]) -> Tensor:
+    """The pooled rows of each feature, (B, F, D), F in the order of `names`.
+
+    On a CPU, plain tables are read here and not by TorchRec: a bag of one id is its row, and reading rows costs a third
+    of pooling bags of one, above all in the backward pass.
+    """
+    if type(tables) is not EmbeddingBagCollection or sparse.device().type != "cpu" or torch.compiler.is_compiling():
+        pooled = regroup(tables(sparse), names)
+        return pooled.unflatten(1, (len(names), -1))
+    table_of = {name: config.name for config in tables.embedding_bag_configs() for name in config.feature_names}
+    ids, offsets, size = sparse.values(), sparse.offsets(), sparse.stride()
+    positions = {name: position for position, name in enumerate(sparse.keys())}
+    single = (sparse.lengths().view(-1, size) == 1).all(1).tolist()
+    starts = sparse.offset_per_key()
+    fields = []
+    for name in names:
+        position, bags = positions[name], tables.embedding_bags[table_of[name]]
+        values = ids[starts[position] : starts[position + 1]]
+        if single[position]:
+            fields.append(F.embedding(values, bags.weight))
+        else:
+            fields.append(bags(values, offsets[position * size : (position + 1) * size + 1] - starts[position]))
+    return torch.stack(fields, dim=1)
 
 
 def regroup(pooled: Any, names: Sequence[str]) -> Tensor:
