@@ -93,7 +93,7 @@ def run_recipe(
     Raises:
         SystemExit: `record` is asked for a run that is cut short.
     """
-    folder = _prepared(knobs, recipe, data, script)
+    folder = prepared(knobs, recipe, data, script)
     result = {"data": data, "model": model, **_train(knobs, folder, config, training)[1]}
     _report(knobs, recipe, result)
     return result
@@ -163,7 +163,7 @@ def _train_labels(
             data=knobs.data and knobs.data.with_name(f"{knobs.data.name}_{knobs.label}"),
             out=knobs.out and knobs.out / knobs.label,
         )
-    folder = _prepared(knobs, recipe, data, script)
+    folder = prepared(knobs, recipe, data, script)
     model, result = _train(knobs, folder, config, training)
     return model, folder, result
 
@@ -208,7 +208,7 @@ def run_ensemble_recipe(
     """
     if world_size() > 1:
         raise SystemExit("the members of an ensemble are scored together in one process: start one")
-    folder = _prepared(knobs, recipe, data, script)
+    folder = prepared(knobs, recipe, data, script)
     models, results = [], []
     for number, (config, training) in enumerate(members):
         out = None if knobs.out is None else knobs.out / f"member-{number}"
@@ -232,7 +232,7 @@ def run_ensemble_recipe(
     return result
 
 
-def _prepared(knobs: RecipeKnobs, recipe: str, data: str, script: Sequence[str]) -> Path:
+def prepared(knobs: RecipeKnobs, recipe: str, data: str, script: Sequence[str]) -> Path:
     """The prepared folder, made first if need be."""
     if knobs.raw and world_size() > 1:
         raise SystemExit("--raw prepares the data: run the recipe with it in one process first, then start several")

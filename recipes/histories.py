@@ -8,22 +8,35 @@ datasets/amazon_grocery.py and datasets/movielens_1m.py (protocol `histories`). 
 the target must win: 60,000 rows, 8:1:1, with histories of 30 events, whose best possible AUC is known.
 
 Width 16, MLP 200-80 with batch normalisation and dropout .2, Adam 1e-3.
+
+    python recipes/histories.py --data-set planted_interests --peer fuxictr --peer-python PYTHON --peer-source DIR
+
+trains the DIN of another library on the very same rows, with the same network as far as it has it, by its own loop:
+`recipes/peers/` says what differs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import polars as pl
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
 import ctrlib as ctr
 from ctrlib.data.synthetic import interests
 from ctrlib.distributed import rank
-from harness import RecipeKnobs, run_recipe
+from ctrlib.schema import Categorical, MultiValued, Sequence, SparseFeature, vocabulary_of
+from ctrlib.training.loop import to_json
+from harness import RecipeKnobs, prepared, run_recipe
+from records import record
 
 MODEL = {"model": "mlp", "embedding_dim": 16, "hidden": (200, 80), "batch_norm": True, "dropout": 0.2}
 
@@ -55,6 +68,12 @@ class Knobs(RecipeKnobs):
     """Which variant."""
     seed: int = 1
     """Of initial weights, shuffle and dropout."""
+    peer: Literal["fuxictr", "rechub"] | None = None
+    """Train this library's DIN instead."""
+    peer_python: Path | None = None
+    """Python of an environment with it."""
+    peer_source: Path | None = None
+    """Checkout of FuxiCTR."""
 
 
 def main(knobs: Knobs) -> None:
@@ -62,6 +81,9 @@ def main(knobs: Knobs) -> None:
     data = DATA[knobs.data_set]
     if not data["script"]:
         knobs = dataclasses.replace(knobs, data=prepare_planted(knobs))
+    if knobs.peer:
+        run_peer(knobs, prepared(knobs, __file__, knobs.data_set, data["script"]), data["embedding_l2"])
+        return
     run_recipe(
         knobs,
         recipe=__file__,
@@ -73,6 +95,60 @@ def main(knobs: Knobs) -> None:
         learning_rate=1e-3,
         embedding_l2=data["embedding_l2"],
     )
+
+
+def run_peer(knobs: Knobs, folder: Path, l2: float) -> None:
+    """The DIN of another library on the rows of a prepared folder: a line of JSON, and a row of results.csv."""
+    if knobs.peer_python is None or (knobs.peer == "fuxictr") != (knobs.peer_source is not None):
+        raise SystemExit("--peer needs --peer-python, and fuxictr, and only that, --peer-source")
+    schema = ctr.Schema.load(folder)
+    if schema.dense:
+        raise SystemExit(f"{folder} has numbers, of which the peers' DINs are not told")
+    settings = {
+        "features": [described(feature) for feature in schema.sparse],
+        **{"seed": knobs.seed, "l2": l2, "batch_size": 1024},
+        **{name: MODEL[name] for name in ("embedding_dim", "hidden", "dropout")},
+        "attention_hidden": [64],
+    }
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        (work / "settings.json").write_text(json.dumps(settings))
+        for split in ("train", "valid", "test"):
+            np.savez(work / f"{split}.npz", allow_pickle=False, **arrays_of(folder / split, schema))
+        program = Path(__file__).parent / "peers" / f"{knobs.peer}_din.py"
+        source = [] if knobs.peer_source is None else [str(knobs.peer_source)]
+        subprocess.run(
+            [str(knobs.peer_python), str(program), str(work), *source], check=True, stdout=subprocess.DEVNULL
+        )
+        found = json.loads((work / "result.json").read_text())
+    print(to_json({"data": knobs.data_set, "model": f"din of {knobs.peer}", "seed": knobs.seed, **found}))
+    if knobs.record:
+        row = {"engine": "exact", "precision": "fp32", "seed": knobs.seed, "schema_hash": schema.hash(), **found}
+        record(row, Path(__file__).parent / "results.csv", data=knobs.data_set, model=f"din of {knobs.peer}")
+
+
+def described(feature: SparseFeature) -> dict[str, Any]:
+    """A feature as `peers/din.py` takes it."""
+    kind = "id" if isinstance(feature, Categorical) else "bag" if isinstance(feature, MultiValued) else "history"
+    length = {"length": feature.max_length} if isinstance(feature, MultiValued | Sequence) else {}
+    table = {"table": vocabulary_of(feature), "rows": feature.num_embeddings}
+    return {"name": feature.name, "kind": kind, **table, **length}
+
+
+def arrays_of(split: Path, schema: ctr.Schema) -> dict[str, Any]:
+    """Label and ids of a split, bags and histories filled up with 0: (B,) or (B, length)."""
+    frame = pl.read_parquet(sorted(split.glob("*.parquet")))
+    found: dict[str, Any] = {"label": frame[schema.labels[0]].to_numpy()}
+    for feature in schema.sparse:
+        column = frame[feature.name]
+        if isinstance(feature, MultiValued | Sequence):
+            lengths = column.list.len().to_numpy()
+            ids = np.zeros((len(column), feature.max_length), np.int64)
+            ids[np.arange(feature.max_length) < lengths[:, None]] = column.explode().drop_nulls().to_numpy()
+            found[feature.name] = ids
+        else:
+            found[feature.name] = column.to_numpy().astype(np.int64)
+    return found
 
 
 def prepare_planted(knobs: Knobs) -> Path:
