@@ -353,7 +353,7 @@ def look_up(tables: Any, sparse: KeyedJaggedTensor, names: Sequence[str]) -> Ten
     """
     if type(tables) is not EmbeddingBagCollection or sparse.device().type != "cpu" or torch.compiler.is_compiling():
         pooled = regroup(tables(sparse), names)
-        return pooled.view(len(pooled), len(names), pooled.shape[1] // len(names))
+        return pooled.view(pooled.shape[0], len(names), pooled.shape[1] // len(names))
     table_of = {name: config.name for config in tables.embedding_bag_configs() for name in config.feature_names}
     ids, offsets, size = sparse.values(), sparse.offsets(), sparse.stride()
     positions = {name: position for position, name in enumerate(sparse.keys())}
