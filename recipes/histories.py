@@ -123,7 +123,7 @@ def run_peer(knobs: Knobs, folder: Path, l2: float) -> None:
         found = json.loads((work / "result.json").read_text())
     print(to_json({"data": knobs.data_set, "model": f"din of {knobs.peer}", "seed": knobs.seed, **found}))
     if knobs.record:
-        row = {"engine": "exact", "precision": "fp32", "seed": knobs.seed, "schema_hash": schema.hash(), **found}
+        row = {"engine": "exact", "precision": "fp32", "seed": knobs.seed, "data_hash": schema.hash, **found}
         record(row, Path(__file__).parent / "results.csv", data=knobs.data_set, model=f"din of {knobs.peer}")
 
 

@@ -186,7 +186,7 @@ class EASE(_FromHistory):
         diagonal = inverse.diagonal().copy()
         inverse /= -diagonal
         inverse[np.diag_indices(log.num_items)] = 0
-        self.weights = inverse.astype(np.float32, order="C", copy=False)
+        self.weights = inverse.astype(np.float32, copy=False)
         return self
 
     def scores(self, users: Ints) -> Tensor:
@@ -243,7 +243,7 @@ def _penalised_inverse(rows: sparse.csr_matrix, l2: float) -> Any:
         corner = inverse[start:stop, start:stop]
         corner[:] = np.tril(corner) + np.tril(corner, -1).T
         inverse[start:stop, stop:] = inverse[stop:, start:stop].T
-    return inverse
+    return inverse.T  # the same, with rows in one piece, which products with sparse matrices would copy it for
 
 
 class IALS(Vectors):
