@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,10 @@ class Batches:
             yield self.of({name: column[some] for name, column in self.rows.items()})
 
 
-def tell(run: Callable[[Data], dict[str, Any]]) -> None:
+def tell(distribution: str, run: Callable[[Data], dict[str, Any]]) -> None:
     """Run, and write what it found to result.json: validation's and test's AUC, epochs, parameters."""
     folder = Path(sys.argv[1])
     started = time.perf_counter()
     found = run(Data(folder))
-    (folder / "result.json").write_text(json.dumps({**found, "seconds": time.perf_counter() - started}))
+    found |= {"seconds": time.perf_counter() - started, "note": f"{distribution} {version(distribution)}"}
+    (folder / "result.json").write_text(json.dumps(found))

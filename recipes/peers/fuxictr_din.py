@@ -69,4 +69,4 @@ def run(data: Data) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell(run)
+    tell("fuxictr", run)

@@ -59,4 +59,4 @@ def run(data: Data) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tell(run)
+    tell("torch-rechub", run)
