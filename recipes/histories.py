@@ -117,9 +117,11 @@ def run_peer(knobs: Knobs, folder: Path, l2: float) -> None:
             np.savez(work / f"{split}.npz", allow_pickle=False, **arrays_of(folder / split, schema))
         program = Path(__file__).parent / "peers" / f"{knobs.peer}_din.py"
         source = [] if knobs.peer_source is None else [str(knobs.peer_source)]
-        subprocess.run(
-            [str(knobs.peer_python), str(program), str(work), *source], check=True, stdout=subprocess.DEVNULL
-        )
+        with (work / "log.txt").open("w") as log:
+            command = [str(knobs.peer_python), str(program), str(work), *source]
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise SystemExit(f"{program} failed; the end of what it said:\n{(work / 'log.txt').read_text()[-2000:]}")
         found = json.loads((work / "result.json").read_text())
     print(to_json({"data": knobs.data_set, "model": f"din of {knobs.peer}", "seed": knobs.seed, **found}))
     if knobs.record:
