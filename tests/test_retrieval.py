@@ -380,6 +380,21 @@ def test_ials_minimises_what_it_says() -> None:
     assert gradient.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("dim", [2, 12, 60])  # most rows have more items than that, some, and none
+def test_ials_solves_for_rows_of_any_length(dim: int) -> None:
+    a = random_matrix(50, 40, 0.3).toarray().astype(np.float64)
+    a[::7] = 0  # some rows are empty
+    others = torch.randn(40, dim, generator=torch.Generator().manual_seed(1))
+    method = IALS(embedding_dim=dim, alpha=0.2, l2=0.05, nu=0.5)
+    method.item_vectors = others
+    found = method.vectors_of(sparse.csr_matrix(a)).double().numpy()
+    v = others.double().numpy()
+    for row in range(50):
+        penalty = 0.05 * (a[row].sum() + 0.2 * 40) ** 0.5
+        system = 0.2 * v.T @ v + (v.T * a[row]) @ v + penalty * np.eye(dim)
+        np.testing.assert_allclose(found[row], np.linalg.solve(system, v.T @ a[row]), atol=2e-6)
+
+
 def test_a_new_user_with_the_items_of_a_known_one_is_that_user() -> None:
     log, _ = blocks_log(60, 40, 4)
     for method in (EASE(), ItemCF(), Popularity()):

@@ -308,21 +308,37 @@ class IALS(Vectors):
         return self._solved(histories, self.item_vectors)
 
     def _solved(self, matrix: sparse.csr_matrix, others: Tensor) -> Tensor:
-        """The best vectors of the rows of a matrix, given those of its columns."""
+        """The best vectors of the rows of a matrix, given those of its columns.
+
+        A row with the vectors S (L, D) of its entries has (C + s + S^T S)^-1 S^T 1, with C of all columns and its own
+        penalty s. Where L < D the smaller system is solved: with C = Q diag(c) Q^T and T = S Q it is
+        Q E T^T (1 + T E T^T)^-1 1, with the diagonal E = 1 / (c + s).
+        """
         num_rows, num_columns = matrix.shape
-        degrees = np.diff(matrix.indptr)
+        degrees, dim = np.diff(matrix.indptr), others.shape[1]
         common = self.alpha * (others.T @ others)
         scale = torch.from_numpy((degrees + self.alpha * num_columns) ** self.nu * self.l2).to(others.dtype)
-        padded = torch.cat([others, others.new_zeros(1, others.shape[1])])
-        found = torch.empty(num_rows, others.shape[1], dtype=others.dtype)
-        for rows in blocks_of_rows(degrees, others.shape[1]):
+        spectrum, basis = (part.to(others.dtype) for part in torch.linalg.eigh(common.double()))
+        padded = torch.cat([others, others.new_zeros(1, dim)])
+        turned = padded @ basis
+        found = torch.empty(num_rows, dim, dtype=others.dtype)
+        for rows in blocks_of_rows(degrees, dim):
             table, _ = padded_columns(matrix, rows)
-            seen = padded[table]
             chosen = torch.from_numpy(rows)
-            system = torch.baddbmm(common.expand(len(rows), -1, -1), seen.mT, seen)
-            system.diagonal(dim1=1, dim2=2).add_(scale[chosen][:, None])
-            solution = torch.cholesky_solve(seen.sum(1)[:, :, None], torch.linalg.cholesky(system))
-            found[chosen] = solution[:, :, 0]
+            if table.shape[1] < dim:
+                seen = turned[table]
+                divided = seen / (spectrum.clamp(min=0) + scale[chosen][:, None])[:, None]
+                system = torch.bmm(divided, seen.mT)
+                system.diagonal(dim1=1, dim2=2).add_(1)
+                ones = system.new_ones(len(rows), table.shape[1], 1)
+                shares = torch.cholesky_solve(ones, torch.linalg.cholesky(system))
+                found[chosen] = (divided.mT @ shares)[:, :, 0] @ basis.T
+            else:
+                seen = padded[table]
+                system = torch.baddbmm(common.expand(len(rows), -1, -1), seen.mT, seen)
+                system.diagonal(dim1=1, dim2=2).add_(scale[chosen][:, None])
+                solution = torch.cholesky_solve(seen.sum(1)[:, :, None], torch.linalg.cholesky(system))
+                found[chosen] = solution[:, :, 0]
         return found
 
 
