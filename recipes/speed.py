@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
@@ -33,12 +33,16 @@ from ctrlib.training.engines import native_bfloat16
 from records import record
 
 HERE = Path(__file__).parent
-Model = Literal["deepfm", "dcnv2", "finalmlp", "autoint_plus"]
+Model = Literal[
+    "deepfm", "dcnv2", "finalmlp", "autoint_plus", "autoint", "finalnet", "gdcn", "masknet", "fgcnn", "fibinet"
+]
 Measure = Literal["prepare", "load", "step", "epoch", "infer", "cold", "fit"]
 
 PLAIN = {"batch_norm": False, "dropout": 0.0}
 BARS = {"hidden": (400, 400, 400), "batch_norm": True}
-# The network of each model, by the names of ctrlib's arguments; the scripts in peers/ translate them.
+ATTENTION = {"num_layers": 3, "num_heads": 2, "head_dim": 16, "identity": True, "scale": False}
+# The network of each model, by the names of ctrlib's arguments; the scripts in peers/ translate them. There is none
+# where nobody published settings for these data.
 NETS: dict[str, dict[str, dict[str, Any]]] = {
     "criteo": {
         "deepfm": {"hidden": (400, 400, 400), **PLAIN},
@@ -47,10 +51,26 @@ NETS: dict[str, dict[str, dict[str, Any]]] = {
             **{f"{name}_{n}": value for n in (1, 2) for name, value in {"hidden": (400, 400, 400), **PLAIN}.items()},
             **{"gate_hidden": (400,), "num_heads": 10, "contexts": ((), ())},
         },
-        "autoint_plus": {
+        "autoint_plus": {"hidden": (400, 400, 400), **PLAIN, **ATTENTION, "norm_before_relu": False},
+        "autoint": {**ATTENTION, "norm_before_relu": False},
+        "finalnet": {
+            **{f"hidden_{n}": (400, 400, 400) for n in (1, 2)},
+            **{f"dropout_{n}": 0.0 for n in (1, 2)},
+            **{"field_gate": True, "batch_norm": False},
+        },
+        "gdcn": {"hidden": (400, 400, 400), "num_cross_layers": 3, **PLAIN},
+        "masknet": {
+            **{"hidden": (400, 400, 400), "dropout": 0.0},
+            **{"num_blocks": 3, "block_dim": 64, "reduction_ratio": 1, "embedding_norm": True},
+        },
+        "fgcnn": {
             **{"hidden": (400, 400, 400), **PLAIN},
-            **{"num_layers": 3, "num_heads": 2, "head_dim": 16},
-            **{"identity": True, "scale": False, "norm_before_relu": False},
+            **{"num_channels": (14, 16, 18, 20), "kernel_height": 7, "pooling_size": 2, "num_new": 3},
+            "share_embedding": False,
+        },
+        "fibinet": {
+            **{"hidden": (400, 400, 400), **PLAIN},
+            **{"bilinear": "field_interaction", "reduction_ratio": 3, "share_bilinear": False},
         },
     },
     "frappe": {
@@ -65,6 +85,23 @@ NETS: dict[str, dict[str, dict[str, Any]]] = {
             **{**BARS, "dropout": 0.1},
             **{"num_layers": 5, "num_heads": 4, "head_dim": 32},
             **{"identity": True, "scale": True, "norm_before_relu": True},
+        },
+        "autoint": {
+            **{"num_layers": 6, "num_heads": 4, "head_dim": 32},
+            **{"identity": True, "scale": False, "norm_before_relu": False},
+        },
+        "finalnet": {
+            **{"hidden_1": (400, 400), "dropout_1": 0.1, "hidden_2": (400,), "dropout_2": 0.1},
+            **{"field_gate": True, "batch_norm": True},
+        },
+        "masknet": {
+            **{"hidden": (400, 400, 400), "dropout": 0.1},
+            **{"num_blocks": 3, "block_dim": 50, "reduction_ratio": 2, "embedding_norm": False},
+        },
+        # BARS' FuxiCTR had one set of bilinear matrices for raw and reweighted fields; 2.3.7 always has two.
+        "fibinet": {
+            **{**BARS, "dropout": 0.3},
+            **{"bilinear": "field_all", "reduction_ratio": 2, "share_bilinear": False},
         },
     },
 }
@@ -82,7 +119,9 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 SPLITS = ("train", "valid", "test")
 DISTRIBUTIONS = {"ctrlib": "ctrlib", "fuxictr": "fuxictr", "deepctr": "deepctr-torch", "rechub": "torch-rechub"}
-LACK = {("deepctr", "finalmlp"), ("rechub", "finalmlp")}
+# What peers/deepctr_speed.py and peers/rechub_speed.py build.
+OF_ALL = {"deepfm", "dcnv2", "autoint_plus"}
+LACK = {(peer, model) for peer in ("deepctr", "rechub") for model in get_args(Model) if model not in OF_ALL}
 
 
 @dataclass(frozen=True)
@@ -346,6 +385,11 @@ def measure_fit(knobs: Knobs, table: Table, names: list[str], raw: Path, opening
 
 def main(knobs: Knobs) -> None:
     """Measure, print, record."""
+    if unknown := sorted(set(knobs.models) - set(NETS[knobs.data])):
+        raise SystemExit(
+            f"--data {knobs.data} has no network for {', '.join(unknown)}, since nobody published its settings there: "
+            f"take --data criteo, or --models {' '.join(NETS[knobs.data])}"
+        )
     shutil.rmtree(knobs.work, ignore_errors=True)
     raw = raw_files(knobs)
     names = ["ctrlib", *(name for name in ("fuxictr", "deepctr", "rechub") if getattr(knobs, name))]

@@ -25,12 +25,29 @@ from worker import Program, now, serve
 np.Inf = np.inf  # type: ignore[attr-defined]  # noqa: NPY201
 fuxictr.metrics.log_loss = lambda y, p, eps: sklearn.metrics.log_loss(y, np.clip(p, eps, 1 - eps))
 
-FOLDERS = {"deepfm": "DeepFM/DeepFM_torch", "dcnv2": "DCNv2", "autoint_plus": "AutoInt", "finalmlp": "FinalMLP"}
-CLASSES = {"deepfm": "DeepFM", "dcnv2": "DCNv2", "autoint_plus": "AutoInt", "finalmlp": "FinalMLP"}
+# Model -> folder in the model zoo, and class.
+MODELS = {
+    "deepfm": ("DeepFM/DeepFM_torch", "DeepFM"),
+    "dcnv2": ("DCNv2", "DCNv2"),
+    "finalmlp": ("FinalMLP", "FinalMLP"),
+    "autoint_plus": ("AutoInt", "AutoInt"),
+    "autoint": ("AutoInt", "AutoInt"),
+    "finalnet": ("FinalNet", "FinalNet"),
+    "gdcn": ("GDCN", "GDCNP"),  # its GDCN is the stacked one
+    "masknet": ("MaskNet", "MaskNet"),
+    "fgcnn": ("FGCNN", "FGCNN"),
+    "fibinet": ("FiBiNET", "FiBiNET"),
+}
 
 
 def arguments_of(model: str, net: dict[str, Any]) -> dict[str, Any]:
-    """FuxiCTR's names for ctrlib's arguments of a model."""
+    """FuxiCTR's names for ctrlib's arguments of a model. Its activations are said, since some classes have none.
+
+    These are the same networks: beside tables and their dimensions, FuxiCTR has the same number of parameters, and one
+    more in DeepFM, FinalMLP and AutoInt+, where two parts of the logit have a bias each (tests/test_speed.py has the
+    numbers). Initial weights differ in FGCNN's convolutions and FiBiNET's matrices, as ctrlib's docstrings say; FGCNN
+    pools 39 and 5 fields from another end.
+    """
     if model == "finalmlp":
         first, second = net["contexts"]
         return {
@@ -41,7 +58,31 @@ def arguments_of(model: str, net: dict[str, Any]) -> dict[str, Any]:
             **{"use_fs": True, "fs_hidden_units": net["gate_hidden"], "num_heads": net["num_heads"]},
             **{"fs1_context": first, "fs2_context": second},
         }
-    common = {"net_dropout": net["dropout"], "batch_norm": net["batch_norm"]}
+    if model == "finalnet":
+        return {
+            **{f"block{n}_hidden_units": net[f"hidden_{n}"] for n in (1, 2)},
+            **{f"block{n}_hidden_activations": "relu" for n in (1, 2)},
+            **{f"block{n}_dropout": net[f"dropout_{n}"] for n in (1, 2)},
+            **{"block_type": "2B", "residual_type": "concat"},
+            **{"use_feature_gating": net["field_gate"], "batch_norm": net["batch_norm"]},
+        }
+    if model == "masknet":
+        return {
+            **{"model_type": "ParallelMaskNet", "parallel_num_blocks": net["num_blocks"]},
+            **{"parallel_block_dim": net["block_dim"], "reduction_ratio": net["reduction_ratio"]},
+            **{"dnn_hidden_units": net["hidden"], "dnn_hidden_activations": "relu", "net_dropout": net["dropout"]},
+            **{"emb_layernorm": net["embedding_norm"], "net_layernorm": True},
+        }
+    if model == "fgcnn":
+        layers = len(net["num_channels"])
+        return {
+            **{"share_embedding": net["share_embedding"], "channels": net["num_channels"]},
+            **{"kernel_heights": [net["kernel_height"]] * layers, "pooling_sizes": [net["pooling_size"]] * layers},
+            **{"recombined_channels": [net["num_new"]] * layers, "conv_activation": "Tanh", "conv_batch_norm": True},
+            **{"dnn_hidden_units": net["hidden"], "dnn_activations": "relu"},
+            **{"dnn_batch_norm": net["batch_norm"], "net_dropout": net["dropout"]},
+        }
+    common = {"net_dropout": net.get("dropout", 0.0), "batch_norm": net.get("batch_norm", False)}
     if model == "deepfm":
         return {**common, "hidden_units": net["hidden"], "hidden_activations": "relu"}
     if model == "dcnv2":
@@ -50,10 +91,20 @@ def arguments_of(model: str, net: dict[str, Any]) -> dict[str, Any]:
             **{"model_structure": "parallel", "use_low_rank_mixture": False},
             **{"num_cross_layers": net["num_cross_layers"], "parallel_dnn_hidden_units": net["hidden"]},
         }
-    return {
+    if model == "gdcn":
+        return {**common, "num_cross_layers": net["num_cross_layers"], "dnn_hidden_units": net["hidden"]}
+    if model == "fibinet":
+        if net["share_bilinear"]:
+            raise ValueError("FuxiCTR 2.3.7 always has two sets of bilinear matrices: set share_bilinear=False")
+        return {
+            **common,
+            **{"hidden_units": net["hidden"], "hidden_activations": "relu", "bilinear_type": net["bilinear"]},
+            "reduction_ratio": net["reduction_ratio"],
+        }
+    return {  # an AutoInt without an MLP is the same class
         **common,
         **{"attention_layers": net["num_layers"], "num_heads": net["num_heads"]},
-        **{"attention_dim": net["num_heads"] * net["head_dim"], "dnn_hidden_units": net["hidden"]},
+        **{"attention_dim": net["num_heads"] * net["head_dim"], "dnn_hidden_units": net.get("hidden", [])},
         **{"use_residual": True, "use_scale": net["scale"], "layer_norm": net["norm_before_relu"], "use_wide": False},
     }
 
@@ -93,9 +144,10 @@ class FuxiCTR(Program):
         self.settings |= {**prepared, "data_format": "parquet"}
         features = FeatureMap("data", str(self.folder))
         features.load(str(self.folder / "feature_map.json"), self.settings)
-        sys.path.insert(0, str(self.source / "model_zoo" / FOLDERS[model]))
+        folder, name = MODELS[model]
+        sys.path.insert(0, str(self.source / "model_zoo" / folder))
         seed_everything(self.seed)
-        made = getattr(importlib.import_module("src"), CLASSES[model])
+        made = getattr(importlib.import_module("src"), name)
         self.model = made(features, **self.settings, **arguments_of(model, net))
         loaders = RankDataLoader(features, stage="both", **self.settings).make_iterator()
         self.train, self.valid, self.test = loaders
