@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -204,6 +205,36 @@ def test_points_are_part_of_the_fingerprint(tmp_path: Path) -> None:
     assert fingerprint(prepared(tmp_path / "q", train=frame())) == digits
     others = fingerprint(prepared(tmp_path / "q", train=frame().reverse()))
     assert {part for part in digits if digits[part] != others[part]} == {"train"}
+
+
+@pytest.mark.parametrize("transform", ["none", "standard", "log_standard"])
+def test_missing_numbers_stand_apart(tmp_path: Path, transform: Any) -> None:
+    rng = np.random.default_rng(5)
+    price = pl.Series(rng.lognormal(size=1000))
+    often = price.to_frame("price").with_columns(
+        pl.when(pl.Series(rng.random(1000) < 0.3)).then(None).otherwise("price").alias("often"),
+        pl.when(pl.Series(rng.random(1000) < 0.01)).then(None).otherwise("price").alias("seldom"),
+        label=pl.Series(rng.integers(0, 2, 1000)),
+    )
+    features = [Numeric(name, transform) for name in ("often", "price", "seldom")]
+    schema = prepare({"train": often}, tmp_path / "p", features=features, labels="label", log=None)
+    plain, apart = (quantile_edges(tmp_path / "p", 16, missing_apart=one) for one in (False, True))
+    assert apart[1:] == plain[1:]  # nothing is missing, or in fewer rows than a bin has
+    assert schema.dense[0].parameters is not None
+    fill = np.float32(schema.dense[0].parameters["fill"])
+    numbers = np.unique(pl.read_parquet(tmp_path / "p" / "train")["often"].to_numpy())
+    place = int(np.searchsorted(numbers, fill))
+    assert numbers[place] == fill
+    assert apart[0] == sorted({*plain[0], *numbers[place - 1 : place + 2].tolist()})
+    # What is learnt of the missing ones alone changes no other number.
+    encoder = PiecewiseLinear(apart[:1], embedding_dim=1)
+    position = apart[0].index(float(fill))
+    before = encoder(torch.from_numpy(numbers)[:, None])
+    with torch.no_grad():
+        encoder.weight[0, position - 1] += 1
+        encoder.weight[0, position] -= 1
+    moved = (encoder(torch.from_numpy(numbers)[:, None]) - before).abs().flatten() > 1e-4
+    assert moved.nonzero().flatten().tolist() == [place]
 
 
 def test_no_bin_is_empty(tmp_path: Path) -> None:

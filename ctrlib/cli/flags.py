@@ -130,7 +130,7 @@ class ModelFlags:
         if numeric in BINNED and config.get("edges") is None:
             from ctrlib.data.quantiles import quantile_edges
 
-            config["edges"] = quantile_edges(data, 32 if self.bins is None else self.bins)
+            config["edges"] = quantile_edges(data, 32 if self.bins is None else self.bins, missing_apart=True)
         return config
 
     def _idle(self, flag: str, argument: str, takes: list[str]) -> str:

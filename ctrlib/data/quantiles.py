@@ -26,7 +26,7 @@ NUM_POINTS = 6400
 MAX_BINS = NUM_POINTS // 2  # up to here no point holds more rows than a bin, unless they are equal
 
 
-def quantile_edges(data: str | Path, num_bins: int = 32) -> list[list[float]]:
+def quantile_edges(data: str | Path, num_bins: int = 32, *, missing_apart: bool = False) -> list[list[float]]:
     """b_0 < ... < b_T of every numeric feature in the schema's order, of the train split of a folder.
 
     Where every value is that of less than 1 / T of the rows, b_t = Q(t / T), t = 0, ..., T, with the empirical quantile
@@ -39,6 +39,10 @@ def quantile_edges(data: str | Path, num_bins: int = 32) -> list[list[float]]:
     So every edge is a value of the data, and a bin [b_t, b_{t+1}) always holds the rows that equal b_t. (The authors'
     package interpolates between values, which leaves bins empty where numbers repeat.) A feature with few distinct
     values has fewer bins; a constant c gets one, from c to c + max(1, |c|).
+
+    A missing number is given the mean of train, among the numbers near it. Where n / T rows or more have that value,
+    `missing_apart` makes edges of the next smaller and the next larger one, too: no other number is then between these,
+    so that what a piecewise-linear encoder learns of the mean is of the missing ones alone.
 
     Edges do not depend on the order of rows, and are exact for up to 6,401 distinct values. Of more values, the points
     that the folder keeps stand for them: b_t is exact where every value is that of less than 1 / 6,400 of the rows and
@@ -74,9 +78,12 @@ def quantile_edges(data: str | Path, num_bins: int = 32) -> list[list[float]]:
             "Numeric(...) in the features to prepare"
         )
     if has_points(folder):
-        return [edges_of(read_points(folder, feature.name), num_bins) for feature in schema.dense]
-    files = sorted({group.path for group in find_row_groups(folder, "train", schema)})
-    return [edges_of(_points_in(files, feature.name), num_bins) for feature in schema.dense]
+        points = (read_points(folder, feature.name) for feature in schema.dense)
+    else:
+        files = sorted({group.path for group in find_row_groups(folder, "train", schema)})
+        points = (_points_in(files, feature.name) for feature in schema.dense)
+    fills = [(feature.parameters or {}).get("fill") if missing_apart else None for feature in schema.dense]
+    return [edges_of(of_one, num_bins, apart=fill) for of_one, fill in zip(points, fills)]
 
 
 def has_points(folder: Path) -> bool:
@@ -135,14 +142,21 @@ def points_of(values: NDArray[np.float32], counts: NDArray[np.int64] | None = No
     return pl.DataFrame({"value": distinct.astype(np.float32), "count": counts.astype(np.int64)})
 
 
-def edges_of(points: pl.DataFrame, num_bins: int) -> list[float]:
-    """The edges of a column of which `points` are kept, as `quantile_edges` says.
+def edges_of(points: pl.DataFrame, num_bins: int, *, apart: float | None = None) -> list[float]:
+    """The edges of a column of which `points` are kept, as `quantile_edges` says; `apart` is what missing ones have.
 
     >>> edges_of(pl.DataFrame({"value": [0.0, 1.0, 2.0, 3.0], "count": [97, 1, 1, 1]}), num_bins=2)
     [0.0, 1.0, 3.0]
+    >>> points = pl.DataFrame({"value": [-9.0, -5.0, -1.0, 0.0, 2.0, 6.0], "count": [8, 8, 8, 60, 8, 8]})
+    >>> edges_of(points, num_bins=2), edges_of(points, num_bins=2, apart=0.0)
+    ([-9.0, 0.0, 6.0], [-9.0, -1.0, 0.0, 2.0, 6.0])
     """
     values, counts = points["value"].to_numpy(), points["count"].to_numpy()
-    edges: list[float] = values[_edges(counts, num_bins)[0]].tolist()
+    chosen, frequent = _edges(counts, num_bins)
+    if apart is not None:
+        found = np.flatnonzero(frequent & (values == np.float32(apart)))
+        chosen[np.concatenate([found - 1, found + 1]).clip(0, len(values) - 1)] = True
+    edges: list[float] = values[chosen].tolist()
     return edges if len(edges) > 1 else [edges[0], edges[0] + max(1.0, abs(edges[0]))]
 
 

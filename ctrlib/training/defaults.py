@@ -115,7 +115,7 @@ def config_for(
     chosen = {name: value for name, value in settings.model.items() if name in takes}
     config = {"model": model, **chosen, **said}
     if config.get("numeric") in ("bucketised", "piecewise_linear") and config.get("edges") is None:
-        config["edges"] = quantile_edges(data, BINS)
+        config["edges"] = quantile_edges(data, BINS, missing_apart=True)
     return {**config, "training": {**settings.training, "seed": seed, **training}}
 
 
