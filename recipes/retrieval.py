@@ -67,7 +67,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             **{"embedding_dim": 64, "epochs": 6},
             **{"ials_alpha": 0.003, "ials_l2": 0.03, "ials_epochs": 6},
         },
-        "ials": {"embedding_dim": 128, "alpha": 0.003, "l2": 0.03, "epochs": 12},
+        "ials": {"embedding_dim": 512, "alpha": 0.01, "l2": 0.003, "epochs": 8},
         "ease": {"l2": 200.0},
         "itemcf": {"num_neighbours": 100},
         "popularity": {},

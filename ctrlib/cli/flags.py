@@ -68,7 +68,7 @@ class ModelFlags:
     numeric: OptionalNumeric = None
     """How numbers become fields: vector is value times vector; the next two use quantiles of the training rows."""
     bins: OptionalInt = None
-    """Quantile bins per number, for bucketised and piecewise_linear; otherwise 32."""
+    """Quantile bins per number, for bucketised and piecewise_linear; otherwise 64."""
     sequence: SequenceFields = "pooled"
     """How histories become fields: as their mean (pooled), or compared with the features that share their ids."""
     option: Settings = ()
@@ -129,8 +129,9 @@ class ModelFlags:
             raise ArgumentError(f"--bins {self.bins}: there are no bins in --numeric {numeric}")
         if numeric in BINNED and config.get("edges") is None:
             from ctrlib.data.quantiles import quantile_edges
+            from ctrlib.training.defaults import BINS
 
-            config["edges"] = quantile_edges(data, 32 if self.bins is None else self.bins, missing_apart=True)
+            config["edges"] = quantile_edges(data, BINS if self.bins is None else self.bins, missing_apart=True)
         return config
 
     def _idle(self, flag: str, argument: str, takes: list[str]) -> str:

@@ -23,7 +23,7 @@ from ctrlib.models.table import MODELS
 PRIOR_OF_IDS = 8000.0
 PRIOR = 2000.0
 MANY_VALUES = 100  # per field, from which on its values are ids
-BINS = 32  # per number
+BINS = 64  # per number
 
 
 @dataclass(frozen=True)
