@@ -289,7 +289,7 @@ def test_what_flags_leave_open_is_chosen_and_a_flag_wins(planted: Path, capsys: 
     config = printed(capsys, planted)
     assert settings.model.items() <= config.items()
     assert settings.training.items() <= config["training"].items()
-    assert config["model"] == "dcnv2" and config["edges"] == ctr.quantile_edges(planted)
+    assert config["model"] == "dcnv2" and config["edges"] == ctr.quantile_edges(planted, 64, missing_apart=True)
     flags = "--dim 4 --hidden 9 --dropout 0 --cross-layers 1 --numeric vector --l2 0 --learning-rate 0.5 --patience 9"
     flags += " --batch-size 77 --epochs 3 --select-by auc --min-delta 0.25 --cut-factor 0.75"
     said = printed(capsys, planted, *flags.split())

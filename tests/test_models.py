@@ -237,6 +237,12 @@ def test_rows_are_those_that_torchrec_looks_up(stacked: int) -> None:
     weights, slopes = list(embedding.parameters()), torch.randn_like(found)
     for ours, theirs in zip(*(torch.autograd.grad((out * slopes).sum(), weights) for out in (found, expected))):
         torch.testing.assert_close(ours, theirs)
+    asked: list[Any] = []
+    for part in (embedding.tables, next(iter(embedding.tables.embedding_bags.values()))):
+        with part.register_forward_hook(lambda _, arguments, found: asked.append(found)):
+            assert torch.equal(embedding(batch), expected)
+    assert len(asked) >= 2
+    assert torch.equal(torch.stack([asked[0].to_dict()[feature.name] for feature in features], dim=1), expected)
 
 
 def test_a_second_history_of_one_thing_is_a_second_unit() -> None:

@@ -349,9 +349,10 @@ def look_up(tables: Any, sparse: KeyedJaggedTensor, names: Sequence[str]) -> Ten
     """The pooled rows of each feature, (B, F, D), F in the order of `names`.
 
     On a CPU, plain tables are read here and not by TorchRec: a bag of one id is its row, and reading rows costs half
-    of pooling bags of one, above all in the backward pass.
+    of pooling bags of one, above all in the backward pass. Where hooks wait for what TorchRec is asked, it is asked.
     """
-    if type(tables) is not EmbeddingBagCollection or sparse.device().type != "cpu" or torch.compiler.is_compiling():
+    plain = type(tables) is EmbeddingBagCollection and sparse.device().type == "cpu"
+    if not plain or torch.compiler.is_compiling() or any(map(_has_hooks, tables.modules())):
         pooled = regroup(tables(sparse), names)
         return pooled.view(pooled.shape[0], len(names), pooled.shape[1] // len(names))
     table_of = {name: config.name for config in tables.embedding_bag_configs() for name in config.feature_names}
@@ -368,6 +369,10 @@ def look_up(tables: Any, sparse: KeyedJaggedTensor, names: Sequence[str]) -> Ten
         else:
             fields.append(bags(values, offsets[position * size : (position + 1) * size + 1] - starts[position]))
     return torch.stack(fields, dim=1)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def regroup(pooled: Any, names: Sequence[str]) -> Tensor:
