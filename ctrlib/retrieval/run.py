@@ -82,18 +82,19 @@ def train(
         assert judge is not None
         what = "test" if select_on_test else "valid"
         method = build(config)
-        best = _Best(method, part, judge, metric, options, every, lambda line: say(f"{what} {line}"))
+        again = refit and not select_on_test
+        best = _Best(method, part, judge, metric, options, every, not again, lambda line: say(f"{what} {line}"))
         method.fit(part, seed=seed, watch=best)
         best.finish()
         record |= {"selected_on": what, "best_epoch": best.epoch, "curve": best.curve}
         record |= {f"{what}_{key}": value for key, value in best.metrics.items()}
         record["judged_by"] = fingerprint(judge)
-        if select_on_test or not refit:
-            if best.state is not None:
-                method.load(best.state)
-        else:
-            fit_started = time.perf_counter()
-            method = build(config).fit(log, seed=seed, watch=lambda epoch: epoch == best.epoch)
+        if best.state is not None:
+            method.load(best.state)
+        if again:
+            fit_started, chosen = time.perf_counter(), best.epoch
+            del best, method  # of some methods they are gigabytes
+            method = build(config).fit(log, seed=seed, watch=lambda epoch: epoch == chosen)
     else:
         part, method = log, build(config).fit(log, seed=seed)
         record |= {"selected_on": "nothing", "best_epoch": None}
@@ -142,7 +143,7 @@ def _recorded(
 
 
 class _Best:
-    """Looks at a metric every so many epochs, and keeps what the best epoch has learnt."""
+    """Looks at a metric every so many epochs, and keeps what the best epoch has learnt if that is wanted."""
 
     def __init__(
         self,
@@ -152,10 +153,11 @@ class _Best:
         metric: str,
         options: dict[str, Any],
         every: int,
+        keep: bool,
         say: Say,
     ) -> None:
         self.method, self.log, self.judge, self.metric = method, log, judge, metric
-        self.options, self.every, self.say = options, every, say
+        self.options, self.every, self.keep, self.say = options, every, keep, say
         self.epoch, self._seen, self._last = 0, -1, 0
         self.metrics: dict[str, float] = {}
         self.curve: list[tuple[int, float]] = []
@@ -181,7 +183,8 @@ class _Best:
         self.say(f"epoch {epoch}: {self.metric} {metrics[self.metric]:.5f}")
         if not self.metrics or metrics[self.metric] > self.metrics[self.metric]:
             self.metrics, self.epoch = metrics, epoch
-            self.state = {name: tensor.clone() for name, tensor in self.method.state().items()}
+            if self.keep:
+                self.state = {name: tensor.clone() for name, tensor in self.method.state().items()}
 
 
 def fingerprint(judge: Aligned) -> str:
