@@ -234,7 +234,8 @@ def _mean(runs: list[dict[str, str]], column: str) -> float:
 
 
 def _mean_and_sd(runs: list[dict[str, str]], column: str) -> str:
-    return _in_words([float(run[column]) for run in runs])
+    """Nothing where a run did not tell, as those of other libraries."""
+    return _in_words([float(run[column]) for run in runs]) if all(run[column] for run in runs) else ""
 
 
 def _in_words(values: list[float]) -> str:
@@ -245,7 +246,7 @@ def _in_words(values: list[float]) -> str:
 
 
 def _whole(runs: list[dict[str, str]], column: str) -> str:
-    return " or ".join(dict.fromkeys(f"{int(run[column]):,}" for run in runs))
+    return " or ".join(dict.fromkeys(f"{int(run[column]):,}" for run in runs if run[column]))
 
 
 def _speed(runs: list[dict[str, str]], column: str) -> str:

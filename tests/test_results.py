@@ -180,6 +180,13 @@ def test_the_readme_shows_the_best_by_validation(tmp_path: Path) -> None:
     assert row == [results.SHORT["frappe_x1"], "mlp", "2", "0.98400 ± 0.00141", "0.98405 (BARS, mean of 5 seeds)"]
 
 
+def test_what_another_library_does_not_tell_stays_blank(tmp_path: Path) -> None:
+    untold = dict.fromkeys(("test_logloss", "network_parameters", "embedding_bytes", "samples_per_second"), "")
+    path = write_results(tmp_path / "results.csv", {"model": "din of another", "note": "another 1.0", **untold})
+    (row,) = rows_of(results.make_table(results.read(path), {}))
+    assert row[:9] == ["frappe_x1 [1]", "din of another", "exact", "1", "0.98400", "", "", "", ""]
+
+
 def test_other_tasks_have_a_table_of_their_own(tmp_path: Path) -> None:
     path, page = write_results(tmp_path / "results.csv", {}), tmp_path / "results.md"
     for seed, recall in ((1, 0.18), (2, 0.2)):
