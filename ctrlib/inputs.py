@@ -26,7 +26,7 @@ from ctrlib.embeddings.unified import UnifiedTables
 from ctrlib.errors import ArgumentError, check_type
 from ctrlib.heads.linear import LinearHead
 from ctrlib.model import Model
-from ctrlib.schema import Categorical, NumericFields, Schema, SequenceFields, vocabulary_of
+from ctrlib.schema import BINNED, Categorical, NumericFields, Schema, SequenceFields, vocabulary_of
 from ctrlib.schema import Sequence as HistoryFeature
 
 # The one table of ways to look ids up: what `tables` may name.
@@ -95,9 +95,9 @@ class Inputs:
             raise ArgumentError(f"numeric={self.numeric!r} needs a numeric feature, and the schema has none")
         if self.sigma != 0.01 and self.numeric != "periodic":
             raise ArgumentError(f"sigma={self.sigma} is for numeric='periodic', got numeric={self.numeric!r}")
-        if self.edges is not None and self.numeric not in ("bucketised", "piecewise_linear"):
+        if self.edges is not None and self.numeric not in BINNED:
             raise ArgumentError(f"edges are for bucketised and piecewise_linear numbers, got numeric={self.numeric!r}")
-        wanted = len(self.schema.dense) if self.numeric in ("bucketised", "piecewise_linear") else 0
+        wanted = len(self.schema.dense) if self.numeric in BINNED else 0
         if wanted and len(self.edges or ()) != wanted:
             raise ArgumentError(
                 f"numeric={self.numeric!r} needs edges for {wanted} numeric features, got {len(self.edges or ())}: "

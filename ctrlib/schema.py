@@ -44,6 +44,7 @@ Pooling = Literal["mean", "sum"]
 RawForm = Literal["integer", "text"]
 # How numbers and histories become fields of a model (`ctrlib.inputs.Inputs`).
 NumericFields = Literal["vector", "bucketised", "piecewise_linear", "periodic", "autodis"]
+BINNED = ("bucketised", "piecewise_linear")  # those that want edges
 SequenceFields = Literal["pooled", "mean", "din", "din_softmax", "bst", "sim", "tim", "tim_shared"]
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import polars as pl
+import torch
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
@@ -114,7 +114,7 @@ def run_peer(knobs: Knobs, folder: Path, l2: float) -> None:
         work = Path(name)
         (work / "settings.json").write_text(json.dumps(settings))
         for split in ("train", "valid", "test"):
-            np.savez(work / f"{split}.npz", allow_pickle=False, **arrays_of(folder / split, schema))
+            np.savez(work / f"{split}.npz", allow_pickle=False, **arrays_of(folder, split))
         program = Path(__file__).parent / "peers" / f"{knobs.peer}_din.py"
         source = [] if knobs.peer_source is None else [str(knobs.peer_source)]
         with (work / "log.txt").open("w") as log:
@@ -137,19 +137,17 @@ def described(feature: SparseFeature) -> dict[str, Any]:
     return {"name": feature.name, "kind": kind, **table, **length}
 
 
-def arrays_of(split: Path, schema: ctr.Schema) -> dict[str, Any]:
+def arrays_of(folder: Path, split: str) -> dict[str, Any]:
     """Label and ids of a split, bags and histories filled up with 0: (B,) or (B, length)."""
-    frame = pl.read_parquet(sorted(split.glob("*.parquet")))
-    found: dict[str, Any] = {"label": frame[schema.labels[0]].to_numpy()}
-    for feature in schema.sparse:
-        column = frame[feature.name]
+    loader = ctr.Loader(folder, split, batch_size=8192)
+    batches = list(loader)
+    found = {"label": torch.cat([batch.labels[:, 0] for batch in batches]).numpy()}
+    for feature in loader.schema.sparse:
+        ids = [batch.sparse[feature.name] for batch in batches]
         if isinstance(feature, MultiValued | Sequence):
-            lengths = column.list.len().to_numpy()
-            ids = np.zeros((len(column), feature.max_length), np.int64)
-            ids[np.arange(feature.max_length) < lengths[:, None]] = column.explode().drop_nulls().to_numpy()
-            found[feature.name] = ids
+            found[feature.name] = torch.cat([one.to_padded_dense(feature.max_length) for one in ids]).long().numpy()
         else:
-            found[feature.name] = column.to_numpy().astype(np.int64)
+            found[feature.name] = torch.cat([one.values() for one in ids]).numpy()
     return found
 
 

@@ -213,11 +213,12 @@ class LightGCN:
         self.vectors = torch.nn.Parameter(first * 0.1)
         self.adam = torch.optim.Adam([self.vectors], lr=1e-3)
         self.draws = np.random.default_rng(seed)
+        self.users = np.flatnonzero(np.diff(log.matrix.indptr))
 
     def step(self) -> None:
         """One update by users drawn alike, each with one of their items and one of all."""
         matrix, shift = self.log.matrix, self.log.num_users
-        drawn = self.draws.choice(np.flatnonzero(np.diff(matrix.indptr)), self.batch)
+        drawn = self.draws.choice(self.users, self.batch)
         places = self.draws.integers(matrix.indptr[drawn], matrix.indptr[drawn + 1])
         users = torch.from_numpy(drawn)
         items = torch.from_numpy(matrix.indices[places].astype(np.int64)) + shift

@@ -89,7 +89,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frame().write_csv(home / "clicks.csv")
     ctr.prepare(home / "clicks.csv", home / "data", labels="click", group="us|er", note="made up | for tests", log=None)
     words = ["train", home / "data", "--out", home / "run", "--model", "mlp", "--dim", "4", "--hidden", "8"]
-    words += ["--epochs", "2", "--batch-size", "64", "--calibrate", "True"]
+    words += ["--bins", "16", "--epochs", "2", "--batch-size", "64", "--calibrate", "True"]
     assert cli.main([*map(str, words)]) == 0
     return home
 
@@ -218,7 +218,7 @@ def test_people_may_write_into_it(home: Path, tmp_path: Path) -> None:
 
 def test_a_compressed_model_says_what_it_was_made_from(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    words = ["compress", home / "run", home / "data", "--ratio", "2", "--out", out, "--epochs", "0"]
+    words = ["compress", home / "run", home / "data", "--ratio", "3", "--out", out, "--epochs", "0"]
     assert cli.main([*map(str, words)]) == 0
     text, result = (out / "README.md").read_text(), json.loads((out / "compression.json").read_text())
     model = table_below(text, "Model")
@@ -238,7 +238,7 @@ def test_a_compressed_model_says_what_it_was_made_from(home: Path, tmp_path: Pat
 def test_a_compressed_model_stands_beside_the_original(home: Path, tmp_path: Path) -> None:
     """One form of record, of the calibrated scores that the folder gives, and both in one report."""
     out, data = tmp_path / "small", home / "data"
-    result = compress(home / "run", data, out, ratio=2, epochs=0, seed=5)
+    result = compress(home / "run", data, out, ratio=3, epochs=0, seed=5)
     first, second = load_runs([home / "run", out])
     assert first.record is not None and second.record is not None
     assert list(second.record) == list(first.record)

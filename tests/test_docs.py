@@ -179,7 +179,7 @@ def check_smaller_models(ran: Ran) -> None:
     assert result["ratio"] >= 3
     above(result["test_auc_before"] - 0.03, result["test_auc_after"])
     before, after = map(int, re.findall(r"\d+", ran.python[1].splitlines()[0]))
-    assert after <= 8_000 < before
+    assert after <= 6_000 < before
     assert set(first_cells(section(page("smaller_models.md"), "What counts as bytes"))) == set(result["bytes_after"])
 
 

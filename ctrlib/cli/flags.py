@@ -25,9 +25,8 @@ from ctrlib.cli.kinds import (
 from ctrlib.errors import ArgumentError, check_number, check_whole
 from ctrlib.models.build import for_engine
 from ctrlib.models.table import MODELS
-from ctrlib.schema import SequenceFields
+from ctrlib.schema import BINNED, SequenceFields
 
-BINNED = ("bucketised", "piecewise_linear")
 # Flag of `ModelFlags` -> argument of a model, for those that only some models have.
 ARGUMENT_OF = {
     "dim": "embedding_dim",
@@ -127,12 +126,9 @@ class ModelFlags:
         numeric = config.get("numeric", "vector")
         if self.bins is not None and numeric not in BINNED:
             raise ArgumentError(f"--bins {self.bins}: there are no bins in --numeric {numeric}")
-        if numeric in BINNED and config.get("edges") is None:
-            from ctrlib.data.quantiles import quantile_edges
-            from ctrlib.training.defaults import BINS
+        from ctrlib.training.defaults import with_edges
 
-            config["edges"] = quantile_edges(data, BINS if self.bins is None else self.bins, missing_apart=True)
-        return config
+        return with_edges(config, data, self.bins)
 
     def _idle(self, flag: str, argument: str, takes: list[str]) -> str:
         """What to say of a flag that the model has no argument for."""

@@ -153,7 +153,6 @@ class Wide(nn.Module):
         self.out_shape = (num_tasks,)
         sparse = [feature for feature in features if not isinstance(feature, Numeric)]
         num_dense = len(features) - len(sparse)
-        self.names = [feature.name for feature in sparse]
         self.tables = make_tables(
             sparse,
             embedding_dim=num_tasks * columns,
@@ -171,7 +170,8 @@ class Wide(nn.Module):
         """Batch -> (B, T)."""
         total = batch.dense.new_zeros(batch.size, self.num_tasks)
         if self.tables is not None:
-            pooled = look_up(self.tables, shift_ids(batch.sparse, self.first_rows), self.names)
+            # The sum over fields does not care about their order.
+            pooled = look_up(self.tables, shift_ids(batch.sparse, self.first_rows))
             total = total + pooled.view(batch.size, -1, self.num_tasks, self.columns).sum(1).mean(2)
         if self.numeric_weights is not None:
             total = total + batch.dense @ self.numeric_weights
@@ -345,15 +345,17 @@ def table_name(vocabulary: str) -> str:
     return "table_" + vocabulary.replace("%", "%25").replace(".", "%2E")
 
 
-def look_up(tables: Any, sparse: KeyedJaggedTensor, names: Sequence[str]) -> Tensor:
-    """The pooled rows of each feature, (B, F, D), F in the order of `names`.
+def look_up(tables: Any, sparse: KeyedJaggedTensor, names: Sequence[str] | None = None) -> Tensor:
+    """The pooled rows of each feature, (B, F, D), in the order of `names`, or in any: that spares sharded tables work.
 
     On a CPU, plain tables are read here and not by TorchRec: a bag of one id is its row, and reading rows costs half
     of pooling bags of one, above all in the backward pass. Where hooks wait for what TorchRec is asked, it is asked.
     """
     plain = type(tables) is EmbeddingBagCollection and sparse.device().type == "cpu"
     if not plain or torch.compiler.is_compiling() or any(map(_has_hooks, tables.modules())):
-        pooled = regroup(tables(sparse), names)
+        found = tables(sparse)
+        names = list(found.keys()) if names is None else names
+        pooled = regroup(found, names)
         return pooled.view(pooled.shape[0], len(names), pooled.shape[1] // len(names))
     table_of = {name: config.name for config in tables.embedding_bag_configs() for name in config.feature_names}
     ids, offsets, size = sparse.values(), sparse.offsets(), sparse.stride()
@@ -361,7 +363,7 @@ def look_up(tables: Any, sparse: KeyedJaggedTensor, names: Sequence[str]) -> Ten
     single = (sparse.lengths().view(len(positions), size) == 1).all(1).tolist()
     starts = sparse.offset_per_key()
     fields = []
-    for name in names:
+    for name in table_of if names is None else names:
         position, bags = positions[name], tables.embedding_bags[table_of[name]]
         values = ids[starts[position] : starts[position + 1]]
         if single[position]:

@@ -194,7 +194,7 @@ class EASE(_FromHistory):
         if self.between_users is None:
             return super().scores(users)
         rows = self.between_users[torch.from_numpy(np.asarray(users))].numpy()
-        return self._less(self.histories[users], torch.from_numpy((self.histories.T @ rows.T).T))
+        return self._less(dense(self.histories, users), torch.from_numpy((self.histories.T @ rows.T).T))
 
     def fold_in(self, histories: sparse.csr_matrix) -> Tensor:
         """Scores of all items for users of whom only items are known, (B, I) ones -> (B, I)."""
@@ -203,11 +203,12 @@ class EASE(_FromHistory):
         check_history(histories, self.histories.shape[1])
         common = histories @ self.histories.T  # items that they share with users of training
         known = (self.histories.T @ (common @ self.between_users.numpy()).T).T
-        return self._less(histories, (dense(histories) - torch.from_numpy(known)) / self.l2)
+        own = dense(histories)
+        return self._less(own, (own - torch.from_numpy(known)) / self.l2)
 
-    def _less(self, histories: sparse.csr_matrix, product: Tensor) -> Tensor:
+    def _less(self, histories: Tensor, product: Tensor) -> Tensor:
         """H B = H - H P / diag P, given H P."""
-        return dense(histories) - product / self.diagonal
+        return histories - product / self.diagonal
 
     def state(self) -> dict[str, Tensor]:
         """The users' rows, and the weights between items, or what stands for them where users are fewer."""
@@ -221,9 +222,9 @@ class EASE(_FromHistory):
         self.between_users = state.get("between_users")
         if self.between_users is not None:
             self.histories, self.diagonal = csr_of("histories", state), state["diagonal"]
-            return self
-        loaded: EASE = super().load(state)
-        return loaded
+        else:
+            super().load(state)
+        return self
 
 
 def _penalised_inverse(rows: sparse.csr_matrix, l2: float) -> Any:
@@ -320,14 +321,14 @@ class IALS(Vectors):
         scale = torch.from_numpy((degrees + self.alpha * num_columns) ** self.nu * self.l2).to(others.dtype)
         spectrum, basis = (part.to(others.dtype) for part in torch.linalg.eigh(common.double()))
         padded = torch.cat([others, others.new_zeros(1, dim)])
-        turned = padded @ basis
+        spectrum, turned = spectrum.clamp(min=0), padded @ basis
         found = torch.empty(num_rows, dim, dtype=others.dtype)
         for rows in blocks_of_rows(degrees, dim):
             table, _ = padded_columns(matrix, rows)
             chosen = torch.from_numpy(rows)
             if table.shape[1] < dim:
                 seen = turned[table]
-                divided = seen / (spectrum.clamp(min=0) + scale[chosen][:, None])[:, None]
+                divided = seen / (spectrum + scale[chosen][:, None])[:, None]
                 system = torch.bmm(divided, seen.mT)
                 system.diagonal(dim1=1, dim2=2).add_(1)
                 ones = system.new_ones(len(rows), table.shape[1], 1)

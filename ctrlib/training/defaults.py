@@ -17,6 +17,7 @@ from ctrlib.data.facts import Facts, facts_of
 from ctrlib.data.quantiles import quantile_edges
 from ctrlib.errors import ArgumentError, WrongTypeError
 from ctrlib.models.table import MODELS
+from ctrlib.schema import BINNED
 
 # Of L2 on tables, in rows, each counted by the standard deviation of its label: where fields are ids, and elsewhere.
 # Where a field has few values each has many rows, and little is won by drawing them together.
@@ -113,10 +114,19 @@ def config_for(
     settings = settings_for(facts_of(data), training.get("engine", "exact"))
     takes = ("embedding_dim", "numeric", *MODELS[model].arguments)
     chosen = {name: value for name, value in settings.model.items() if name in takes}
-    config = {"model": model, **chosen, **said}
-    if config.get("numeric") in ("bucketised", "piecewise_linear") and config.get("edges") is None:
-        config["edges"] = quantile_edges(data, BINS, missing_apart=True)
+    config = with_edges({"model": model, **chosen, **said}, data)
     return {**config, "training": {**settings.training, "seed": seed, **training}}
+
+
+def with_edges(config: Mapping[str, Any], data: str | Path, bins: int | None = None) -> dict[str, Any]:
+    """The same arguments of a model, with edges of bins, by default `BINS`, where its numbers want some and have none.
+
+    Raises:
+        ValueError, SchemaError: as `quantile_edges`.
+    """
+    if config.get("numeric") not in BINNED or config.get("edges") is not None:
+        return dict(config)
+    return {**config, "edges": quantile_edges(data, BINS if bins is None else bins, missing_apart=True)}
 
 
 def hidden_for(rows: int) -> list[int]:

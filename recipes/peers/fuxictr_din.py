@@ -13,16 +13,10 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import fuxictr.metrics
-import numpy as np
-import sklearn.metrics
 from fuxictr.features import FeatureMap
 
+import fuxictr_shims  # noqa: F401
 from din import Batches, Data, tell
-
-# What NumPy and scikit-learn had when it was written.
-np.Inf = np.inf  # type: ignore[attr-defined]  # noqa: NPY201
-fuxictr.metrics.log_loss = lambda y, p, eps: sklearn.metrics.log_loss(y, np.clip(p, eps, 1 - eps))
 
 SPECS: dict[str, dict[str, Any]] = {
     "id": {"type": "categorical"},

@@ -10,20 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fuxictr.metrics
-import numpy as np
-import sklearn.metrics
 import torch
 from fuxictr.features import FeatureMap
 from fuxictr.preprocess import FeatureProcessor, build_dataset
 from fuxictr.pytorch.dataloaders import RankDataLoader
 from fuxictr.pytorch.torch_utils import seed_everything
 
+import fuxictr_shims  # noqa: F401
 from worker import Program, now, serve
-
-# What NumPy and scikit-learn had when it was written.
-np.Inf = np.inf  # type: ignore[attr-defined]  # noqa: NPY201
-fuxictr.metrics.log_loss = lambda y, p, eps: sklearn.metrics.log_loss(y, np.clip(p, eps, 1 - eps))
 
 # Model -> folder in the model zoo, and class.
 MODELS = {
