@@ -11,17 +11,13 @@ each round. Only ratios of one run mean something; figures of different days do 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,6 +26,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from ctrlib.data.synthetic import Teacher, write
 from ctrlib.training.engines import native_bfloat16
+from programs import SPLITS, Program, installed, unpack
 from records import record
 
 HERE = Path(__file__).parent
@@ -117,8 +114,7 @@ COMMON: dict[str, dict[str, Any]] = {
         **{"embedding_dim": 10, "l2": 0.05},
     },
 }
-SPLITS = ("train", "valid", "test")
-DISTRIBUTIONS = {"ctrlib": "ctrlib", "fuxictr": "fuxictr", "deepctr": "deepctr-torch", "rechub": "torch-rechub"}
+DISTRIBUTIONS = {"fuxictr": "fuxictr", "deepctr": "deepctr-torch", "rechub": "torch-rechub"}
 # What peers/deepctr_speed.py and peers/rechub_speed.py build.
 OF_ALL = {"deepfm", "dcnv2", "autoint_plus"}
 LACK = {(peer, model) for peer in ("deepctr", "rechub") for model in get_args(Model) if model not in OF_ALL}
@@ -168,62 +164,6 @@ class Knobs:
     """Append a row for each measure to results.csv."""
 
 
-class Program:
-    """A process that `peers/worker.py` serves."""
-
-    def __init__(self, knobs: Knobs, name: str, raw: Path) -> None:
-        self.name, work = name, knobs.work / name
-        work.mkdir(parents=True, exist_ok=True)
-        self.log = work / "log.txt"
-        python = sys.executable if name == "ctrlib" else str(getattr(knobs, name))
-        settings = {**COMMON[knobs.data], "raw": str(raw), "work": str(work)}
-        settings |= {"batch_size": knobs.batch_size, "seed": knobs.seed}
-        if name == "ctrlib":
-            settings |= {"engine": engine_of(knobs), "precision": knobs.precision}
-        if name == "fuxictr":
-            settings["source"] = str(knobs.fuxictr_source)
-        threads = {name: str(knobs.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")}
-        read, write = os.pipe()
-        clock = {"SPEED_CLOCK": knobs.clock, "SPEED_STARTED": str(time.perf_counter()), "SPEED_ANSWERS": str(write)}
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [python, str(HERE / "peers" / f"{name}_speed.py")],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                text=True,
-                pass_fds=[write],
-                env={**os.environ, **threads, **clock},
-            )
-        os.close(write)
-        self.answers = os.fdopen(read)
-        self._send(settings)
-
-    def __enter__(self) -> Program:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self.answers, self.process, contextlib.suppress(BrokenPipeError):  # it may have ended before
-            assert self.process.stdin is not None
-            self.process.stdin.close()
-
-    def _send(self, value: Any) -> None:
-        assert self.process.stdin is not None
-        print(json.dumps(value), file=self.process.stdin, flush=True)
-
-    def do(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """What the method found, seconds, share of others, peak of memory.
-
-        Raises:
-            RuntimeError: the program ended instead.
-        """
-        self._send({"do": method, "with": arguments})
-        if not (line := self.answers.readline()):
-            raise RuntimeError(f"{self.name} ended in {method}; the end of {self.log}:\n{self.log.read_text()[-2000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
 class Table:
     """Measures of several programs, in turns."""
 
@@ -257,6 +197,19 @@ def engine_of(knobs: Knobs) -> Literal["exact", "fused"]:
     return "exact" if knobs.data == "frappe" else "fused"
 
 
+def program_of(knobs: Knobs, name: str, raw: Path) -> Program:
+    """Start a program."""
+    work = knobs.work / name
+    settings = {**COMMON[knobs.data], "raw": str(raw), "work": str(work)}
+    settings |= {"batch_size": knobs.batch_size, "seed": knobs.seed}
+    if name == "ctrlib":
+        settings |= {"engine": engine_of(knobs), "precision": knobs.precision}
+    if name == "fuxictr":
+        settings["source"] = str(knobs.fuxictr_source)
+    python = Path(sys.executable) if name == "ctrlib" else getattr(knobs, name)
+    return Program(name, python, settings, work=work, clock=knobs.clock, threads=knobs.threads)
+
+
 def raw_files(knobs: Knobs) -> Path:
     """Folder with train.csv, valid.csv and test.csv."""
     folder = knobs.work / "raw"
@@ -265,11 +218,7 @@ def raw_files(knobs: Knobs) -> Path:
         return folder
     if knobs.raw is None:
         raise SystemExit("--data frappe needs --raw DIR with train.csv, valid.csv and test.csv, or .csv.gz")
-    folder.mkdir(parents=True)
-    for split in SPLITS:
-        path = knobs.raw / f"{split}.csv"
-        content = path.read_bytes() if path.exists() else gzip.decompress((knobs.raw / f"{split}.csv.gz").read_bytes())
-        (folder / f"{split}.csv").write_bytes(content)
+    unpack(knobs.raw, folder)
     return folder
 
 
@@ -281,11 +230,7 @@ def count_rows(path: Path) -> int:
 
 def version_of(knobs: Knobs, name: str) -> str:
     """Name and version of a program."""
-    if name == "ctrlib":
-        return name
-    code = f"import importlib.metadata as m; print(m.version({DISTRIBUTIONS[name]!r}))"
-    done = subprocess.run([str(getattr(knobs, name)), "-c", code], check=True, capture_output=True, text=True)
-    return f"{DISTRIBUTIONS[name]} {done.stdout.strip()}"
+    return name if name == "ctrlib" else installed(getattr(knobs, name), DISTRIBUTIONS[name])
 
 
 def measure_model(knobs: Knobs, names: list[str], raw: Path, model: str) -> tuple[Table, dict[str, float]]:
@@ -297,7 +242,7 @@ def measure_model(knobs: Knobs, names: list[str], raw: Path, model: str) -> tupl
         measure_preparation(knobs, table, names, raw, sum(num_rows.values()))
     if {"load", "step", "epoch", "infer"} & set(knobs.measures):
         with contextlib.ExitStack() as stack:
-            programs = [stack.enter_context(Program(knobs, name, raw)) for name in names]
+            programs = [stack.enter_context(program_of(knobs, name, raw)) for name in names]
             for program in programs:
                 program.do("open", **opening)
             machine = measure_training(knobs, table, programs, num_rows["train"])
@@ -313,7 +258,7 @@ def measure_preparation(knobs: Knobs, table: Table, names: list[str], raw: Path,
     for _ in range(knobs.rounds):
         for name in names:
             shutil.rmtree(knobs.work / name, ignore_errors=True)
-            with Program(knobs, name, raw) as program:
+            with program_of(knobs, name, raw) as program:
                 answer = program.do("prepare")
             table.add("preparation, rows/s", name, num_rows / answer["seconds"], answer)
             table.add("memory of preparation, MiB", name, answer["peak_mib"])
@@ -359,7 +304,7 @@ def measure_cold(knobs: Knobs, table: Table, names: list[str], raw: Path, openin
     for _ in range(knobs.rounds):
         for name in names:
             shutil.rmtree(knobs.work / name, ignore_errors=True)
-            with Program(knobs, name, raw) as program:
+            with program_of(knobs, name, raw) as program:
                 program.do("prepare")
                 program.do("open", **opening)
                 program.do("epoch")
@@ -372,7 +317,7 @@ def measure_fit(knobs: Knobs, table: Table, names: list[str], raw: Path, opening
     """Train until validation AUC stops rising, and how long each took to be as good as the first peer became."""
     rival, curves = names[min(1, len(names) - 1)], {}
     for name in names:
-        with Program(knobs, name, raw) as program:
+        with program_of(knobs, name, raw) as program:
             program.do("open", **opening)
             answer = program.do("fit")
         curves[name] = answer["found"]

@@ -63,16 +63,19 @@ def test_exact_engine_is_adam_on_bce_plus_l2_with_clipping(name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
     reference = copy.deepcopy(model)
-    l2, clip = 0.5, 0.05  # both large enough to matter
-    engine = ctr.ExactEngine(model, learning_rate=0.01, embedding_l2=l2, max_grad_norm=clip)
+    l2, network_l2, clip = 0.5, 0.2, 0.05  # all large enough to matter
+    engine = ctr.ExactEngine(model, learning_rate=0.01, embedding_l2=l2, network_l2=network_l2, max_grad_norm=clip)
     adam = torch.optim.Adam(reference.parameters(), lr=0.01)
     tables = [p for n, p in reference.named_parameters() if n.startswith(("embedding.", "wide."))]
+    others = [p for n, p in reference.named_parameters() if not n.startswith(("embedding.", "wide."))]
     for step in range(6):
         batch = example_batch(SCHEMA, 32, seed=step)
         engine.step(batch)
         adam.zero_grad()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(reference(batch), batch.labels)
-        (loss + l2 / 2 * sum(p.square().sum() for p in tables)).backward()
+        for factor, weights in ((l2, tables), (network_l2, others)):
+            loss = loss + factor / 2 * sum(p.square().sum() for p in weights)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), clip)
         adam.step()
     for (key, got), want in zip(model.state_dict().items(), reference.state_dict().values()):

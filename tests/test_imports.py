@@ -169,7 +169,7 @@ def test_the_rules_let_pass(module, source):
 def test_scripts_stand_alone(path):
     """One file is read by itself: it uses ctrlib, other packages and what recipes share, never another script."""
     names = imported(path.read_text(encoding="utf-8"), path.stem, is_package=False)
-    shared = {"harness", "records", "worker", "din", "fuxictr_shims"}
+    shared = {"harness", "records", "programs", "worker", "din", "fuxictr_shims"}
     neighbours = {"datasets", "recipes", "tests", *(script.stem for script in SCRIPTS)} - shared
     assert {name for name in names if not name or name.split(".")[0] in neighbours} == set()
 

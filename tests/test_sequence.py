@@ -796,7 +796,7 @@ def test_embedding_l2_is_for_tables_and_not_for_encoders() -> None:
     model = make_model(DIN(8))
     engine = ctr.ExactEngine(model, embedding_l2=0.1)
     network = sum(p.numel() for part in (model.tower, model.head, *model.embedding.encoders) for p in part.parameters())
-    assert sum(p.numel() for p in engine._regularised) == sum(p.numel() for p in model.parameters()) - network
+    assert sum(p.numel() for p in engine._tables) == sum(p.numel() for p in model.parameters()) - network
     assert model.num_parameters()["network"] == network
 
 

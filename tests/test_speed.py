@@ -17,6 +17,7 @@ from torch import nn
 
 import ctrlib as ctr
 import ctrlib_speed
+import programs
 import results
 import speed
 
@@ -165,11 +166,11 @@ def test_of_a_program_that_fails_the_end_of_its_log_is_told(tmp_path: Path, monk
         "    def open(self, model, net): raise ValueError(f'there is no {model}')\n"
         "serve(Broken)\n"
     )
-    monkeypatch.setattr(speed, "HERE", tmp_path)
+    monkeypatch.setattr(programs, "HERE", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "recipes" / "peers"))
     knobs = speed.Knobs(work=tmp_path / "work")
     with (
-        speed.Program(knobs, "ctrlib", tmp_path) as program,
+        speed.program_of(knobs, "ctrlib", tmp_path) as program,
         pytest.raises(RuntimeError, match=r"(?s)ended in open.*there is no no_such"),
     ):
         program.do("open", model="no_such", net={})

@@ -48,6 +48,8 @@ class Start(TrainingFlags):
     """Smallest improvement of that score that counts; log-loss counts in nats."""
     cut_factor: OptionalFloat = None
     """Factor of the learning rates after a pass without a better score, at most 1."""
+    network_l2: OptionalFloat = None
+    """Penalty on all weights that --l2 leaves alone, biases included: network_l2 / 2 per squared weight."""
     average_weights: OptionalBool = None
     """Whether a moving average of the weights is scored and kept, rather than the last ones (exact engine)."""
     warm_start: OptionalPath = None

@@ -50,6 +50,8 @@ class Training:
     """Adam's step, per update of a weight."""
     embedding_l2: float = 0.0
     """Penalty on whole tables (exact engine)."""
+    network_l2: float = 0.0
+    """Penalty on all other weights, biases included."""
     average_weights: bool = False
     """Whether a moving average of the weights is scored and kept, rather than the last ones (exact engine)."""
     embedding_learning_rate: float = 0.02
@@ -91,7 +93,7 @@ class Training:
         check_whole(1, batch_size=self.batch_size)
         check_whole(0, seed=self.seed, workers=self.workers)
         check_number(0, learning_rate=self.learning_rate, embedding_learning_rate=self.embedding_learning_rate)
-        check_number(0, embedding_l2=self.embedding_l2)
+        check_number(0, embedding_l2=self.embedding_l2, network_l2=self.network_l2)
         check_number(0, keep_negatives=self.keep_negatives)
         if not 0 < self.keep_negatives <= 1:
             raise ArgumentError(

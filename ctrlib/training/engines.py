@@ -71,6 +71,7 @@ def make_engine(
     *,
     learning_rate: float = 1e-3,
     embedding_l2: float = 0.0,
+    network_l2: float = 0.0,
     average_weights: bool = False,
     embedding_learning_rate: float = 0.02,
     precision: Precision = "fp32",
@@ -91,6 +92,7 @@ def make_engine(
     rates = {
         "learning_rate": learning_rate,
         "embedding_l2": embedding_l2,
+        "network_l2": network_l2,
         "embedding_learning_rate": embedding_learning_rate,
     }
     for name, rate in rates.items():
@@ -108,6 +110,7 @@ def make_engine(
             model,
             learning_rate=learning_rate,
             embedding_l2=embedding_l2,
+            network_l2=network_l2,
             average_weights=average_weights,
             loss=loss,
             device=device,
@@ -130,6 +133,7 @@ def make_engine(
     return FusedEngine(
         model,
         learning_rate=learning_rate,
+        network_l2=network_l2,
         embedding_learning_rate=embedding_learning_rate,
         precision=precision,
         sharding=sharding,

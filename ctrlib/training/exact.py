@@ -17,7 +17,7 @@ from ctrlib.model import Model
 from ctrlib.sharding.shards import State
 from ctrlib.training.average import WeightAverage
 from ctrlib.training.batch_norm import synchronise_batch_norm
-from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_what_needs_one_process
+from ctrlib.training.guard import Loss, add_l2, clip_gradients, guarded_loss, refuse_what_needs_one_process
 from ctrlib.training.state import make_adam, optimiser_state
 
 
@@ -26,8 +26,8 @@ class ExactEngine:
 
     L = BCE + (embedding_l2 / 2) sum ||W||^2 over every embedding table (wide weights included), so an untouched row
     decays too and its Adam moments move. Gradients are clipped to a global norm of `max_grad_norm` over *all*
-    parameters, the regulariser's share included (the semantics of FuxiCTR 2 and BARS). The regulariser's gradient
-    embedding_l2 * W is added directly, since the graph of ||W||^2 costs as much as the tables are large.
+    parameters, the regularisers' share included (the semantics of FuxiCTR 2 and BARS). `network_l2` is the same of all
+    weights that are no tables, biases included.
 
     `step` takes a Batch and returns the mean loss (without regulariser and auxiliary losses) as a detached scalar;
     `train` does so for every batch of an epoch. `model` is the module to call for predictions; `loss` is any function
@@ -59,6 +59,7 @@ class ExactEngine:
         *,
         learning_rate: float = 1e-3,
         embedding_l2: float = 0.0,
+        network_l2: float = 0.0,
         max_grad_norm: float | None = 10.0,
         average_weights: bool = False,
         loss: Loss = binary_cross_entropy,
@@ -68,7 +69,7 @@ class ExactEngine:
         refuse_what_needs_one_process(model)
         self.device = torch.device(device)
         self.model: nn.Module = model.to(self.device)
-        self.embedding_l2 = embedding_l2
+        self.embedding_l2, self.network_l2 = embedding_l2, network_l2
         self.max_grad_norm = max_grad_norm
         self.loss = loss
         self._buffers = [buffer for part in model.network() for buffer in part.buffers()]
@@ -77,7 +78,8 @@ class ExactEngine:
         network = {id(p) for part in model.network() for p in part.parameters()}
         published = [getattr(part, "gates", None) for part in model.modules()]
         gates = {id(p) for part in published if isinstance(part, nn.Module) for p in part.parameters()}
-        self._regularised = [p for p in self._parameters if id(p) not in network | gates]
+        self._tables = [p for p in self._parameters if id(p) not in network | gates]
+        self._others = [p for p in self._parameters if id(p) in network | gates]
         self._optimiser = make_adam(self._named, learning_rate)
         self._average = WeightAverage(self._named) if average_weights else None
         for module in model.modules():
@@ -105,10 +107,8 @@ class ExactEngine:
         if not torch.isfinite(total):
             return total.detach()
         torch.autograd.backward(total)
-        if self.embedding_l2:
-            pairs = [(table.grad, table.detach()) for table in self._regularised if table.grad is not None]
-            if pairs:  # none where all tables are frozen
-                torch._foreach_add_(*zip(*pairs), alpha=self.embedding_l2)
+        add_l2(self._tables, self.embedding_l2)
+        add_l2(self._others, self.network_l2)
         if self.max_grad_norm is not None:
             clip_gradients(self._parameters, self.max_grad_norm)
         self._optimiser.step()

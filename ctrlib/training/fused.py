@@ -25,7 +25,7 @@ from ctrlib.sharding.sharded import load_weights, shard, sharded_state, whole_we
 from ctrlib.sharding.shards import State
 from ctrlib.training.batch_norm import synchronise_batch_norm
 from ctrlib.training.config import Precision
-from ctrlib.training.guard import Loss, clip_gradients, guarded_loss, refuse_what_needs_one_process
+from ctrlib.training.guard import Loss, add_l2, clip_gradients, guarded_loss, refuse_what_needs_one_process
 from ctrlib.training.rowwise_adagrad import RowwiseAdagrad
 from ctrlib.training.state import make_adam, optimiser_state
 
@@ -58,6 +58,7 @@ class FusedEngine:
         model: Model,
         *,
         learning_rate: float = 1e-3,
+        network_l2: float = 0.0,
         embedding_learning_rate: float = 0.02,
         table_optimiser: TableOptimiser = "rowwise_adagrad",
         sharding: Literal["auto"] | Sharding | Mapping[str, Sharding] = "auto",
@@ -74,6 +75,7 @@ class FusedEngine:
         refuse_what_needs_one_process(model)
         self.device = torch.device(device)
         self.precision = precision
+        self.network_l2 = network_l2
         self.max_grad_norm = max_grad_norm
         self.loss = loss
         init_process_group(self.device)
@@ -153,6 +155,7 @@ class FusedEngine:
             return guarded_loss(self.model, batch, self.loss, self._buffers)
 
     def _update(self) -> None:
+        add_l2(list(self._dense.values()), self.network_l2)
         if self.max_grad_norm is not None:
             clip_gradients(list(self._dense.values()), self.max_grad_norm)
         for optimiser in self._optimisers:

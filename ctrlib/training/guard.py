@@ -91,6 +91,20 @@ def _loss_of_all(logits: Tensor, batch: Batch, loss_function: Loss) -> tuple[Ten
     return loss_function(all_logits, everything[:, num_tasks:-1], weights), weights.sum()
 
 
+def add_l2(parameters: Sequence[Tensor], factor: float) -> None:
+    """Add the gradient of (factor / 2) sum ||W||^2: the graph of that sum would cost as much as the weights are large.
+
+    >>> weight = torch.tensor([3.0], requires_grad=True)
+    >>> weight.grad = torch.tensor([1.0])
+    >>> add_l2([weight], 0.5)
+    >>> weight.grad
+    tensor([2.5000])
+    """
+    pairs = [(parameter.grad, parameter.detach()) for parameter in parameters if parameter.grad is not None]
+    if factor and pairs:  # none where all are frozen
+        torch._foreach_add_(*zip(*pairs), alpha=factor)
+
+
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> None:
     """Scale all gradients together to a global norm of at most `max_norm`, and touch none where that holds already.
 

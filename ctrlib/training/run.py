@@ -106,6 +106,7 @@ def train_model(
         how.engine,
         learning_rate=how.learning_rate,
         embedding_l2=how.embedding_l2,
+        network_l2=how.network_l2,
         average_weights=how.average_weights,
         embedding_learning_rate=how.embedding_learning_rate,
         precision=how.precision,

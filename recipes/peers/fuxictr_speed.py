@@ -31,6 +31,8 @@ MODELS = {
     "masknet": ("MaskNet", "MaskNet"),
     "fgcnn": ("FGCNN", "FGCNN"),
     "fibinet": ("FiBiNET", "FiBiNET"),
+    "dualmlp": ("FinalMLP", "DualMLP"),
+    "eulernet": ("EulerNet", "EulerNet"),
 }
 
 
@@ -42,13 +44,18 @@ def arguments_of(model: str, net: dict[str, Any]) -> dict[str, Any]:
     numbers). Initial weights differ in FGCNN's convolutions and FiBiNET's matrices, as ctrlib's docstrings say; FGCNN
     pools 39 and 5 fields from another end.
     """
-    if model == "finalmlp":
-        first, second = net["contexts"]
-        return {
+    if model in ("finalmlp", "dualmlp"):
+        two = {
             **{f"mlp{n}_hidden_units": net[f"hidden_{n}"] for n in (1, 2)},
             **{f"mlp{n}_hidden_activations": "relu" for n in (1, 2)},
             **{f"mlp{n}_dropout": net[f"dropout_{n}"] for n in (1, 2)},
             **{f"mlp{n}_batch_norm": net[f"batch_norm_{n}"] for n in (1, 2)},
+        }
+        if model == "dualmlp":
+            return two
+        first, second = net["contexts"]
+        return {
+            **two,
             **{"use_fs": True, "fs_hidden_units": net["gate_hidden"], "num_heads": net["num_heads"]},
             **{"fs1_context": first, "fs2_context": second},
         }
@@ -60,6 +67,8 @@ def arguments_of(model: str, net: dict[str, Any]) -> dict[str, Any]:
             **{"block_type": "2B", "residual_type": "concat"},
             **{"use_feature_gating": net["field_gate"], "batch_norm": net["batch_norm"]},
         }
+    if model == "eulernet":
+        return {"shape": net.get("num_orders", [52]), "layer_norm": net["layer_norm"]}
     if model == "masknet":
         return {
             **{"model_type": "ParallelMaskNet", "parallel_num_blocks": net["num_blocks"]},
@@ -121,7 +130,7 @@ class FuxiCTR(Program):
             **{"loss": "binary_crossentropy", "metrics": ["AUC", "logloss"], "task": "binary_classification"},
             **{"optimizer": "adam", "learning_rate": 1e-3, "batch_size": self.batch_size},
             **{"embedding_dim": self.embedding_dim, "embedding_regularizer": self.l2},
-            **{"net_regularizer": 0, "shuffle": True, "num_workers": 1, "verbose": 0},
+            **{"net_regularizer": self.network_l2, "shuffle": True, "num_workers": 1, "verbose": 0},
             **{"monitor": "AUC", "monitor_mode": "max", "early_stop_patience": 2, "save_best_only": True},
             **{"eval_steps": None, "gpu": -1, "seed": self.seed, "feature_specs": None, "model_id": "model"},
         }

@@ -42,9 +42,11 @@ class Program:
         embedding_dim: int,
         l2: float,
         seed: int,
+        network_l2: float = 0.0,
     ) -> None:
         self.raw, self.work, self.ids, self.numbers = raw, work, ids, numbers
         self.batch_size, self.embedding_dim, self.l2, self.seed = batch_size, embedding_dim, l2, seed
+        self.network_l2 = network_l2
 
     def load(self) -> None:
         """All batches of an epoch."""
