@@ -136,7 +136,7 @@ def test_the_metric_and_the_frequencies_both_matter(trained: tuple[Path, Path], 
     without_metric = moved()
     monkeypatch.setattr(module, "usage", even)
     without_frequencies = moved()
-    assert without_metric > 1.3 * whole
+    assert without_metric > 1.1 * whole
     assert without_frequencies > 1.05 * whole  # ids are only mildly skewed here
 
 

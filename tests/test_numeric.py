@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ctrlib.embeddings.numeric import AutoDis, Bucketised, Periodic, PiecewiseLinear, ValueTimesVector
 from ctrlib.metrics import auc
-from ctrlib.testing import make_copy
+from ctrlib.models import MODELS, build
+from ctrlib.schema import BINNED, Categorical, Numeric, NumericFields, Schema
+from ctrlib.testing import example_batch, make_copy
 
 EDGES = [[0.0, 1.0, 3.0], [-2.0, 5.0], [-1.0, -0.5, 0.25, 0.5, 4.0]]  # 2, 1 and 4 bins
 N, D = len(EDGES), 6
@@ -351,3 +353,24 @@ def test_autodis_sees_most_of_a_planted_wave_unless_its_temperature_is_low() -> 
     x = torch.tensor([[0.2, -0.2], [0.7, -0.9]])
     torch.testing.assert_close(sharp(x)[0], sharp(x)[1])
     assert not torch.allclose(sharp(x), sharp(-x))
+
+
+# ------------------------------------------------------------------------------------------------------- first logits
+
+OF_FIELDS = [name for name, model in MODELS.items() if model.kind == "interaction"]
+
+
+@pytest.mark.parametrize("model", OF_FIELDS)
+@pytest.mark.parametrize("num_numbers", [1, 13, 60])
+@pytest.mark.parametrize("numeric", get_args(NumericFields))
+def test_no_model_starts_with_logits_that_must_be_unlearnt(numeric: str, num_numbers: int, model: str) -> None:
+    torch.manual_seed(0)
+    numbers = [Numeric(f"n{n}", parameters={}) for n in range(num_numbers)]
+    schema = Schema((*numbers, *(Categorical(f"c{n}", num_embeddings=12) for n in range(3))), ("label",))
+    config: dict[str, Any] = {"model": model, "numeric": numeric}
+    if numeric in BINNED:
+        config["edges"] = [torch.linspace(-2, 2, 33).tolist()] * num_numbers
+    with torch.no_grad():
+        logits = build(config, schema)(example_batch(schema, 512))
+    # EulerNet begins at any constant, as its authors have it: all moduli are 1.
+    assert logits.mean().abs() < 6 and logits.std() < 2, (logits.mean(), logits.std())

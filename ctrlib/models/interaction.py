@@ -35,6 +35,7 @@ def fm(inputs: Inputs) -> Model:
     """FM (Rendle, ICDM 2010, https://doi.org/10.1109/ICDM.2010.127): bias, first order and inner products of all pairs
     of fields."""
     embedding = inputs.embedding()
+    embeddings.start_small(embedding)
     return inputs.model(embedding, towers.FM(embedding.out_shape), unweighted=1, wide=True)
 
 
@@ -51,6 +52,7 @@ def deepfm(inputs: Inputs, **mlp: Unpack[Deep]) -> Model:
     """DeepFM (Guo et al., IJCAI 2017, https://arxiv.org/abs/1703.04247): a factorization machine and an MLP over the
     same embeddings, logits added."""
     embedding = inputs.embedding()
+    embeddings.start_small(embedding)
     shape = embedding.out_shape
     # FM last: its gradient, the first of the two to exist, then takes the MLP's in place.
     tower = towers.Parallel(towers.MLP(shape, **mlp), towers.FM(shape))
