@@ -232,6 +232,12 @@ def run_ensemble_recipe(
     return result
 
 
+def prepare_by_script(root: Path, script: Sequence[str], folder: Path, raw: Path | None) -> None:
+    """Run a script of datasets/ with its arguments; without a folder of raw files it gets them itself."""
+    command = [sys.executable, str(root / "datasets" / script[0]), *script[1:], "--out", str(folder)]
+    subprocess.run(command + (["--raw", str(raw)] if raw else []), check=True, stdout=sys.stderr)
+
+
 def prepared(knobs: RecipeKnobs, recipe: str, data: str, script: Sequence[str]) -> Path:
     """The prepared folder, made first if need be."""
     if knobs.raw and world_size() > 1:
@@ -241,8 +247,7 @@ def prepared(knobs: RecipeKnobs, recipe: str, data: str, script: Sequence[str]) 
     root = Path(recipe).parent.parent
     folder = knobs.data or root / "data" / data
     if rank() == 0 and (knobs.raw or not folder.exists()):
-        command = [sys.executable, str(root / "datasets" / script[0]), *script[1:], "--out", str(folder)]
-        subprocess.run(command + (["--raw", str(knobs.raw)] if knobs.raw else []), check=True, stdout=sys.stderr)
+        prepare_by_script(root, script, folder, knobs.raw)
     while not folder.exists():  # the first process makes it, and it appears when it is complete
         time.sleep(1)
     return folder

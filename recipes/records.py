@@ -17,7 +17,7 @@ import torch
 from ctrlib.training.engines import native_bfloat16
 from ctrlib.training.record import KEY
 
-Task = Literal["ctr", "retrieval", "ranking", "speed"]
+Task = Literal["ctr", "retrieval", "ranking", "speed", "defaults"]
 
 # Columns are added at the end only; they are empty in the rows before, whose task is "ctr".
 COLUMNS = [

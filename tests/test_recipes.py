@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 import ctrlib as ctr
+import defaults
 from ctrlib.data.synthetic import Teacher, generate
 from ctrlib.manifest import data_hash
+from ctrlib.schema import NUM_RESERVED_IDS
 from harness import RecipeKnobs, run_ensemble_recipe, run_recipe
 from records import COLUMNS, OF_RECORD, commit_of, record
 
@@ -125,3 +128,34 @@ def test_the_record_of_an_ensemble_is_its_own(data: Path) -> None:
     values = {line["metric"]: line["value"] for line in said["metrics"]}
     assert values["auc"] == pytest.approx(result["test_auc"], rel=1e-7)
     assert values["log_loss"] == pytest.approx(result["test_logloss"], rel=1e-7)
+
+
+def test_defaults_are_set_beside_the_best_of_the_simple_models() -> None:
+    def line(name: str, auc: float, **other: float) -> dict[str, Any]:
+        return {"name": name, "auc": auc, "normalized_entropy": 1 - auc, **other}
+
+    lines = [
+        line("dcnv2", 0.75),
+        line("constant", 0.5, difference=0.25, p_value=0.0),
+        line("logistic regression", 0.7, difference=0.05, p_value=0.01),
+        line("gradient boosting", 0.76, difference=-0.01, p_value=0.2),
+    ]
+    measured = {f"test_{name}": 0.5 for name in ("calibration", "calibration_se", "ece", "ece_by_chance")}
+    scores = defaults.scores_of({"baselines": lines, "seconds": 3.0, **measured})
+    assert (scores["auc above the best"], scores["p of that"], scores["ne"]) == (-0.01, 0.2, 0.25)
+    assert scores["auc, logistic regression"] == 0.7 and "auc, constant" not in scores
+
+
+@pytest.mark.parametrize("name", defaults.MADE)
+def test_made_up_data_are_of_their_kind(name: str, tmp_path: Path) -> None:
+    defaults.MADE[name](tmp_path / "data")
+    parts = {split: pl.read_parquet(tmp_path / "data" / split / "*.parquet") for split in ("train", "valid", "test")}
+    schema = ctr.Schema.load(tmp_path / "data")
+    label, train = schema.labels[0], parts["train"]
+    if name == "mostly_zero":
+        assert len(schema.dense) == 6 and 0.15 < train[label].mean() < 0.5
+    elif name == "rare_clicks":
+        assert 0.004 < train[label].mean() < 0.006
+    else:
+        unseen = (parts["test"]["item"] < NUM_RESERVED_IDS).mean()
+        assert unseen > 0.9
