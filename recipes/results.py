@@ -322,6 +322,26 @@ def make_record_table(groups: list[list[dict[str, str]]]) -> str:
     return f"{explained}\n\n{_table(lines)}" if len(lines) > 2 else ""
 
 
+def make_rerun_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, str], str]) -> str:
+    """Models that another library was run with on the same rows, as markdown: what was published, its run, ours."""
+
+    def key(run: dict[str, str], model: str) -> tuple[str, ...]:
+        return (*(run[name] for name in ("data", "data_hash", "engine", "precision")), model)
+
+    ours = {key(runs[0], runs[0]["model"]): runs for runs in groups}
+    lines = [["data", "model", "published test AUC", "run here", "seeds", "its test AUC", "our seeds", "our test AUC"]]
+    lines.append(["---"] * 4 + ["--:"] * 4)
+    for runs in groups:
+        model, _, library = runs[0]["model"].partition(" of ")
+        own = ours.get(key(runs[0], model))
+        if library and own:
+            cells = [runs[0]["data"], model, published.get((runs[0]["data"], model), ""), runs[0]["note"]]
+            for some in (runs, own):
+                cells += [str(len(some)), _mean_and_sd(some, "test_auc")]
+            lines.append(cells)
+    return _table(lines) if len(lines) > 2 else ""
+
+
 def make_speed_tables(groups: list[list[dict[str, str]]]) -> str:
     """What `recipes/speed.py` recorded, as markdown: ctrlib beside its peers, and what the machines allowed."""
     beside: list[tuple[list[dict[str, str]], dict[str, float]]] = []
@@ -418,7 +438,10 @@ def main(arguments: Arguments) -> None:
         by_task.setdefault(runs[0]["task"], []).append(runs)
     text = arguments.readme.read_text(encoding="utf-8")
     arguments.readme.write_text(rewritten(text, make_short_table(by_task["ctr"], PUBLISHED)), encoding="utf-8")
-    sections = [f"## Click-through rate\n\n{make_table(by_task.pop('ctr'), PUBLISHED)}"]
+    of_ctr = by_task.pop("ctr")
+    sections = [f"## Click-through rate\n\n{make_table(of_ctr, PUBLISHED)}"]
+    if rerun := make_rerun_table(of_ctr, PUBLISHED):
+        sections.append(f"## The same models of other libraries on the same rows\n\n{rerun}")
     speed = by_task.pop("speed", [])
     sections += [f"## {task.capitalize()}\n\n{make_scores_table(some)}" for task, some in by_task.items()]
     if recorded := make_record_table(groups):

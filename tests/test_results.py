@@ -187,6 +187,21 @@ def test_what_another_library_does_not_tell_stays_blank(tmp_path: Path) -> None:
     assert row[:9] == ["frappe_x1 [1]", "din of another", "exact", "1", "0.98400", "", "", "", ""]
 
 
+def test_the_same_model_of_another_library_stands_beside_ours(tmp_path: Path) -> None:
+    path = write_results(
+        tmp_path / "results.csv",
+        {"test_auc": 0.984},
+        {"test_auc": 0.986, "seed": 2},
+        {"engine": "fused", "test_auc": 0.9},
+        {"model": "deepfm of another", "note": "another 1.0", "test_auc": 0.98},
+        {"model": "mlp of another", "note": "another 1.0"},  # which we have not run
+        {"model": "deepfm cut to 85% of the bytes"},
+    )
+    (row,) = rows_of(results.make_rerun_table(results.read(path), results.PUBLISHED))
+    published = results.PUBLISHED["frappe_x1", "deepfm"]
+    assert row == ["frappe_x1", "deepfm", published, "another 1.0", "1", "0.98000", "2", "0.98500 ± 0.00141"]
+
+
 def test_other_tasks_have_a_table_of_their_own(tmp_path: Path) -> None:
     path, page = write_results(tmp_path / "results.csv", {}), tmp_path / "results.md"
     for seed, recall in ((1, 0.18), (2, 0.2)):
