@@ -26,7 +26,7 @@ from ctrlib import Schema
 from ctrlib.training.loop import to_json
 from harness import RecipeKnobs, prepared, run_ensemble_recipe, run_recipe
 from programs import Program, installed, unpack
-from records import record
+from records import AVERAGED, record
 
 DATA: dict[str, Any] = {"recipe": __file__, "data": "frappe_x1", "script": ["frappe.py"]}
 
@@ -97,6 +97,8 @@ class Knobs(RecipeKnobs):
 
     model: Literal[(*VARIANTS, "ensemble")] = "deepfm"  # type: ignore[valid-type]
     """Which variant."""
+    average: bool = False
+    """Score and keep a moving average of the weights (`average_weights`), which no paper does; it is in the name."""
     peer_python: Path | None = None
     """Python of an environment with FuxiCTR, to train its model instead; needs --raw."""
     peer_source: Path | None = None
@@ -108,16 +110,21 @@ def main(knobs: Knobs) -> None:
     if knobs.peer_python or knobs.peer_source:
         run_peer(knobs)
     elif knobs.model == "ensemble":
+        if knobs.average:
+            raise SystemExit(
+                "--average is for a single model: the ensemble's members have the weights of the last step"
+            )
         run_ensemble_recipe(knobs, model=knobs.model, members=[settings(name) for name in ENSEMBLE], **DATA)
     else:
         config, training = settings(knobs.model)
-        run_recipe(knobs, model=knobs.model, config=config, **training, **DATA)
+        name = knobs.model + AVERAGED * knobs.average
+        run_recipe(knobs, model=name, config=config, average_weights=knobs.average, **training, **DATA)
 
 
 def run_peer(knobs: Knobs) -> None:
     """FuxiCTR's model with the same settings: a line of JSON, and a row of results.csv."""
-    if not (knobs.peer_python and knobs.peer_source and knobs.raw) or knobs.model == "ensemble":
-        raise SystemExit("a peer needs --peer-python, --peer-source and --raw, and a model that is no ensemble")
+    if not (knobs.peer_python and knobs.peer_source and knobs.raw) or knobs.model == "ensemble" or knobs.average:
+        raise SystemExit("a peer needs --peer-python, --peer-source and --raw, no ensemble and no average")
     net, training = settings(knobs.model)
     if knobs.model == "fibinet":
         net |= {"share_bilinear": False}  # FuxiCTR 2.3.7 has no other

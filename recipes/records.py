@@ -47,6 +47,8 @@ COLUMNS = [
     "scores",
     "record",
 ]
+# How the name of a model ends whose weights were averaged while it was trained.
+AVERAGED = ", averaged"
 # What the record of a run (`ctrlib.training.record`) says that has no column of its own.
 OF_RECORD = ("version", "rows_hash", "chosen_by", "independent", "metrics")
 

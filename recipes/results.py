@@ -19,6 +19,8 @@ from typing import Any
 
 import tyro
 
+from records import AVERAGED
+
 HERE = Path(__file__).parent
 BEGIN = "<!-- results: made by recipes/results.py from recipes/results.csv, do not edit -->"
 END = "<!-- end of results -->"
@@ -198,7 +200,7 @@ def make_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, st
         first = runs[0]
         note = f" [{notes.index(first['note']) + 1}]" if first["note"] else ""
         engine = first["engine"] + ("" if first["precision"] in ("", "fp32") else f", {first['precision']}")
-        source = published.get((first["data"], first["model"]), "")
+        source = published.get((first["data"], first["model"].removesuffix(AVERAGED)), "")
         cells = (
             first["data"] + note,
             first["model"],
@@ -276,7 +278,7 @@ def make_short_table(groups: list[list[dict[str, str]]], published: dict[tuple[s
     lines = ["| data | best model | seeds | test AUC | published |", "| --- | --- | --: | --: | --- |"]
     for data, title in SHORT.items():
         if (runs := best.get(data)) is not None:
-            source = published.get((data, runs[0]["model"]), "")
+            source = published.get((data, runs[0]["model"].removesuffix(AVERAGED)), "")
             cells = (title, runs[0]["model"], str(len(runs)), _mean_and_sd(runs, "test_auc"), source)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else EMPTY
@@ -333,12 +335,13 @@ def make_rerun_table(groups: list[list[dict[str, str]]], published: dict[tuple[s
     lines.append(["---"] * 4 + ["--:"] * 4)
     for runs in groups:
         model, _, library = runs[0]["model"].partition(" of ")
-        own = ours.get(key(runs[0], model))
-        if library and own:
-            cells = [runs[0]["data"], model, published.get((runs[0]["data"], model), ""), runs[0]["note"]]
-            for some in (runs, own):
-                cells += [str(len(some)), _mean_and_sd(some, "test_auc")]
-            lines.append(cells)
+        for name in (model, model + AVERAGED):
+            own = ours.get(key(runs[0], name))
+            if library and own:
+                cells = [runs[0]["data"], name, published.get((runs[0]["data"], model), ""), runs[0]["note"]]
+                for some in (runs, own):
+                    cells += [str(len(some)), _mean_and_sd(some, "test_auc")]
+                lines.append(cells)
     return _table(lines) if len(lines) > 2 else ""
 
 

@@ -195,11 +195,13 @@ def test_the_same_model_of_another_library_stands_beside_ours(tmp_path: Path) ->
         {"engine": "fused", "test_auc": 0.9},
         {"model": "deepfm of another", "note": "another 1.0", "test_auc": 0.98},
         {"model": "mlp of another", "note": "another 1.0"},  # which we have not run
+        {"model": "deepfm, averaged", "test_auc": 0.99},
         {"model": "deepfm cut to 85% of the bytes"},
     )
-    (row,) = rows_of(results.make_rerun_table(results.read(path), results.PUBLISHED))
+    row, averaged = rows_of(results.make_rerun_table(results.read(path), results.PUBLISHED))
     published = results.PUBLISHED["frappe_x1", "deepfm"]
     assert row == ["frappe_x1", "deepfm", published, "another 1.0", "1", "0.98000", "2", "0.98500 ± 0.00141"]
+    assert averaged == ["frappe_x1", "deepfm, averaged", published, "another 1.0", "1", "0.98000", "1", "0.99000"]
 
 
 def test_other_tasks_have_a_table_of_their_own(tmp_path: Path) -> None:
