@@ -162,7 +162,7 @@ def test_of_a_program_that_fails_the_end_of_its_log_is_told(tmp_path: Path, monk
     (tmp_path / "peers" / "ctrlib_speed.py").write_text(
         "from worker import Program, serve\n"
         "class Broken(Program):\n"
-        "    def __init__(self, *, engine, precision, **setting): super().__init__(**setting)\n"
+        "    def __init__(self, *, engine, precision, average, **setting): super().__init__(**setting)\n"
         "    def open(self, model, net): raise ValueError(f'there is no {model}')\n"
         "serve(Broken)\n"
     )

@@ -27,12 +27,12 @@ Call = tuple[str, tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ..
 class Ctrlib(Program):
     """`prepare`, `Loader` and an engine, with the settings of the command line."""
 
-    def __init__(self, *, engine: EngineName, precision: Precision, **setting: Any) -> None:
+    def __init__(self, *, engine: EngineName, precision: Precision, average: bool = False, **setting: Any) -> None:
         super().__init__(**setting)
         keep_freed_memory()  # as the command line does
         self.folder = Path(self.work) / "prepared"
         self.features = [*(ctr.Numeric(name, "log") for name in self.numbers), *map(ctr.Categorical, self.ids)]
-        self.how: dict[str, Any] = {"engine": engine, "precision": precision}
+        self.how: dict[str, Any] = {"engine": engine, "precision": precision, "average_weights": average}
         self.how |= {"embedding_l2": self.l2} if engine == "exact" else {}
 
     def prepare(self) -> None:
