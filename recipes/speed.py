@@ -145,7 +145,7 @@ class Knobs:
     rechub: Path | None = None
     """Python of an environment with torch-rechub."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of ctrlib's fused engine."""
+    """Of ctrlib's engine."""
     average: bool = False
     """Of the weights that ctrlib scores, in the exact engine: it needs fewer epochs, which counts in `fit`."""
     rounds: int = 3

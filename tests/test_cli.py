@@ -43,8 +43,9 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def choices(command: str, flag: str) -> tuple[str, ...]:
     (found,) = (one for one in usage.flags_of(CLASSES[command]) if one.name == flag)
-    assert get_origin(found.kind) is Literal
-    return get_args(found.kind)
+    kind = found.kind if get_origin(found.kind) is Literal else get_args(found.kind)[0]  # or Optional
+    assert get_origin(kind) is Literal
+    return get_args(kind)
 
 
 # Help.

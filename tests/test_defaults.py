@@ -248,6 +248,25 @@ def test_the_fused_engine_has_no_l2_no_average_and_widths_of_four() -> None:
     assert "L2" not in settings.reason and "average" not in settings.reason
 
 
+@pytest.mark.parametrize(
+    ("engine", "device", "has", "processes", "expected"),
+    [
+        ("fused", "cpu", True, 1, "bf16"),
+        ("fused", "cpu", False, 1, None),
+        ("fused", "cpu", True, 2, None),  # whose machines may differ
+        ("exact", "cpu", True, 1, None),
+    ],
+)
+def test_bf16_is_chosen_where_the_processor_has_it(
+    engine: str, device: Any, has: bool, processes: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctrlib.training.engines.native_bfloat16", lambda: has)
+    monkeypatch.setattr("ctrlib.distributed.world_size", lambda: processes)
+    settings = settings_for(facts(), engine, device)
+    assert settings.training.get("precision") == expected
+    assert ("bf16, which this processor multiplies itself" in settings.reason) == (expected == "bf16")
+
+
 def test_the_reason_is_one_line_with_the_counts_and_what_they_led_to() -> None:
     expected = (
         "settings by the data: 40,000 rows (9,600 of the rarer class), so layers of 128-64, batches of 512, and L2 of "

@@ -292,11 +292,12 @@ def test_fused_engine_refuses_widths_its_kernels_cannot_do() -> None:
         ctr.FusedEngine(models.fm(inputs()))
 
 
-def test_bf16_stays_close_to_fp32() -> None:
+@pytest.mark.parametrize("engine", [ctr.ExactEngine, ctr.FusedEngine])
+def test_bf16_stays_close_to_fp32(engine: Any) -> None:
     torch.manual_seed(0)
     model = MODELS["dcnv2"]()
-    low = ctr.FusedEngine(copy.deepcopy(model), precision="bf16")
-    high = ctr.FusedEngine(model)
+    low = engine(copy.deepcopy(model), precision="bf16")
+    high = engine(model)
     # Two cross and two hidden layers' products, 15 roundings at most of 2^-9.4 each on the way of a logit of size 1,
     # are 2^-7.4. A logit's derivative is about 1/2, and the mean is over 64 rows: 2^-11.4. Four times that is for the
     # weights of later steps. Over 20 seeds it comes to 0.27 of this.
@@ -305,6 +306,7 @@ def test_bf16_stays_close_to_fp32() -> None:
         low_loss, high_loss = low.step(batch), high.step(batch)
         assert low_loss.dtype == torch.float32
         torch.testing.assert_close(low_loss, high_loss, rtol=0, atol=2**-9.4)
+        assert not torch.equal(low_loss, high_loss)
 
 
 def test_both_engines_learn_the_same_problem() -> None:

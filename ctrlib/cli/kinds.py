@@ -37,6 +37,7 @@ OptionalText = Annotated[Optional[str], shown("TEXT")]
 OptionalName = Annotated[Optional[str], shown("NAME")]
 Parts = Annotated[Union[None, tuple[float, float, float]], shown("FLOAT FLOAT FLOAT")]
 Switch = Annotated[bool, arg(help_behavior_hint="")]
+OptionalPrecision = Annotated[Optional[Literal["fp32", "bf16"]], shown("{fp32,bf16}")]
 OptionalSelectBy = Annotated[Optional[Literal["auc", "log_loss", "gauc"]], shown("{auc,log_loss,gauc}")]
 OptionalNumeric = Annotated[Optional[NumericFields], shown(f"{{{','.join(get_args(NumericFields))}}}")]
 if TYPE_CHECKING:

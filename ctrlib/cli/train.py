@@ -18,6 +18,7 @@ from ctrlib.cli.kinds import (
     OptionalFloat,
     OptionalName,
     OptionalPath,
+    OptionalPrecision,
     OptionalSelectBy,
     Switch,
     Texts,
@@ -125,8 +126,8 @@ class EngineFlags:
     """exact is dense Adam, as in the papers; fused is row-wise Adagrad through TorchRec, for large tables."""
     embedding_learning_rate: float = 0.02
     """Row-wise Adagrad's step (fused engine)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of tower and head (bf16: fused engine, and a processor that has it)."""
+    precision: OptionalPrecision = None
+    """Arithmetic of tower and head; bf16 is the default of the fused engine where a CPU has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto is a GPU if there is one."""
     workers: int = 1
@@ -299,7 +300,8 @@ class Train(Command):
         from ctrlib.data.facts import facts_of
         from ctrlib.training.defaults import settings_for
 
-        settings, engine = settings_for(facts_of(self.data), self.engine.engine), self.engine.engine
+        engine = self.engine.engine
+        settings = settings_for(facts_of(self.data), engine, self.engine.device)
         chosen = settings.model if self.training.warm_start is None else self._model_of(self.training.warm_start)
         config = self.model.fitted(self.data, engine, chosen)
         return {**config, "training": {**settings.training, **self._training()}}, settings.reason

@@ -57,7 +57,7 @@ class Training:
     embedding_learning_rate: float = 0.02
     """Row-wise Adagrad's step (fused engine)."""
     precision: Precision = "fp32"
-    """Arithmetic of tower and head (bf16: fused engine)."""
+    """Arithmetic of tower and head."""
     patience: int = 2
     """Passes without a better validation score before training stops."""
     keep_negatives: float = 1.0

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctrlib._lazy import instead
 from ctrlib.data.facts import Facts, facts_of
@@ -18,6 +18,9 @@ from ctrlib.data.quantiles import quantile_edges
 from ctrlib.errors import ArgumentError, WrongTypeError
 from ctrlib.models.table import MODELS
 from ctrlib.schema import BINNED
+
+if TYPE_CHECKING:
+    from ctrlib.training.config import Device
 
 # Of L2 on tables, in rows, each counted by the standard deviation of its label: where fields are ids, and elsewhere.
 # Where a field has few values each has many rows, and little is won by drawing them together.
@@ -37,8 +40,8 @@ class Settings:
     reason: str
 
 
-def settings_for(facts: Facts, engine: str = "exact") -> Settings:
-    """The settings for data of these counts.
+def settings_for(facts: Facts, engine: str = "exact", device: Device = "auto") -> Settings:
+    """The settings for data of these counts, on this machine.
 
     >>> facts = Facts(rows=40_000, rates=(0.24,), positives=9_600, values=100, fields=14, numbers=6)
     >>> settings = settings_for(facts)
@@ -78,6 +81,9 @@ def settings_for(facts: Facts, engine: str = "exact") -> Settings:
         training["average_weights"] = True
         said[0] += f", and L2 of {training['embedding_l2']:g}"
         said.append("the average of weights")
+    elif _bfloat16_pays(device):
+        training["precision"] = "bf16"
+        said.append("bf16, which this processor multiplies itself")
     if facts.numbers:
         said.append(f"{facts.numbers} numbers, piecewise linear")
     said.append("calibrated, and the epoch by that log-loss")
@@ -111,11 +117,19 @@ def config_for(
     if "model" in said:
         raise ArgumentError(f"the settings name a model, {said['model']!r}, beside {model!r}: leave it out there")
     training: Mapping[str, Any] = said.get("training", {})
-    settings = settings_for(facts_of(data), training.get("engine", "exact"))
+    settings = settings_for(facts_of(data), training.get("engine", "exact"), training.get("device", "auto"))
     takes = ("embedding_dim", "numeric", *MODELS[model].arguments)
     chosen = {name: value for name, value in settings.model.items() if name in takes}
     config = with_edges({"model": model, **chosen, **said}, data)
     return {**config, "training": {**settings.training, "seed": seed, **training}}
+
+
+def _bfloat16_pays(device: Device) -> bool:
+    """Whether one process computes on a CPU that has bfloat16: the machines of several may differ."""
+    from ctrlib.distributed import world_size  # as the next, it needs torch
+    from ctrlib.training.engines import choose_device, native_bfloat16
+
+    return world_size() == 1 and native_bfloat16() and choose_device(device).type == "cpu"
 
 
 def with_edges(config: Mapping[str, Any], data: str | Path, bins: int | None = None) -> dict[str, Any]:

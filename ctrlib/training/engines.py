@@ -98,9 +98,12 @@ def make_engine(
     for name, rate in rates.items():
         if not rate >= 0:
             raise ArgumentError(f"{name} must be 0 or more, got {rate}")
+    if precision == "bf16" and torch.device(device).type == "cpu" and not native_bfloat16():
+        raise ArgumentError(
+            "precision bf16 was asked for, but this processor has no instructions for it (/proc/cpuinfo names none of "
+            "avx512_bf16, amx_bf16 and bf16), and emulating it is several times slower than fp32: drop --precision"
+        )
     if engine == "exact":
-        if precision != "fp32":
-            raise ArgumentError("the exact engine computes in fp32 only: drop --precision, or use --engine fused")
         if sharding != "auto" or plan is not None:
             raise ArgumentError(
                 "the exact engine copies every table to every process: drop --sharding and --plan, or use "
@@ -112,6 +115,7 @@ def make_engine(
             embedding_l2=embedding_l2,
             network_l2=network_l2,
             average_weights=average_weights,
+            precision=precision,
             loss=loss,
             device=device,
         )
@@ -124,11 +128,6 @@ def make_engine(
         raise ArgumentError(
             "the fused engine averages no weights (it leaves untouched rows alone): drop --average-weights, or use "
             "--engine exact"
-        )
-    if precision == "bf16" and torch.device(device).type == "cpu" and not native_bfloat16():
-        raise ArgumentError(
-            "precision bf16 was asked for, but this processor has no instructions for it (/proc/cpuinfo names none of "
-            "avx512_bf16, amx_bf16 and bf16), and emulating it is several times slower than fp32: drop --precision"
         )
     return FusedEngine(
         model,

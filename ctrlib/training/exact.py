@@ -17,7 +17,8 @@ from ctrlib.model import Model
 from ctrlib.sharding.shards import State
 from ctrlib.training.average import WeightAverage
 from ctrlib.training.batch_norm import synchronise_batch_norm
-from ctrlib.training.guard import Loss, add_l2, clip_gradients, guarded_loss, refuse_what_needs_one_process
+from ctrlib.training.config import Precision
+from ctrlib.training.guard import Loss, add_l2, arithmetic, clip_gradients, guarded_loss, refuse_what_needs_one_process
 from ctrlib.training.state import make_adam, optimiser_state
 
 
@@ -35,7 +36,8 @@ class ExactEngine:
     included, but for the parameters of a module that a part publishes as `gates`: those say what of a table is used.
 
     With `average_weights` the model holds, whenever it is not in a step, the average of weights that `WeightAverage`
-    documents: that is what is scored and kept.
+    documents: that is what is scored and kept. `precision="bf16"` runs the tower in bfloat16 autocast as in
+    `FusedEngine`; weights, look-ups, fields and logits stay fp32.
 
     Started by `torchrun`, every process holds a copy of the whole model and takes its part of each batch; the sum is
     what one process computes on the whole batch.
@@ -62,6 +64,7 @@ class ExactEngine:
         network_l2: float = 0.0,
         max_grad_norm: float | None = 10.0,
         average_weights: bool = False,
+        precision: Precision = "fp32",
         loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -71,6 +74,7 @@ class ExactEngine:
         self.model: nn.Module = model.to(self.device)
         self.embedding_l2, self.network_l2 = embedding_l2, network_l2
         self.max_grad_norm = max_grad_norm
+        self._arithmetic = arithmetic(self.device, precision)
         self.loss = loss
         self._buffers = [buffer for part in model.network() for buffer in part.buffers()]
         self._named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -103,7 +107,8 @@ class ExactEngine:
 
     def _step(self, batch: Batch) -> Tensor:
         self._optimiser.zero_grad(set_to_none=True)
-        loss, total = guarded_loss(self._forward, batch.to(self.device), self.loss, self._buffers)
+        with self._arithmetic():
+            loss, total = guarded_loss(self._forward, batch.to(self.device), self.loss, self._buffers)
         if not torch.isfinite(total):
             return total.detach()
         torch.autograd.backward(total)

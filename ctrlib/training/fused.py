@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torchrec.streamable import Pipelineable
 from ctrlib.batch import Batch
 from ctrlib.distributed import gather, init_process_group, world_size
 from ctrlib.embeddings.table import TableEmbedding, Wide, shift_ids
-from ctrlib.errors import ArgumentError, check_has
+from ctrlib.errors import check_has
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
 from ctrlib.sharding.plan import Sharding, ShardingPlan, TableOptimiser, check_plan, make_plan, show_plan, tables_of
@@ -25,7 +25,7 @@ from ctrlib.sharding.sharded import load_weights, shard, sharded_state, whole_we
 from ctrlib.sharding.shards import State
 from ctrlib.training.batch_norm import synchronise_batch_norm
 from ctrlib.training.config import Precision
-from ctrlib.training.guard import Loss, add_l2, clip_gradients, guarded_loss, refuse_what_needs_one_process
+from ctrlib.training.guard import Loss, add_l2, arithmetic, clip_gradients, guarded_loss, refuse_what_needs_one_process
 from ctrlib.training.rowwise_adagrad import RowwiseAdagrad
 from ctrlib.training.state import make_adam, optimiser_state
 
@@ -69,12 +69,10 @@ class FusedEngine:
         loss: Loss = binary_cross_entropy,
         device: str | torch.device = "cpu",
     ) -> None:
-        if precision not in get_args(Precision):
-            raise ArgumentError(f"unknown precision {precision!r}, expected one of {get_args(Precision)}")
         check_has("a ctrlib.Model", ("network", "named_parameters"), model=model)
         refuse_what_needs_one_process(model)
         self.device = torch.device(device)
-        self.precision = precision
+        self._arithmetic = arithmetic(self.device, precision)
         self.network_l2 = network_l2
         self.max_grad_norm = max_grad_norm
         self.loss = loss
@@ -151,7 +149,7 @@ class FusedEngine:
             optimiser.zero_grad(set_to_none=True)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with self._autocast():
+        with self._arithmetic():
             return guarded_loss(self.model, batch, self.loss, self._buffers)
 
     def _update(self) -> None:
@@ -160,11 +158,6 @@ class FusedEngine:
             clip_gradients(list(self._dense.values()), self.max_grad_norm)
         for optimiser in self._optimisers:
             optimiser.step()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
 
     @property
     def learning_rates(self) -> list[float]:

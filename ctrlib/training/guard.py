@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +14,9 @@ from ctrlib.batch import Batch
 from ctrlib.distributed import all_rows, any_rank, rank, world_size
 from ctrlib.embeddings.din import MiniBatchAwareL2
 from ctrlib.embeddings.managed import ManagedEmbedding
-from ctrlib.errors import UnsupportedError
+from ctrlib.errors import ArgumentError, UnsupportedError
 from ctrlib.losses import collect_auxiliary, total_auxiliary
+from ctrlib.training.config import Precision
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits (B, T), labels (B, T), weights (B,)) -> scalar
 
@@ -89,6 +93,23 @@ def _loss_of_all(logits: Tensor, batch: Batch, loss_function: Loss) -> tuple[Ten
     all_logits = torch.cat([everything[:own, :num_tasks], logits, everything[own + num_rows :, :num_tasks]])
     weights = everything[:, -1].contiguous()
     return loss_function(all_logits, everything[:, num_tasks:-1], weights), weights.sum()
+
+
+def arithmetic(device: torch.device, precision: Precision) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """What a forward pass is within: nothing for fp32, autocast for bf16.
+
+    Raises:
+        ArgumentError: the precision is unknown.
+
+    >>> with arithmetic(torch.device("cpu"), "bf16")():
+    ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+    torch.bfloat16
+    """
+    if precision not in get_args(Precision):
+        raise ArgumentError(f"unknown precision {precision!r}, expected one of {get_args(Precision)}")
+    if precision == "fp32":
+        return contextlib.nullcontext
+    return functools.partial(torch.autocast, device.type, torch.bfloat16)
 
 
 def add_l2(parameters: Sequence[Tensor], factor: float) -> None:
