@@ -407,10 +407,17 @@ def draw_speed(groups: list[list[dict[str, str]]], path: Path) -> None:
     ratios: dict[str, dict[str, float]] = {}
     for runs in groups:
         scores = json.loads(runs[-1]["scores"])
-        data, model, _, measure = _measured(runs)
+        data, model, engine, measure = _measured(runs)
         found = {name.removeprefix("times "): value for name, value in scores.items() if name.startswith("times ")}
         if found:
-            ratios[f"{data.partition('_')[0]}, {model}: {measure.partition(', ')[0]}"] = found
+            what = f"{data.partition('_')[0]}, {model}: {measure.partition(', ')[0]}"
+            ratios[what + ", bf16" * engine.endswith("bf16")] = found
+    # A step is part of an epoch, and need not stand beside it.
+    ratios = {
+        what: found
+        for what, found in ratios.items()
+        if what.replace(": step", ": epoch") not in ratios or ": step" not in what
+    }
     peers = list(dict.fromkeys(peer for found in ratios.values() for peer in found))
     # Text stays text and no date is written, so that the same numbers give the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "speed"}):
@@ -427,7 +434,7 @@ def draw_speed(groups: list[list[dict[str, str]]], path: Path) -> None:
         axes.set_yticks([n + 0.4 for n in range(len(ratios))], list(ratios))
         axes.invert_yaxis()
         axes.margins(x=0.1)
-        axes.set(xlabel="how many times better ctrlib is", title="Speed and memory beside peers, one machine, one run")
+        axes.set(xlabel="how many times better ctrlib is", title="Beside other libraries: each bar within one run")
         axes.legend()
         axes.grid(axis="x", alpha=0.3)
         figure.savefig(path, format="svg", metadata={"Date": None})
