@@ -121,8 +121,10 @@ def add_l2(parameters: Sequence[Tensor], factor: float) -> None:
     >>> weight.grad
     tensor([2.5000])
     """
+    if factor == 0:
+        return
     pairs = [(parameter.grad, parameter.detach()) for parameter in parameters if parameter.grad is not None]
-    if factor and pairs:  # none where all are frozen
+    if pairs:  # none where all are frozen
         torch._foreach_add_(*zip(*pairs), alpha=factor)
 
 
