@@ -22,7 +22,7 @@ from ctrlib.data.quantiles import quantile_edges
 from ctrlib.distributed import rank, world_size
 from ctrlib.model import Ensemble, Model
 from ctrlib.training.allocator import keep_freed_memory
-from ctrlib.training.config import Device, EngineName, Training
+from ctrlib.training.config import Device, EngineName, Precision, Training
 from ctrlib.training.engines import choose_device
 from ctrlib.training.evaluate import predict
 from ctrlib.training.loop import to_json
@@ -45,6 +45,8 @@ class RecipeKnobs:
     engine: EngineName = "exact"
     """exact: dense Adam with L2 on whole tables, what the papers mean. fused: row-wise Adagrad through TorchRec, widths
     rounded up to multiples of 4 and no L2."""
+    precision: Precision = "fp32"
+    """Arithmetic of tower and head."""
     epochs: int = 100
     """Upper limit."""
     device: Device = "auto"
@@ -267,6 +269,7 @@ def _train(
         del config["bins"]
     flags = {
         "engine": knobs.engine,
+        "precision": knobs.precision,
         "max_epochs": knobs.epochs,
         "seed": knobs.seed,
         "device": knobs.device,
