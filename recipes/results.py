@@ -416,7 +416,7 @@ def draw_speed(groups: list[list[dict[str, str]]], path: Path) -> None:
     ratios = {
         what: found
         for what, found in ratios.items()
-        if what.replace(": step", ": epoch") not in ratios or ": step" not in what
+        if ": step" not in what or what.replace(": step", ": epoch") not in ratios
     }
     peers = list(dict.fromkeys(peer for found in ratios.values() for peer in found))
     # Text stays text and no date is written, so that the same numbers give the same file.

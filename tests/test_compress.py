@@ -105,18 +105,21 @@ def test_damage_foretold_is_damage_done(trained: tuple[Path, Path]) -> None:
 
 
 def test_the_metric_and_the_frequencies_both_matter(trained: tuple[Path, Path], monkeypatch: Any) -> None:
-    """Without either, predictions move more at the same size."""
+    """Without either, predictions move more at the same size, in the mean over sizes: bits are whole numbers."""
     from ctrlib.search import coding as module
 
     data, folder = trained
     model: Any = Predictor.load(folder).model
-    before, budget = logits(model, loader(data)), bytes_of(model).embedding // 13
+    before = logits(model, loader(data))
+    p = torch.sigmoid(before)
 
-    def moved() -> float:
-        plan = transform_coding(model, loader(data), num_bytes=budget)
-        change = (logits(materialise(model, plan), loader(data)) - before).square()
-        p = torch.sigmoid(before)
-        return (change * p * (1 - p)).mean().item()
+    def moved() -> torch.Tensor:
+        found = []
+        for ratio in (10, 13, 16, 20):
+            plan = transform_coding(model, loader(data), num_bytes=bytes_of(model).embedding // ratio)
+            change = (logits(materialise(model, plan), loader(data)) - before).square()
+            found.append((change * p * (1 - p)).mean())
+        return torch.stack(found)
 
     whole, real = moved(), module.usage
 
@@ -136,8 +139,8 @@ def test_the_metric_and_the_frequencies_both_matter(trained: tuple[Path, Path], 
     without_metric = moved()
     monkeypatch.setattr(module, "usage", even)
     without_frequencies = moved()
-    assert without_metric > 1.1 * whole
-    assert without_frequencies > 1.05 * whole  # ids are only mildly skewed here
+    assert (without_metric / whole).mean() > 1.3
+    assert (without_frequencies / whole).mean() > 1.05  # ids are only mildly skewed here
 
 
 @pytest.mark.parametrize("ratio", [3, 6, 12])

@@ -373,4 +373,5 @@ def test_no_model_starts_with_logits_that_must_be_unlearnt(numeric: str, num_num
     with torch.no_grad():
         logits = build(config, schema)(example_batch(schema, 512))
     # EulerNet begins at any constant, as its authors have it: all moduli are 1.
-    assert logits.mean().abs() < 6 and logits.std() < 2, (logits.mean(), logits.std())
+    assert logits.mean().abs() < (6 if model == "eulernet" else 3), logits.mean()
+    assert logits.std() < 2, logits.std()

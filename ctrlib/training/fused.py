@@ -153,9 +153,10 @@ class FusedEngine:
             return guarded_loss(self.model, batch, self.loss, self._buffers)
 
     def _update(self) -> None:
-        add_l2(list(self._dense.values()), self.network_l2)
+        weights = list(self._dense.values())
+        add_l2(weights, self.network_l2)
         if self.max_grad_norm is not None:
-            clip_gradients(list(self._dense.values()), self.max_grad_norm)
+            clip_gradients(weights, self.max_grad_norm)
         for optimiser in self._optimisers:
             optimiser.step()
 
