@@ -68,7 +68,7 @@ def arguments_of(model: str, net: dict[str, Any]) -> dict[str, Any]:
             **{"use_feature_gating": net["field_gate"], "batch_norm": net["batch_norm"]},
         }
     if model == "eulernet":
-        return {"shape": net.get("num_orders", [52]), "layer_norm": net["layer_norm"]}
+        return {"shape": net["num_orders"], "layer_norm": net["layer_norm"]}
     if model == "masknet":
         return {
             **{"model_type": "ParallelMaskNet", "parallel_num_blocks": net["num_blocks"]},
