@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ctrlib.batch import Batch
 from ctrlib.calibration import Calibration
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import full_precision
+from ctrlib.heads.linear import LinearHead
+from ctrlib.layers import full_precision, has_hooks
 
 
 class Model(nn.Module):
@@ -57,7 +58,12 @@ class Model(nn.Module):
         """Batch -> (B, T) logits."""
         with full_precision():
             fields = self.embedding(batch)
-        logits: Tensor = self.head(self.tower(fields))
+        logits: Tensor
+        if type(self.head) is LinearHead and isinstance(fields, Tensor) and not has_hooks(self.tower, self.head):
+            forward_parts = getattr(self.tower, "forward_parts", lambda fields: [self.tower(fields)])
+            logits = self.head.of_parts(forward_parts(fields))
+        else:
+            logits = self.head(self.tower(fields))
         if self.wide is not None:
             with full_precision():
                 first_order: Tensor = self.wide(batch)

@@ -16,7 +16,7 @@ import os
 import shutil
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -154,6 +154,8 @@ class Knobs:
     """Training steps in a turn."""
     batch_size: int = 4096
     """Rows of a step."""
+    own_batch_size: int | None = None
+    """Of ctrlib in `fit`, where it is another: smaller ones need fewer epochs."""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu: seconds of processors, for a machine that others use; with --threads 1, since it does not see waiting."""
     threads: int = os.cpu_count() or 1
@@ -319,7 +321,8 @@ def measure_fit(knobs: Knobs, table: Table, names: list[str], raw: Path, opening
     """Train until validation AUC stops rising, and how long each took to be as good as the first peer became."""
     rival, curves = names[min(1, len(names) - 1)], {}
     for name in names:
-        with program_of(knobs, name, raw) as program:
+        own = knobs.own_batch_size if name == "ctrlib" else None
+        with program_of(replace(knobs, batch_size=own or knobs.batch_size), name, raw) as program:
             program.do("open", **opening)
             answer = program.do("fit")
         curves[name] = answer["found"]
@@ -361,7 +364,8 @@ def main(knobs: Knobs) -> None:
                     {
                         **{"engine": engine_of(knobs), "precision": knobs.precision, "seed": knobs.seed},
                         "note": f"{knobs.rounds} rounds, {knobs.clock} clock, others had {others:.0%}"
-                        + ", ctrlib's weights averaged" * knobs.average,
+                        + ", ctrlib's weights averaged" * knobs.average
+                        + (f", ctrlib's steps of {knobs.own_batch_size:,} rows" if knobs.own_batch_size else ""),
                     },
                     HERE / "results.csv",
                     data=f"{'criteo_synthetic' if knobs.data == 'criteo' else 'frappe_x1'}{size}",

@@ -9,9 +9,13 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
 from ctrlib import models
+from ctrlib.embeddings.table import look_up
 from ctrlib.manifest import write_manifest
 from ctrlib.serving.model_folder import save_model
 from ctrlib.serving.predictor import Predictor
@@ -88,3 +92,42 @@ def test_a_saved_model_looks_up_alike(tmp_path: Path) -> None:
 def test_wrong_look_ups(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         models.build({"model": "mlp", "embedding_dim": 8, **arguments}, example_schema())
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["single ids", "and bags"])
+@pytest.mark.parametrize("width", [1, 10, 16])  # numbers are added one by one, and rows of 16 as rows
+@pytest.mark.parametrize("size", [300, 1, 0])  # TorchRec itself fails at none
+def test_rows_and_their_gradients_are_those_of_torchrec(width: int, single: bool, size: int) -> None:
+    """Features that share a table, bags beside single ids, and an order that is not the batch's."""
+    pair = EmbeddingBagConfig(
+        name="pair", embedding_dim=width, num_embeddings=7, feature_names=["a", "b"], pooling=PoolingType.MEAN
+    )
+    other = EmbeddingBagConfig(name="other", embedding_dim=width, num_embeddings=40, feature_names=["c"])
+    tables = EmbeddingBagCollection(tables=[pair, other])
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.ones(3 * size, dtype=torch.int64)
+    if not single:
+        lengths[size : 2 * size] = torch.randint(0, 4, (size,), generator=generator)  # those of b
+    ids = torch.randint(0, 7, (int(lengths.sum()),), generator=generator)
+    sparse = KeyedJaggedTensor(["a", "b", "c"], ids, lengths=lengths, stride=size)
+    direction = torch.randn(size, 3, width, generator=generator)
+
+    def run(names: list[str]) -> list[torch.Tensor]:
+        for weight in tables.parameters():
+            weight.grad = None
+        fields = look_up(tables, sparse, names)
+        torch.autograd.backward((fields * direction).sum())
+        return [fields.detach(), *(weight.grad.clone() for weight in tables.parameters() if weight.grad is not None)]
+
+    for names in (["a", "b", "c"], ["c", "a", "b"]):
+        ours = run(names)
+        assert ours[0].shape == (size, 3, width) and len(ours) == 3
+        if not size:
+            assert not any(gradient.any() for gradient in ours[1:])
+            continue
+        hook = tables.register_forward_hook(lambda *_: None)  # somebody waits for what TorchRec is asked
+        theirs = run(names)
+        hook.remove()
+        assert len(theirs) == 3
+        for mine, torchrecs in zip(ours, theirs):
+            torch.testing.assert_close(mine, torchrecs)

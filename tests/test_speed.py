@@ -20,6 +20,7 @@ import ctrlib_speed
 import programs
 import results
 import speed
+from ctrlib.layers import Hidden
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,8 +95,8 @@ def test_a_model_without_published_settings_is_refused(tmp_path: Path) -> None:
     assert set(get_args(speed.Model)) == set(speed.NETS["criteo"])
 
 
-def test_products_of_a_step_are_counted() -> None:
-    network = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+@pytest.mark.parametrize("network", [nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1)), Hidden(6, (4, 1))])
+def test_products_of_a_step_are_counted(network: nn.Module) -> None:
     x = torch.zeros(10, 6, requires_grad=True)  # as fields of an embedding: their gradient is needed, too
     with ctrlib_speed._products() as calls:
         torch.autograd.backward(network(x).sum())
@@ -147,9 +148,9 @@ def test_ctrlib_alone_goes_the_whole_road(tmp_path: Path, capsys: pytest.Capture
     table, machine = speed.measure_model(knobs, ["ctrlib"], raw, "deepfm")
     assert set(table.values) == {"step, rows/s", "CSV to test AUC, s", "test AUC of an epoch"}
     assert 0.5 < table.values["test AUC of an epoch"]["ctrlib"][0] < 1
-    # 39 fields of width 16 into 400-400-400, these and the FM's sum into the logit: forward and twice backward. The
-    # wide part's 13 numbers need no gradient.
-    flops = 6 * 256 * (624 * 400 + 2 * 400 * 400 + 401) + 4 * 256 * 13
+    # 39 fields of width 16 into 400-400-400: forward and twice backward. These and the FM's sum into the logit: the
+    # gradient of what one logit reads is no product of matrices. The wide part's 13 numbers need no gradient.
+    flops = 6 * 256 * (624 * 400 + 2 * 400 * 400) + 4 * 256 * (401 + 13)
     assert machine["GFLOP of a step"] == pytest.approx(flops / 1e9)
     assert machine["matrix share"] == pytest.approx(machine["step products, ms"] / machine["step, ms"])
     capsys.readouterr()

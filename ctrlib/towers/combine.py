@@ -44,7 +44,11 @@ class Parallel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, D) -> (B, H)."""
-        return torch.cat([tower(x) for tower in self.towers], dim=1)
+        return torch.cat(self.forward_parts(x), dim=1)
+
+    def forward_parts(self, x: Tensor) -> list[Tensor]:
+        """What `forward` concatenates, for a head that can do without (`LinearHead.of_parts`)."""
+        return [tower(x) for tower in self.towers]
 
 
 class Stack(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import Hidden, init_linear
+from ctrlib.layers import Hidden, init_linear, through
 
 
 class FinalMLP(nn.Module):
@@ -71,6 +71,10 @@ class FinalMLP(nn.Module):
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """(B, F, D) -> (B, hidden_1[-1] + hidden_2[-1] + 1)."""
+        return torch.cat(self.forward_parts(x_BFD), dim=1)
+
+    def forward_parts(self, x_BFD: Tensor) -> list[Tensor]:
+        """What `forward` concatenates, for a head that can do without (`LinearHead.of_parts`)."""
         # Only when needed: the gradient of a slice fills a tensor of the fields' size.
         fields = x_BFD if self.num_fields == self.in_shape[0] else x_BFD[:, : self.num_fields]
         if self.gates is None:
@@ -79,7 +83,7 @@ class FinalMLP(nn.Module):
             doubled = (2 * fields).flatten(1)  # once for both streams, where doubling the gates would be twice
             h_1, h_2 = (doubled * gate(x_BFD) for gate in self.gates)
         o_1, o_2 = self.stream_1(h_1), self.stream_2(h_2)
-        return torch.cat([o_1, o_2, self.fusion(o_1, o_2)], dim=1)
+        return [o_1, o_2, self.fusion(o_1, o_2)]
 
 
 class BilinearFusion(nn.Module):
@@ -137,8 +141,7 @@ class _Gate(nn.Module):
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         c = x_BFD.index_select(1, self.positions).flatten(1) if self.vector is None else self.vector
-        out: Tensor = self.layers(c)
-        return out
+        return through(self.layers, c)
 
 
 def _check_positions(total: int, num_fields: int, contexts: tuple[Sequence[int], Sequence[int]] | None) -> None:

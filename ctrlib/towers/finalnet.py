@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import Dropout, init_linear
+from ctrlib.layers import Dropout, init_linear, linear, through
 
 
 class FinalBlock(nn.Module):
@@ -71,8 +71,7 @@ class FinalBlock(nn.Module):
 
     def forward(self, x_BFD: Tensor) -> Tensor:
         """(B, F, D) -> (B, hidden[-1])."""
-        out: Tensor = self.layers(x_BFD)
-        return out
+        return through(self.layers, x_BFD)
 
 
 class FactorizedInteraction(nn.Module):
@@ -103,7 +102,7 @@ class FactorizedInteraction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, num_inputs) -> (B, num_outputs)."""
-        h = self.linear(x)
+        h = linear(self.linear, x)
         if not self.concat:
             h_1, h_2 = h.chunk(2, dim=1)
             return torch.addcmul(h_1, h_1, h_2)

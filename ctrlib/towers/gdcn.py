@@ -4,12 +4,14 @@ Prediction", CIKM 2023, https://arxiv.org/abs/2311.04635."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import init_linear
+from ctrlib.layers import by_onednn, in_autocast, init_linear, product
 
 
 class GatedCrossNet(nn.Module):
@@ -53,6 +55,51 @@ class GatedCrossNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, D) or (B, H) -> (B, F * D) or (B, H)."""
         c_0 = c_l = x.flatten(1)
+        if by_onednn(c_0, *self.crosses, *self.gates):
+            biases = [cross.bias for cross in self.crosses]
+            weights = [layer.weight for layer in (*self.crosses, *self.gates)]
+            crossed: Tensor = _GatedCrosses.apply(c_0, *in_autocast(*biases, *weights))  # type: ignore[no-untyped-call]
+            return crossed
         for cross, gate in zip(self.crosses, self.gates):
             c_l = torch.addcmul(c_l, c_0, cross(c_l) * torch.sigmoid(gate(c_l)))
         return c_l
+
+
+class _GatedCrosses(torch.autograd.Function):
+    """All layers of `GatedCrossNet` as c_l = c_0 * (1 + s_l) with s_{l+1} = s_l + (W^c c_l + b_l) * sigmoid(W^g c_l).
+
+    As in `ctrlib.towers.crossnet`: the gradient of c_l, g_l, gives g_l * c_0 to s_l and g_l * (1 + s_l) to c_0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, c_0: Tensor, *parameters: Tensor) -> Tensor:
+        num_layers = len(parameters) // 3
+        narrow = c_l = c_0.to(parameters[0].dtype)
+        saved: list[Tensor] = []
+        total = torch.zeros_like(narrow)
+        for bias, cross, gate in zip(*(parameters[n * num_layers :][:num_layers] for n in range(3))):
+            u, s = product(c_l, cross, bias), product(c_l, gate).sigmoid_()
+            saved += [cross, gate, c_l, u, s, total]
+            total = torch.addcmul(total, u, s)
+            c_l = torch.addcmul(narrow, narrow, total)
+        ctx.save_for_backward(narrow, total, *saved)
+        return torch.addcmul(c_0, c_0, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        narrow, total, *saved = ctx.saved_tensors
+        of_c = grad.to(narrow.dtype)
+        of_c_0, of_sum = torch.addcmul(of_c, of_c, total), of_c * narrow
+        of_biases, of_crosses, of_gates = [], [], []
+        for start in range(len(saved) - 6, -1, -6):
+            cross, gate, c_l, u, s, total = saved[start : start + 6]
+            of_u = of_sum * s
+            of_gate = (of_u * u).mul_(1 - s)
+            of_biases.append(of_u.sum(0))
+            of_crosses.append(of_u.t() @ c_l)
+            of_gates.append(of_gate.t() @ c_l)
+            of_c = product(of_u, cross.t()).add_(product(of_gate, gate.t()))
+            of_c_0.add_(of_c).addcmul_(of_c, total)
+            of_sum.addcmul_(of_c, narrow)
+        return of_c_0.to(grad.dtype), *of_biases[::-1], *of_crosses[::-1], *of_gates[::-1]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import Dropout, LayerNorm, init_linear
+from ctrlib.layers import Dropout, LayerNorm, init_linear, through
 
 
 class MaskBlock(nn.Module):
@@ -60,8 +60,7 @@ class MaskBlock(nn.Module):
 
     def forward(self, v_emb: Tensor, v_hidden: Tensor) -> Tensor:
         """V_emb (B, num_mask_inputs), V_hidden (B, num_inputs) -> (B, num_outputs)."""
-        out: Tensor = self.hidden(self.mask(v_emb) * v_hidden)
-        return out
+        return through(self.hidden, through(self.mask, v_emb) * v_hidden)
 
 
 class FieldNorm(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctrlib as ctr
+from ctrlib.layers import product
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import EngineName, Precision
 from ctrlib.training.engines import make_engine, native_bfloat16
@@ -123,8 +124,11 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "baddbmm"):
-            tensors = [value for value in args if isinstance(value, Tensor)]
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if name == "_linear_pointwise":  # x W^T + b, as `ctrlib.layers.product` calls it: matrices last, as in addmm
+            x, weight, *bias = tensors
+            tensors = [*bias, x, weight.t()]
+        if name in ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise"):
             self.calls[name, tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)] += 1
         return func(*args, **(kwargs or {}))
 
@@ -148,6 +152,9 @@ def _seconds(call: Call) -> float:
     """Of one such product, the median of some."""
     name, tensors = call
     made = [torch.randn(_span(shape, stride)).to(dtype).as_strided(shape, stride) for shape, stride, dtype in tensors]
+    if name == "_linear_pointwise":
+        *bias, x, transposed = made
+        return _median(lambda: product(x, transposed.t(), *bias))
     operation = getattr(torch, name)
     return _median(lambda: operation(*made))
 
