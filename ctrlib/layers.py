@@ -6,9 +6,8 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +43,36 @@ def has_hooks(*modules: nn.Module) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
+class ScaledFields(NamedTuple):
+    """Fields (B, F, D) of which those of N numbers, x_n v_n, are not written out: `numbers` x and `vectors` v.
+
+    A linear layer of all fields reads x_n v_n as the number x_n by a weight of its own, W_n v_n, so that N columns do
+    the work of N D; and all inner products of fields come out of sums. What is small stays in the processor's caches.
+    """
+
+    looked_up: Tensor  # (B, C, D)
+    numbers: Tensor  # (B, N)
+    vectors: Tensor  # (N, D)
+    numbers_first: bool  # in the order of fields
+
+    def written_out(self) -> Tensor:
+        """The fields themselves, (B, F, D)."""
+        blocks = [self.numbers.unsqueeze(2) * self.vectors, self.looked_up]
+        return torch.cat(blocks if self.numbers_first else blocks[::-1], dim=1)
+
+    def in_columns(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, H) and W (num_outputs, H), H = C D + N and up, with W x = weight times all fields behind each other."""
+        rows = self.looked_up.flatten(1)
+        if self.numbers_first:
+            of_numbers, of_rows = weight.tensor_split([self.vectors.numel()], dim=1)
+        else:
+            of_rows, of_numbers = weight.tensor_split([rows.shape[1]], dim=1)
+        of_numbers = (torch.unflatten(of_numbers, 1, self.vectors.shape) * self.vectors).sum(2)
+        filling = (0, -(rows.shape[1] + len(self.vectors)) % 32)  # products of matrices like rows of 64 bytes
+        x = torch.cat([rows, F.pad(self.numbers, filling)], dim=1)
+        return x, torch.cat([of_rows, F.pad(of_numbers, filling)], dim=1)
+
+
 def init_linear(module: nn.Module) -> None:
     """Xavier-normal weights and zero biases for every `nn.Linear` inside: the initialisation of FuxiCTR and BARS.
 
@@ -62,9 +91,9 @@ def init_linear(module: nn.Module) -> None:
 def by_onednn(x: Tensor, *layers: nn.Module) -> bool:
     """Whether products of x (B, num_inputs) with these layers are to be those of `product`: in training on a CPU.
 
-    torch multiplies fp32 matrices by MKL, after it has copied the bias to every row. oneDNN adds bias and ReLU as it
-    writes, and its products themselves are up to a fifth faster on AMD's processors. It makes a program for each number
-    of rows, though, which pays where that stays the same.
+    torch multiplies fp32 matrices by MKL, after it has copied the bias to every row. oneDNN adds the bias as it writes,
+    and its products themselves are up to a fifth faster on AMD's processors. It makes a program for each number of
+    rows, though, which pays where that stays the same.
     """
     return (
         isinstance(x, Tensor)  # `torch.fx` comes with a stand-in for one
@@ -80,9 +109,12 @@ def by_onednn(x: Tensor, *layers: nn.Module) -> bool:
     )
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
-    """x W^T + b, or ReLU of it, by oneDNN, of tensors of one kind (`in_autocast`); has no gradient of its own."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by oneDNN, of tensors of one kind (`in_autocast`); has no gradient of its own.
+
+    oneDNN could do ReLU as well, but its ReLU of NaN is 0: a step would go wrong without a word.
+    """
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
@@ -94,20 +126,24 @@ def in_autocast(*tensors: Any) -> list[Any]:
     return [None if tensor is None else tensor.to(kind) for tensor in tensors]
 
 
-def linear(layer: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
+def linear(layer: nn.Module, x: Tensor | ScaledFields, *, relu: bool = False) -> Tensor:
     """layer(x) of an `nn.Linear`, or ReLU(layer(x)), by oneDNN where that is faster (`by_onednn`).
 
-    Shape: (B, num_inputs) -> (B, num_outputs).
+    Shape: (B, num_inputs), or fields of so many numbers -> (B, num_outputs).
 
     >>> layer = nn.Linear(3, 2)
     >>> x = torch.randn(4, 3)
     >>> bool(torch.allclose(linear(layer, x, relu=True), layer(x).relu(), atol=1e-6))
     True
     """
-    if not by_onednn(x, layer):
+    if isinstance(x, ScaledFields):
+        x, weight = x.in_columns(cast(Tensor, layer.weight))
+    elif by_onednn(x, layer):
+        weight = cast(Tensor, layer.weight)
+    else:
         y: Tensor = layer(x)
         return y.relu_() if relu else y
-    by_it: Tensor = _Linear.apply(*in_autocast(x, layer.weight, layer.bias), relu)  # type: ignore[no-untyped-call]
+    by_it: Tensor = _Linear.apply(*in_autocast(x, weight, layer.bias), relu)  # type: ignore[no-untyped-call]
     return by_it
 
 
@@ -116,7 +152,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        y = product(x, weight, bias, relu=relu)
+        y = product(x, weight, bias)
+        if relu:
+            y.relu_()
         ctx.save_for_backward(x, weight, y if relu else None)
         return y
 
@@ -138,9 +176,9 @@ class _Linear(torch.autograd.Function):
 class Dropout(nn.Module):
     """y = x m / (1 - p), m ~ Bernoulli(1 - p) per element, in training; y = x in evaluation (Srivastava et al. 2014).
 
-    The same distribution as `nn.Dropout` with p rounded to 1/65,536, but four masks are cut from each 64-bit draw: on a
-    CPU `F.dropout` samples one Bernoulli at a time, which costs a third of the training step of a small CTR network.
-    There the draws are of numpy's SFC64, twice as fast as torch's generator, which gives each call its seed.
+    The same distribution as `nn.Dropout` with p rounded to 1/65,536, and torch's own generator, but four masks are cut
+    from each 64-bit draw: on a CPU `F.dropout` samples one Bernoulli at a time, which costs a third of the training
+    step of a small CTR network.
 
     Shape: any -> the same.
 
@@ -176,21 +214,14 @@ class Dropout(nn.Module):
 
     def _kept(self, x: Tensor) -> Tensor:
         """1 for each element of x that is kept, else 0, as 16-bit whole numbers."""
-        draws = _draws(-(-x.numel() // 4), x.device)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        draws.random_(-(2**63), None)  # all 64 bits
         # In place: to make truth values and then floats of them takes twelve times as long.
         return draws.view(torch.int16)[: x.numel()].view(x.shape).ge_(self._dropped - 32768)
 
     def extra_repr(self) -> str:
         """Shown inside the model's printout."""
         return f"p={self.p}"
-
-
-def _draws(count: int, device: torch.device) -> Tensor:
-    """So many numbers of 64 random bits."""
-    if device.type != "cpu":
-        return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
-    seed = int(torch.randint(2**63 - 1, ()))
-    return torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
 
 
 class _DropAfterReLU(torch.autograd.Function):
@@ -243,12 +274,12 @@ class Hidden(nn.Sequential):
         super().__init__(*layers)
         init_linear(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., num_inputs) -> (..., widths[-1])."""
+    def forward(self, x: Tensor | ScaledFields) -> Tensor:
+        """(..., num_inputs), or fields of so many numbers -> (..., widths[-1])."""
         return through(self, x)
 
 
-def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+def through(layers: Iterable[nn.Module], x: Tensor | ScaledFields) -> Tensor:
     """What `nn.Sequential(*layers)(x)` gives, with ReLU done in one pass with what is before or behind it.
 
     Shape: (B, num_inputs) -> (B, num_outputs).
@@ -259,6 +290,8 @@ def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     True
     """
     waiting = deque(layers)
+    if isinstance(x, ScaledFields) and not by_onednn(x.looked_up.flatten(1), waiting[0]):
+        x = x.written_out().flatten(1)
     while waiting:
         layer = waiting.popleft()
         following = [type(one) for one in itertools.islice(waiting, 2) if not has_hooks(one)]
@@ -271,10 +304,10 @@ def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
         elif (
             _FUSED and type(layer) is nn.ReLU and following[:1] == [Dropout] and layer.training and not has_hooks(layer)
         ):
-            x = cast(Dropout, waiting.popleft()).after_relu(x)
+            x = cast(Dropout, waiting.popleft()).after_relu(cast(Tensor, x))
         else:
             x = layer(x)
-    return x
+    return cast(Tensor, x)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ctrlib.batch import Batch
 from ctrlib.calibration import Calibration
 from ctrlib.errors import ArgumentError
 from ctrlib.heads.linear import LinearHead
-from ctrlib.layers import full_precision, has_hooks
+from ctrlib.layers import ScaledFields, full_precision, has_hooks
 
 
 class Model(nn.Module):
@@ -56,19 +57,40 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch -> (B, T) logits."""
-        with full_precision():
-            fields = self.embedding(batch)
-        logits: Tensor
-        if type(self.head) is LinearHead and isinstance(fields, Tensor) and not has_hooks(self.tower, self.head):
-            forward_parts = getattr(self.tower, "forward_parts", lambda fields: [self.tower(fields)])
-            logits = self.head.of_parts(forward_parts(fields))
+        if self._may_join(batch):
+            logits = self._joined(batch)
         else:
+            with full_precision():
+                fields = self.embedding(batch)
             logits = self.head(self.tower(fields))
         if self.wide is not None:
             with full_precision():
                 first_order: Tensor = self.wide(batch)
             logits = logits + first_order
         return logits if self.calibration is None else self.calibration(logits)
+
+    def _may_join(self, batch: Batch) -> bool:
+        """Whether parts may hand on what they make in pieces: in training, where no hook waits for the whole."""
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and isinstance(batch, Batch)  # `torch.fx` comes with a stand-in for one
+            and not torch.compiler.is_compiling()
+            and not has_hooks(*self.modules())
+        )
+
+    def _joined(self, batch: Batch) -> Tensor:
+        """head(tower(embedding(batch))), up to the order of sums, with less that is written to memory and read."""
+        fields: Tensor | ScaledFields | None = None
+        with full_precision():
+            if batch.dense.device.type == "cpu" and getattr(self.tower, "reads_scaled_fields", False):
+                fields = getattr(self.embedding, "scaled_fields", lambda batch: None)(batch)
+            if fields is None:
+                fields = self.embedding(batch)
+        if type(self.head) is not LinearHead:
+            return cast(Tensor, self.head(self.tower(fields)))
+        forward_parts = getattr(self.tower, "forward_parts", None)
+        return self.head.of_parts([self.tower(fields)] if forward_parts is None else forward_parts(fields))
 
     def network(self) -> list[nn.Module]:
         """Tower, head, and the encoders that an embedding publishes as `encoders` (attention over a history, say).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
 from ctrlib.embeddings import table
-from ctrlib.embeddings.table import shift_ids
+from ctrlib.embeddings.table import TableEmbedding, shift_ids
 from ctrlib.errors import WrongTypeError
+from ctrlib.layers import ScaledFields
 from ctrlib.models import MODELS, build, for_engine
 from ctrlib.testing import example_batch, example_schema
 
@@ -315,3 +317,51 @@ def test_a_history_needs_a_target() -> None:
         build({"model": "mlp", "sequence": "din"}, ctr.Schema(features, ("y",)))
     with pytest.raises(ValueError, match="the schema has none"):
         build({"model": "mlp", "sequence": "din"}, ctr.Schema(features[:1], ("y",)))
+
+
+@pytest.mark.parametrize("numbers", ["first", "last", "between"])
+@pytest.mark.parametrize("name", ["deepfm", "fm", "mlp", "dcnv2", "gdcn", "xdeepfm", "autoint_plus"])
+def test_numbers_that_are_not_written_out_train_alike(name: str, numbers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and gradients are those of x_f v_f written out, and nothing else is taken where somebody looks on."""
+    schema = example_schema()
+    if numbers != "between":
+        order = sorted(schema.features, key=lambda one: isinstance(one, ctr.Numeric) != (numbers == "first"))
+        schema = replace(schema, features=tuple(order))
+    batch = example_batch(schema, 200)
+    arguments = {"head_dim": 4} if name == "autoint_plus" else {}
+    model = build({"model": name, "embedding_dim": 8, **arguments}, schema)
+    taken: list[bool] = []
+    model.tower.register_forward_pre_hook(lambda _, given: taken.append(isinstance(given[0], ScaledFields)))
+
+    def run() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        logits = model(batch)
+        torch.autograd.backward((logits * torch.linspace(-1, 1, 200).unsqueeze(1)).sum())
+        return {"": logits.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+    plain = run()  # the hook keeps it so
+    assert taken == [False]
+    model.tower._forward_pre_hooks.clear()
+    monkeypatch.setattr(TableEmbedding, "forward", lambda *_: pytest.fail("written out"))
+    if numbers == "between":
+        with pytest.raises(pytest.fail.Exception):
+            run()
+        return
+    for got, expected in zip(run().items(), plain.items(), strict=True):
+        assert got[0] == expected[0]
+        assert (got[1] - expected[1]).norm() <= 1e-5 * expected[1].norm() + 1e-7, got[0]
+    with pytest.raises(pytest.fail.Exception), torch.no_grad():
+        model.eval()(batch)
+
+
+def test_a_first_layer_of_another_kind_reads_numbers_written_out() -> None:
+    schema = replace(example_schema(), features=example_schema().features[:2])
+    model = build({"model": "mlp", "embedding_dim": 8, "hidden": (6,)}, schema)
+    batch = example_batch(schema, 50)
+    linear = model.tower.layers[0]
+    expected = model.eval()(batch).detach()
+    model.tower.layers[0] = nn.Sequential(linear)
+    torch.testing.assert_close(model.train()(batch), expected)
+    model.tower.layers[0] = linear
+    linear.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(model(batch), expected)

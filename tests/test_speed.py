@@ -148,9 +148,10 @@ def test_ctrlib_alone_goes_the_whole_road(tmp_path: Path, capsys: pytest.Capture
     table, machine = speed.measure_model(knobs, ["ctrlib"], raw, "deepfm")
     assert set(table.values) == {"step, rows/s", "CSV to test AUC, s", "test AUC of an epoch"}
     assert 0.5 < table.values["test AUC of an epoch"]["ctrlib"][0] < 1
-    # 39 fields of width 16 into 400-400-400: forward and twice backward. These and the FM's sum into the logit: the
-    # gradient of what one logit reads is no product of matrices. The wide part's 13 numbers need no gradient.
-    flops = 6 * 256 * (624 * 400 + 2 * 400 * 400) + 4 * 256 * (401 + 13)
+    # 26 rows of width 16 and 13 numbers, filled up to 448, into 400-400-400: forward and twice backward. These and the
+    # FM's sum into the logit: the gradient of what one logit reads is no product of matrices. The FM's sum of numbers
+    # times vectors, and of their squares, and the wide part's: numbers need no gradient.
+    flops = 6 * 256 * (448 * 400 + 2 * 400 * 400) + 4 * 256 * (401 + 13 * 16 + 13 + 13)
     assert machine["GFLOP of a step"] == pytest.approx(flops / 1e9)
     assert machine["matrix share"] == pytest.approx(machine["step products, ms"] / machine["step, ms"])
     capsys.readouterr()

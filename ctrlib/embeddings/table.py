@@ -18,7 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ctrlib.batch import Batch
 from ctrlib.embeddings.numeric import ValueTimesVector
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import has_hooks
+from ctrlib.layers import ScaledFields, has_hooks
 from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, RawId, SparseFeature, vocabulary_of
 
 
@@ -122,6 +122,22 @@ class TableEmbedding(nn.Module):
             blocks[True] = self.numeric(dense)
         fields = [blocks[is_numeric][:, start:stop] for is_numeric, start, stop in self.runs]
         return fields[0] if len(fields) == 1 else torch.cat(fields, dim=1)
+
+    def scaled_fields(self, batch: Batch) -> ScaledFields | None:
+        """The same fields, with x_f v_f not written out; None where there are none, or not on one side of the others.
+
+        >>> features = [Numeric("price"), Categorical("item", num_embeddings=5)]
+        >>> kjt = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([3, 4]), torch.tensor([1, 1]))
+        >>> batch = Batch(kjt, torch.ones(2, 1), torch.ones(2, 1), torch.ones(2))
+        >>> embedding = TableEmbedding(features, embedding_dim=4)
+        >>> bool((embedding.scaled_fields(batch).written_out() == embedding(batch)).all())
+        True
+        """
+        if self.tables is None or type(self.numeric) is not ValueTimesVector or len(self.runs) != 2:
+            return None
+        looked_up = look_up(self.tables, shift_ids(batch.sparse, self.first_rows), self.names)
+        numbers = batch.dense if self.columns is None else batch.dense[:, self.columns]
+        return ScaledFields(looked_up, numbers, self.numeric.vectors, numbers_first=self.runs[0][0])
 
 
 class Wide(nn.Module):

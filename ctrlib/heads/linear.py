@@ -52,40 +52,42 @@ class LinearHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H) -> (B, T) logits."""
-        weight = self._weight()
+        if self.linear is None:
+            return x.sum(1, keepdim=True) + self.bias
+        weight = self._weight(self.linear)
         with full_precision():
             return F.linear(x.to(weight.dtype), weight, self.bias)
 
     def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
         """The logits of x_1, x_2, ... side by side, (B, H_1), (B, H_2), ... -> (B, T), without putting them there: on a
         CPU a wide tower's output and its gradient are copied at the cost of a layer."""
-        weights = torch.split(self._weight(), [x.shape[1] for x in parts], dim=1)
+        if self.linear is None:
+            return self.forward(torch.cat([*parts], dim=1))
+        weights = torch.split(self._weight(self.linear), [x.shape[1] for x in parts], dim=1)
         with full_precision():
-            logits = self.bias
-            for x, weight in zip(parts, weights):
-                logits = logits + _Scores.apply(x, weight)  # type: ignore[no-untyped-call]
+            logits: Tensor = _Scores.apply(parts[0], weights[0], self.bias)  # type: ignore[no-untyped-call]
+            for x, weight in zip(parts[1:], weights[1:]):
+                logits = logits + _Scores.apply(x, weight, None)  # type: ignore[no-untyped-call]
             return logits
 
-    def _weight(self) -> Tensor:
+    def _weight(self, linear: nn.Linear) -> Tensor:
         """(T, H), that of unweighted columns 1."""
-        if self.linear is None or not self.unweighted:
-            return self.ones if self.linear is None else self.linear.weight
-        return torch.cat([self.linear.weight, self.ones], dim=1)
+        return torch.cat([linear.weight, self.ones], dim=1) if self.unweighted else linear.weight
 
 
 class _Scores(torch.autograd.Function):
-    """x w^T in the precision of w; the gradient of x is made in the precision of x, where autograd makes it in that of
-    w, and for a single logit as the outer product that it is, in half the time."""
+    """x w^T + b in the precision of w; the gradient of x is made in the precision of x, where autograd makes it in that
+    of w, and for a single logit as the outer product that it is, in half the time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.to(weight.dtype), weight)
+        return F.linear(x.to(weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         narrow, narrow_weight = grad.to(x.dtype), weight.to(x.dtype)
         of_x = narrow * narrow_weight if len(weight) == 1 else narrow @ narrow_weight
-        return of_x, grad.t() @ x.to(weight.dtype)
+        return of_x, grad.t() @ x.to(weight.dtype), grad.sum(0) if ctx.needs_input_grad[2] else None

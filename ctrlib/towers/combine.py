@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.errors import ArgumentError
+from ctrlib.layers import ScaledFields
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
@@ -41,14 +42,19 @@ class Parallel(nn.Module):
         self.towers = nn.ModuleList(towers)
         self.in_shape = shapes[0]
         self.out_shape = (sum(_shape(tower, "out_shape")[0] for tower in towers),)
+        self.reads_scaled_fields = any(getattr(tower, "reads_scaled_fields", False) for tower in towers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | ScaledFields) -> Tensor:
         """(B, F, D) -> (B, H)."""
         return torch.cat(self.forward_parts(x), dim=1)
 
-    def forward_parts(self, x: Tensor) -> list[Tensor]:
+    def forward_parts(self, x: Tensor | ScaledFields) -> list[Tensor]:
         """What `forward` concatenates, for a head that can do without (`LinearHead.of_parts`)."""
-        return [tower(x) for tower in self.towers]
+        if not isinstance(x, ScaledFields):
+            return [tower(x) for tower in self.towers]
+        reads = [getattr(tower, "reads_scaled_fields", False) for tower in self.towers]
+        written_out = None if all(reads) else x.written_out()
+        return [tower(x if scaled else written_out) for tower, scaled in zip(self.towers, reads)]
 
 
 class Stack(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ctrlib.errors import ArgumentError
+from ctrlib.layers import ScaledFields, full_precision
 
 
 class FM(nn.Module):
@@ -27,6 +28,8 @@ class FM(nn.Module):
     5.0
     """
 
+    reads_scaled_fields = True
+
     def __init__(self, in_shape: tuple[int, int]) -> None:
         super().__init__()
         if in_shape[0] < 2:
@@ -36,19 +39,28 @@ class FM(nn.Module):
         self.in_shape = tuple(in_shape)
         self.out_shape = (1,)
 
-    def forward(self, x_BFD: Tensor) -> Tensor:
+    def forward(self, x_BFD: Tensor | ScaledFields) -> Tensor:
         """(B, F, D) -> (B, 1)."""
-        pairs: Tensor = _PairwiseProducts.apply(x_BFD)  # type: ignore[no-untyped-call]
-        return pairs
+        pairs: Tensor
+        if not isinstance(x_BFD, ScaledFields):
+            pairs = _PairwiseProducts.apply(x_BFD, None)  # type: ignore[no-untyped-call]
+            return pairs
+        with full_precision():
+            x, v = x_BFD.numbers, x_BFD.vectors
+            pairs = _PairwiseProducts.apply(x_BFD.looked_up, x @ v)  # type: ignore[no-untyped-call]
+            return pairs - 0.5 * x.square() @ v.square().sum(1, keepdim=True)
 
 
 class _PairwiseProducts(torch.autograd.Function):
     """Lemma 3.1 with its gradient d/de_i = sum_{j != i} e_j = s - e_i written out: autograd would go through memory of
-    the fields' size seven times, this two times. Most of FM's cost is such passes."""
+    the fields' size seven times, this two times. Most of FM's cost is such passes.
+
+    `others` (B, D), if given, is the sum of further fields, whose squares are not counted: their gradient is s.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_BFD: Tensor) -> Tensor:
-        sum_BD = x_BFD.sum(1)
+    def forward(ctx: Any, x_BFD: Tensor, others_BD: Tensor | None) -> Tensor:
+        sum_BD = x_BFD.sum(1) if others_BD is None else x_BFD.sum(1).add_(others_BD)
         ctx.save_for_backward(x_BFD, sum_BD)
         norm_B1 = torch.linalg.vector_norm(x_BFD.flatten(1), dim=1, keepdim=True)  # reads the fields, writes B numbers
         pairs: Tensor = 0.5 * (sum_BD.square().sum(1, keepdim=True) - norm_B1.square())
@@ -56,7 +68,7 @@ class _PairwiseProducts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_B1: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_B1: Tensor) -> tuple[Tensor, Tensor | None]:
         x_BFD, sum_BD = ctx.saved_tensors
         gradient: Tensor = (sum_BD.unsqueeze(1) - x_BFD).mul_(grad_B1.unsqueeze(2))
-        return gradient
+        return gradient, sum_BD * grad_B1 if ctx.needs_input_grad[1] else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ctrlib.layers import Hidden
+from ctrlib.layers import Hidden, ScaledFields
 
 
 class MLP(nn.Module):
@@ -20,6 +20,8 @@ class MLP(nn.Module):
     >>> tower.out_shape, tower(torch.zeros(2, 3, 4)).shape
     ((5,), torch.Size([2, 5]))
     """
+
+    reads_scaled_fields = True
 
     def __init__(
         self,
@@ -34,7 +36,7 @@ class MLP(nn.Module):
         self.layers = Hidden(math.prod(in_shape), hidden, batch_norm=batch_norm, dropout=dropout)
         self.out_shape = (hidden[-1],)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | ScaledFields) -> Tensor:
         """(B, F, D) or (B, H) -> (B, hidden[-1])."""
-        out: Tensor = self.layers(x.flatten(1))
+        out: Tensor = self.layers(x if isinstance(x, ScaledFields) else x.flatten(1))
         return out
