@@ -294,7 +294,7 @@ def through(layers: Iterable[nn.Module], x: Tensor | ScaledFields) -> Tensor:
         x = x.written_out().flatten(1)
     while waiting:
         layer = waiting.popleft()
-        following = [type(one) for one in itertools.islice(waiting, 2) if not has_hooks(one)]
+        following = [None if has_hooks(one) else type(one) for one in itertools.islice(waiting, 2)]
         dropping = _FUSED and layer.training  # then ReLU is done with dropout behind it
         if type(layer) is nn.Linear:
             relu = following[:1] == [nn.ReLU] and not (dropping and following[1:] == [Dropout])
