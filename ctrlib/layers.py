@@ -112,7 +112,8 @@ def by_onednn(x: Tensor, *layers: nn.Module) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b by oneDNN, of tensors of one kind (`in_autocast`); has no gradient of its own.
 
-    oneDNN could do ReLU as well, but its ReLU of NaN is 0: a step would go wrong without a word.
+    oneDNN could do ReLU as well, but its ReLU of NaN is 0 (findings/torch-fused-relu-hides-nan.sh): a step would go
+    wrong without a word.
     """
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
