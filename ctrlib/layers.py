@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as hooks
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ctrlib.errors import ArgumentError
@@ -39,8 +42,38 @@ _FUSED: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-c
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody waits for one of them to be called."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    """Whether somebody waits for one of them to be called, or for its gradients, or has replaced what it does."""
+    everywhere = (
+        hooks._global_forward_hooks,
+        hooks._global_forward_pre_hooks,
+        hooks._global_backward_hooks,
+        hooks._global_backward_pre_hooks,
+    )
+    return any(everywhere) or any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        for module in modules
+    )
+
+
+def may_join() -> bool:
+    """Whether layers may be done together: in a pass that autograd differentiates, and nothing else looks into."""
+    return (
+        _FUSED
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def own(module: nn.Module, name: str) -> bool:
+    """Whether the very class of a module has this attribute: one that inherits it may do something else."""
+    return name in vars(type(module))
 
 
 class ScaledFields(NamedTuple):
@@ -95,26 +128,40 @@ def by_onednn(x: Tensor, *layers: nn.Module) -> bool:
     and its products themselves are up to a fifth faster on AMD's processors. It makes a program for each number of
     rows, though, which pays where that stays the same.
     """
+    narrow = torch.is_autocast_enabled("cpu")
     return (
         isinstance(x, Tensor)  # `torch.fx` comes with a stand-in for one
         and x.device.type == "cpu"
         and x.dim() == 2
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and all(type(layer) is nn.Linear and layer.weight.dtype == torch.float32 for layer in layers)
-        and all(layer.training for layer in layers)
-        and torch.is_grad_enabled()
-        and _FUSED
-        and not torch.compiler.is_compiling()
+        and x.dtype in (torch.float32, torch.bfloat16 if narrow else torch.float32)
+        and all(type(layer) is nn.Linear and layer.training for layer in layers)
+        and all(weight.dtype == torch.float32 for layer in layers for weight in layer.parameters())
+        and (not narrow or (torch.get_autocast_dtype("cpu") == torch.bfloat16 and _multiplies_bfloat16()))
+        and bool(torch.backends.mkldnn.enabled)
+        and may_join()
         and not has_hooks(*layers)
     )
 
 
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether oneDNN does on this processor; without AVX-512 it does not, and torch multiplies in another way."""
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    try:
+        torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "")
+    except RuntimeError:
+        return False
+    return True
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b by oneDNN, of tensors of one kind (`in_autocast`); has no gradient of its own.
+    """x W^T + b by oneDNN, of tensors of one kind (`in_autocast`), inside of a `torch.autograd.Function`.
 
     oneDNN could do ReLU as well, but its ReLU of NaN is 0 (findings/torch-fused-relu-hides-nan.sh): a step would go
     wrong without a word.
     """
+    if torch.is_grad_enabled():  # a backward pass that is to be differentiated itself
+        return F.linear(x, weight, bias)
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
@@ -143,7 +190,7 @@ def linear(layer: nn.Module, x: Tensor | ScaledFields, *, relu: bool = False) ->
         weight = cast(Tensor, layer.weight)
     else:
         y: Tensor = layer(x)
-        return y.relu_() if relu else y
+        return y.relu() if relu else y
     by_it: Tensor = _Linear.apply(*in_autocast(x, weight, layer.bias), relu)  # type: ignore[no-untyped-call]
     return by_it
 
@@ -160,7 +207,6 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
@@ -195,13 +241,12 @@ class Dropout(nn.Module):
             raise ArgumentError(f"dropout probability must be in [0, 1), got {p}")
         self.p = p
         self._dropped = min(round(p * 65536), 65535)  # of 65,536 equally likely 16-bit draws
-        self._scale = 65536 / (65536 - self._dropped)
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop elements (training) or pass through (evaluation)."""
         if not self.training or self._dropped == 0:
             return x
-        return x * self._kept(x).to(x.dtype).mul_(self._scale)
+        return x * self._kept(x).to(x.dtype).mul_(self._scale())
 
     def after_relu(self, x: Tensor) -> Tensor:
         """The same of ReLU(x) in training, in place of x, going half as often through memory, which is all it costs."""
@@ -210,8 +255,11 @@ class Dropout(nn.Module):
         kept = self._kept(x)
         if x.dtype == torch.bfloat16:
             kept = kept.mul_(_ONE_IN_BFLOAT16).view(torch.bfloat16)  # floats without a copy
-        dropped: Tensor = _DropAfterReLU.apply(x, kept, self._scale)  # type: ignore[no-untyped-call]
+        dropped: Tensor = _DropAfterReLU.apply(x, kept, self._scale())  # type: ignore[no-untyped-call]
         return dropped
+
+    def _scale(self) -> float:
+        return 65536 / (65536 - self._dropped)
 
     def _kept(self, x: Tensor) -> Tensor:
         """1 for each element of x that is kept, else 0, as 16-bit whole numbers."""
@@ -240,7 +288,6 @@ class _DropAfterReLU(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (y,) = ctx.saved_tensors
         return torch.ops.aten.threshold_backward(grad, y, 0).mul_(ctx.scale), None, None
@@ -293,22 +340,35 @@ def through(layers: Iterable[nn.Module], x: Tensor | ScaledFields) -> Tensor:
     waiting = deque(layers)
     if isinstance(x, ScaledFields) and not by_onednn(x.looked_up.flatten(1), waiting[0]):
         x = x.written_out().flatten(1)
+    watched = False  # whether somebody may hold what the layer before gave, so that it must stay as it is
     while waiting:
         layer = waiting.popleft()
-        following = [None if has_hooks(one) else type(one) for one in itertools.islice(waiting, 2)]
-        dropping = _FUSED and layer.training  # then ReLU is done with dropout behind it
-        if type(layer) is nn.Linear:
-            relu = following[:1] == [nn.ReLU] and not (dropping and following[1:] == [Dropout])
+        if isinstance(x, ScaledFields) or by_onednn(x, layer):
+            relu = bool(waiting) and _is_joined(waiting[0], nn.ReLU) and not _drops(*itertools.islice(waiting, 2))
             x = linear(layer, x, relu=relu)
             if relu:
                 waiting.popleft()
-        elif (
-            _FUSED and type(layer) is nn.ReLU and following[:1] == [Dropout] and layer.training and not has_hooks(layer)
-        ):
-            x = cast(Dropout, waiting.popleft()).after_relu(cast(Tensor, x))
+        elif not watched and _drops(layer, *itertools.islice(waiting, 1)):
+            x = cast(Dropout, waiting.popleft()).after_relu(x)
         else:
             x = layer(x)
+        watched = has_hooks(layer)
     return cast(Tensor, x)
+
+
+def _is_joined(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is plainly of this kind, in training, and may be done together with another."""
+    return type(layer) is kind and layer.training and may_join() and not has_hooks(layer)
+
+
+def _drops(*layers: nn.Module) -> bool:
+    """Whether these are ReLU, in place, and dropout."""
+    return (
+        len(layers) == 2
+        and _is_joined(layers[0], nn.ReLU)
+        and cast(nn.ReLU, layers[0]).inplace
+        and _is_joined(layers[1], Dropout)
+    )
 
 
 class LayerNorm(nn.LayerNorm):

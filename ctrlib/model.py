@@ -12,7 +12,7 @@ from ctrlib.batch import Batch
 from ctrlib.calibration import Calibration
 from ctrlib.errors import ArgumentError
 from ctrlib.heads.linear import LinearHead
-from ctrlib.layers import ScaledFields, full_precision, has_hooks
+from ctrlib.layers import ScaledFields, full_precision, has_hooks, may_join, own
 
 
 class Model(nn.Module):
@@ -57,7 +57,8 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch -> (B, T) logits."""
-        if self._may_join(batch):
+        # `torch.fx` comes with a stand-in for a batch.
+        if self.training and may_join() and isinstance(batch, Batch) and not has_hooks(*self.modules()):
             logits = self._joined(batch)
         else:
             with full_precision():
@@ -69,28 +70,19 @@ class Model(nn.Module):
             logits = logits + first_order
         return logits if self.calibration is None else self.calibration(logits)
 
-    def _may_join(self, batch: Batch) -> bool:
-        """Whether parts may hand on what they make in pieces: in training, where no hook waits for the whole."""
-        return (
-            self.training
-            and torch.is_grad_enabled()
-            and isinstance(batch, Batch)  # `torch.fx` comes with a stand-in for one
-            and not torch.compiler.is_compiling()
-            and not has_hooks(*self.modules())
-        )
-
     def _joined(self, batch: Batch) -> Tensor:
         """head(tower(embedding(batch))), up to the order of sums, with less that is written to memory and read."""
         fields: Tensor | ScaledFields | None = None
         with full_precision():
-            if batch.dense.device.type == "cpu" and getattr(self.tower, "reads_scaled_fields", False):
-                fields = getattr(self.embedding, "scaled_fields", lambda batch: None)(batch)
+            if own(self.tower, "reads_scaled_fields") and own(self.embedding, "scaled_fields"):
+                fields = cast("ScaledFields | None", self.embedding.scaled_fields(batch))  # type: ignore[operator]
             if fields is None:
                 fields = self.embedding(batch)
         if type(self.head) is not LinearHead:
             return cast(Tensor, self.head(self.tower(fields)))
-        forward_parts = getattr(self.tower, "forward_parts", None)
-        return self.head.of_parts([self.tower(fields)] if forward_parts is None else forward_parts(fields))
+        if own(self.tower, "forward_parts"):
+            return self.head.of_parts(self.tower.forward_parts(fields))  # type: ignore[operator]
+        return self.head.of_parts([self.tower(fields)])
 
     def network(self) -> list[nn.Module]:
         """Tower, head, and the encoders that an embedding publishes as `encoders` (attention over a history, say).

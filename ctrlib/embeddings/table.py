@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -18,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ctrlib.batch import Batch
 from ctrlib.embeddings.numeric import ValueTimesVector
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import ScaledFields, has_hooks
+from ctrlib.layers import ScaledFields, has_hooks, may_join
 from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, RawId, SparseFeature, vocabulary_of
 
 
@@ -135,8 +134,10 @@ class TableEmbedding(nn.Module):
         """
         if self.tables is None or type(self.numeric) is not ValueTimesVector or len(self.runs) != 2:
             return None
-        looked_up = look_up(self.tables, shift_ids(batch.sparse, self.first_rows), self.names)
         numbers = batch.dense if self.columns is None else batch.dense[:, self.columns]
+        if numbers.device.type != "cpu" or numbers.dtype != self.numeric.vectors.dtype:
+            return None
+        looked_up = look_up(self.tables, shift_ids(batch.sparse, self.first_rows), self.names)
         return ScaledFields(looked_up, numbers, self.numeric.vectors, numbers_first=self.runs[0][0])
 
 
@@ -390,9 +391,8 @@ def _read(tables: EmbeddingBagCollection, sparse: KeyedJaggedTensor, names: Sequ
         weights = {table: tables.embedding_bags[table].weight for table in dict.fromkeys(map(table_of.get, rows))}
         # Most often all keys in their order: then nothing is copied.
         ids_FB = sparse.values().view(len(keys), size) if rows == keys else torch.stack([ids[name] for name in rows])
-        found: Tensor = _Rows.apply(  # type: ignore[no-untyped-call]
-            ids_FB, [list(weights).index(table_of[name]) for name in rows], *weights.values()
-        )
+        read = _Rows.apply if may_join() else _rows
+        found: Tensor = read(ids_FB, [list(weights).index(table_of[name]) for name in rows], *weights.values())
         if rows == names:
             return found
         fields = dict(zip(rows, found.unbind(1)))
@@ -402,6 +402,10 @@ def _read(tables: EmbeddingBagCollection, sparse: KeyedJaggedTensor, names: Sequ
             bags = offsets[place * size : (place + 1) * size + 1] - starts[place]
             fields[name] = tables.embedding_bags[table_of[name]](ids[name], bags)
     return torch.stack([fields[name] for name in names], dim=1)
+
+
+def _rows(ids_FB: Tensor, tables: list[int], *weights: Tensor) -> Tensor:
+    return torch.stack([F.embedding(ids, weights[table]) for ids, table in zip(ids_FB, tables)], dim=1)
 
 
 class _Rows(torch.autograd.Function):
@@ -415,20 +419,27 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, ids_FB: Tensor, tables: list[int], *weights: Tensor) -> Tensor:
         ctx.save_for_backward(ids_FB)
         ctx.tables, ctx.rows = tables, [weight.shape[0] for weight in weights]
-        return torch.stack([F.embedding(ids, weights[table]) for ids, table in zip(ids_FB, tables)], dim=1)
+        return _rows(ids_FB, tables, *weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BFD: Tensor) -> tuple[Tensor | None, ...]:
         (ids_FB,), width = ctx.saved_tensors, grad_BFD.shape[2]
-        first = list(itertools.accumulate(ctx.rows, initial=0))
-        rows_BF = (ids_FB + torch.tensor([first[table] for table in ctx.tables]).unsqueeze(1)).t()
+        trained = ctx.needs_input_grad[2:]
+        if not all(trained):  # what is frozen may be large
+            fields = [field for field, table in enumerate(ctx.tables) if trained[table]]
+            ids_FB, grad_BFD = ids_FB[fields], grad_BFD[:, fields]
+        else:
+            fields = list(range(len(ctx.tables)))
+        rows = [count if is_trained else 0 for count, is_trained in zip(ctx.rows, trained)]
+        first = list(itertools.accumulate(rows, initial=0))
+        rows_BF = (ids_FB + torch.tensor([first[ctx.tables[field]] for field in fields]).unsqueeze(1)).t()
         if width < 16:
             places = (rows_BF.mul(width).unsqueeze(2) + torch.arange(width)).flatten()
             grad = grad_BFD.new_zeros(first[-1] * width).scatter_add_(0, places, grad_BFD.flatten())
         else:
             grad = grad_BFD.new_zeros(first[-1], width).index_add_(0, rows_BF.flatten(), grad_BFD.flatten(0, 1))
-        return None, None, *torch.split(grad.view(-1, width), ctx.rows)
+        parts = torch.split(grad.view(-1, width), rows)
+        return None, None, *(part if is_trained else None for part, is_trained in zip(parts, trained))
 
 
 def regroup(pooled: Any, names: Sequence[str]) -> Tensor:

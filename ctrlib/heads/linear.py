@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ctrlib.errors import ArgumentError
 from ctrlib.layers import full_precision, init_linear
@@ -85,7 +84,6 @@ class _Scores(torch.autograd.Function):
         return F.linear(x.to(weight.dtype), weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         narrow, narrow_weight = grad.to(x.dtype), weight.to(x.dtype)

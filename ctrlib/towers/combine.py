@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import ScaledFields
+from ctrlib.layers import ScaledFields, own
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
@@ -34,6 +34,8 @@ class Parallel(nn.Module):
     (17,)
     """
 
+    reads_scaled_fields = True
+
     def __init__(self, *towers: nn.Module) -> None:
         super().__init__()
         shapes = [_shape(tower, "in_shape") for tower in towers]
@@ -42,7 +44,6 @@ class Parallel(nn.Module):
         self.towers = nn.ModuleList(towers)
         self.in_shape = shapes[0]
         self.out_shape = (sum(_shape(tower, "out_shape")[0] for tower in towers),)
-        self.reads_scaled_fields = any(getattr(tower, "reads_scaled_fields", False) for tower in towers)
 
     def forward(self, x: Tensor | ScaledFields) -> Tensor:
         """(B, F, D) -> (B, H)."""
@@ -52,7 +53,7 @@ class Parallel(nn.Module):
         """What `forward` concatenates, for a head that can do without (`LinearHead.of_parts`)."""
         if not isinstance(x, ScaledFields):
             return [tower(x) for tower in self.towers]
-        reads = [getattr(tower, "reads_scaled_fields", False) for tower in self.towers]
+        reads = [own(tower, "reads_scaled_fields") for tower in self.towers]
         written_out = None if all(reads) else x.written_out()
         return [tower(x if scaled else written_out) for tower, scaled in zip(self.towers, reads)]
 

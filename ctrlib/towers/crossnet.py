@@ -89,8 +89,8 @@ class CrossNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, D) or (B, H) -> (B, F * D) or (B, H)."""
         x_0 = x_l = x.flatten(1)
-        if by_onednn(x_0, *self.layers):
-            weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
+        weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
+        if by_onednn(x_0, *self.layers) and all(bias is not None for bias in biases):
             crossed: Tensor = _Crosses.apply(x_0, *in_autocast(*weights, *biases))  # type: ignore[no-untyped-call]
             return crossed
         for layer in self.layers:
@@ -120,8 +120,9 @@ class _Crosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        num_layers = len(ctx.saved_tensors) // 3
-        weights, xs, sums = (ctx.saved_tensors[n * num_layers :][:num_layers] for n in range(3))
+        saved = ctx.saved_tensors
+        num_layers = len(saved) // 3
+        weights, xs, sums = (saved[n * num_layers :][:num_layers] for n in range(3))
         of_x = grad.to(xs[0].dtype)
         of_x_0, of_sum = torch.addcmul(of_x, of_x, sums[-1]), of_x * xs[0]
         of_weights, of_biases = [], []

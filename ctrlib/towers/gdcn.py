@@ -55,8 +55,8 @@ class GatedCrossNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, D) or (B, H) -> (B, F * D) or (B, H)."""
         c_0 = c_l = x.flatten(1)
-        if by_onednn(c_0, *self.crosses, *self.gates):
-            biases = [cross.bias for cross in self.crosses]
+        biases = [cross.bias for cross in self.crosses]
+        if by_onednn(c_0, *self.crosses, *self.gates) and all(bias is not None for bias in biases):
             weights = [layer.weight for layer in (*self.crosses, *self.gates)]
             crossed: Tensor = _GatedCrosses.apply(c_0, *in_autocast(*biases, *weights))  # type: ignore[no-untyped-call]
             return crossed

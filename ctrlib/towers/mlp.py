@@ -38,5 +38,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor | ScaledFields) -> Tensor:
         """(B, F, D) or (B, H) -> (B, hidden[-1])."""
+        if isinstance(x, ScaledFields) and type(self.layers) is not Hidden:
+            x = x.written_out()
         out: Tensor = self.layers(x if isinstance(x, ScaledFields) else x.flatten(1))
         return out
