@@ -136,10 +136,10 @@ def by_onednn(x: Tensor, *layers: nn.Module) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16 if narrow else torch.float32)
         and all(type(layer) is nn.Linear and layer.training for layer in layers)
         and all(weight.dtype == torch.float32 for layer in layers for weight in layer.parameters())
-        and (not narrow or (torch.get_autocast_dtype("cpu") == torch.bfloat16 and _multiplies_bfloat16()))
         and bool(torch.backends.mkldnn.enabled)
         and may_join()
         and not has_hooks(*layers)
+        and (not narrow or (torch.get_autocast_dtype("cpu") == torch.bfloat16 and _multiplies_bfloat16()))
     )
 
 
