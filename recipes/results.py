@@ -11,6 +11,7 @@ nothing of theirs, and count as repeats of the first runs that do.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import statistics
 from dataclasses import dataclass
@@ -327,18 +328,19 @@ def make_record_table(groups: list[list[dict[str, str]]]) -> str:
 def make_rerun_table(groups: list[list[dict[str, str]]], published: dict[tuple[str, str], str]) -> str:
     """Models that another library was run with on the same rows, as markdown: what was published, its run, ours."""
 
-    def key(run: dict[str, str], model: str) -> tuple[str, ...]:
-        return (*(run[name] for name in ("data", "data_hash", "engine", "precision")), model)
+    def key(run: dict[str, str], model: str, precision: str) -> tuple[str, ...]:
+        return (*(run[name] for name in ("data", "data_hash", "engine")), precision, model)
 
-    ours = {key(runs[0], runs[0]["model"]): runs for runs in groups}
+    ours = {key(runs[0], runs[0]["model"], runs[0]["precision"]): runs for runs in groups}
     lines = [["data", "model", "published test AUC", "run here", "seeds", "its test AUC", "our seeds", "our test AUC"]]
     lines.append(["---"] * 4 + ["--:"] * 4)
     for runs in groups:
         model, _, library = runs[0]["model"].partition(" of ")
-        for name in (model, model + AVERAGED):
-            own = ours.get(key(runs[0], name))
+        for name, precision in itertools.product((model, model + AVERAGED), ("fp32", "bf16")):
+            own = ours.get(key(runs[0], name, precision))
             if library and own:
-                cells = [runs[0]["data"], name, published.get((runs[0]["data"], model), ""), runs[0]["note"]]
+                called = name + ", bf16" * (precision == "bf16")
+                cells = [runs[0]["data"], called, published.get((runs[0]["data"], model), ""), runs[0]["note"]]
                 for some in (runs, own):
                     cells += [str(len(some)), _mean_and_sd(some, "test_auc")]
                 lines.append(cells)
