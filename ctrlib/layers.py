@@ -177,7 +177,7 @@ def in_autocast(*tensors: Any) -> list[Any]:
 def linear(layer: nn.Module, x: Tensor | ScaledFields, *, relu: bool = False) -> Tensor:
     """layer(x) of an `nn.Linear`, or ReLU(layer(x)), by oneDNN where that is faster (`by_onednn`).
 
-    Shape: (B, num_inputs), or fields of so many numbers -> (B, num_outputs).
+    Shape: (B, num_inputs), or fields of so many numbers, where `by_onednn` holds -> (B, num_outputs).
 
     >>> layer = nn.Linear(3, 2)
     >>> x = torch.randn(4, 3)
@@ -329,6 +329,8 @@ class Hidden(nn.Sequential):
 
 def through(layers: Iterable[nn.Module], x: Tensor | ScaledFields) -> Tensor:
     """What `nn.Sequential(*layers)(x)` gives, with ReLU done in one pass with what is before or behind it.
+
+    What goes into a ReLU that is in place may be overwritten, as by the ReLU itself, and nothing else.
 
     Shape: (B, num_inputs) -> (B, num_outputs).
 

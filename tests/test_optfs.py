@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 import ctrlib as ctr
-from ctrlib import models
+from ctrlib import layers, models
 from ctrlib.embeddings.table import table_name
 from ctrlib.losses import collect_auxiliary
 from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID
@@ -80,12 +80,14 @@ def test_the_temperature_rises_as_in_the_paper() -> None:
 
 @pytest.mark.parametrize("tower", ["fm", "deepfm", "dcn", "ipnn"])
 @pytest.mark.parametrize("stacked", [0, 2])
-def test_nothing_is_changed_at_first(tower: str, stacked: int) -> None:
-    """Bit by bit: logits with gates are those of the backbone."""
+def test_nothing_is_changed_at_first(tower: str, stacked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits with gates are those of the backbone: bit by bit by plain layers, else up to the order of sums."""
     schema = example_schema()
     model = build(schema, tower=tower, stacked=stacked)
     batch = example_batch(schema, 50)
     searched, gates = gated(model, schema, OptFS())
+    torch.testing.assert_close(searched(batch), model(batch))
+    monkeypatch.setattr(layers, "_FUSED", False)
     assert torch.equal(searched(batch), model(batch))
     with torch.no_grad():
         next(iter(gates.logits.values())).sub_(0.3)
