@@ -12,7 +12,8 @@ from ctrlib.batch import Batch
 from ctrlib.calibration import Calibration
 from ctrlib.errors import ArgumentError
 from ctrlib.heads.linear import LinearHead
-from ctrlib.layers import ScaledFields, full_precision, has_hooks, may_join, own
+from ctrlib.joined import ScaledFields, has_hooks, may_join, own
+from ctrlib.layers import full_precision
 
 
 class Model(nn.Module):

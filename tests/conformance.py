@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ctrlib import layers
+from ctrlib import joined
 from ctrlib.testing import check_head, check_tower
 
 Make = Callable[[Any], nn.Module]
@@ -105,7 +105,7 @@ def check_fused(make: Make, in_shape: tuple[int, ...], head: bool) -> None:
     part = make(in_shape)
     x = inputs(in_shape, 32, head)[0].requires_grad_()
     fused = _run(part, x, contextlib.nullcontext(), 0)
-    with mock.patch.object(layers, "_FUSED", False):
+    with mock.patch.object(joined, "ENABLED", False):
         plain = _run(part, x, contextlib.nullcontext(), 0)
     assert fused.keys() == plain.keys()
     for name, value in plain.items():
@@ -251,7 +251,7 @@ def autocast_shares(make: Make, in_shape: tuple[int, ...], head: bool, *, seed: 
         exact = _run(part, x, contextlib.nullcontext(), number)
         for backward_inside in (True, False):
             record = _Recorded()
-            with mock.patch.object(layers, "_FUSED", False):
+            with mock.patch.object(joined, "ENABLED", False):
                 plain = _run(part, x, record, number, autocast=True, backward_inside=backward_inside)
                 rounding = _Rounded(record.calls)
                 rounded = _run(part, x, rounding, number, autocast=True, backward_inside=backward_inside)

@@ -17,6 +17,7 @@ LAYERS = [
     {"errors"},
     {"making", "_launcher", "_lock", "_json"},
     {"_lazy", "_target", "remote"},  # an installation that does not load is explained by `doctor`
+    {"joined"},
     {"schema", "batch", "layers", "metrics", "plots", "distributed"},
     {"losses", "manifest", "calibration"},
     {"data", "embeddings", "towers", "heads"},
@@ -43,10 +44,11 @@ STRICT = {
     "remote": ({"errors", "making", "_launcher"}, {"s3fs"}),
     "_lazy": ({"doctor"}, set()),
     "metrics": ({"errors"}, {"numpy"}),  # an offline AUC needs no torch
-    "layers": ({"errors"}, {"torch"}),
+    "joined": (set(), {"torch"}),
+    "layers": ({"errors", "joined"}, {"torch"}),
     "losses": ({"errors", "layers"}, {"torch"}),
     "calibration": ({"errors"}, {"torch", "numpy"}),
-    "towers": ({"errors", "layers", "_lazy"}, {"torch"}),
+    "towers": ({"errors", "joined", "layers", "_lazy"}, {"torch"}),
     "heads": ({"errors", "layers", "losses", "_lazy"}, {"torch"}),
 }
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import ctrlib as ctr
 from ctrlib.embeddings import table
-from ctrlib.embeddings.table import TableEmbedding, shift_ids
+from ctrlib.embeddings.table import shift_ids
 from ctrlib.errors import WrongTypeError
-from ctrlib.layers import Dropout, ScaledFields
 from ctrlib.models import MODELS, build, for_engine
 from ctrlib.testing import example_batch, example_schema
 
@@ -318,135 +315,3 @@ def test_a_history_needs_a_target() -> None:
         build({"model": "mlp", "sequence": "din"}, ctr.Schema(features, ("y",)))
     with pytest.raises(ValueError, match="the schema has none"):
         build({"model": "mlp", "sequence": "din"}, ctr.Schema(features[:1], ("y",)))
-
-
-@pytest.mark.parametrize("numbers", ["first", "last", "between"])
-@pytest.mark.parametrize("name", ["deepfm", "fm", "mlp", "dcnv2", "gdcn", "xdeepfm", "autoint_plus"])
-def test_numbers_that_are_not_written_out_train_alike(name: str, numbers: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits and gradients are those of x_f v_f written out, and nothing else is taken where somebody looks on."""
-    schema = example_schema()
-    if numbers != "between":
-        order = sorted(schema.features, key=lambda one: isinstance(one, ctr.Numeric) != (numbers == "first"))
-        schema = replace(schema, features=tuple(order))
-    batch = example_batch(schema, 200)
-    arguments = {"head_dim": 4} if name == "autoint_plus" else {}
-    model = build({"model": name, "embedding_dim": 8, **arguments}, schema)
-    taken: list[bool] = []
-    model.tower.register_forward_pre_hook(lambda _, given: taken.append(isinstance(given[0], ScaledFields)))
-
-    def run() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        logits = model(batch)
-        torch.autograd.backward((logits * torch.linspace(-1, 1, 200).unsqueeze(1)).sum())
-        return {"": logits.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
-
-    plain = run()  # the hook keeps it so
-    assert taken == [False]
-    model.tower._forward_pre_hooks.clear()
-    monkeypatch.setattr(TableEmbedding, "forward", lambda *_: pytest.fail("written out"))
-    if numbers == "between":
-        with pytest.raises(pytest.fail.Exception):
-            run()
-        return
-    for got, expected in zip(run().items(), plain.items(), strict=True):
-        assert got[0] == expected[0]
-        assert (got[1] - expected[1]).norm() <= 1e-5 * expected[1].norm() + 1e-7, got[0]
-    with pytest.raises(pytest.fail.Exception), torch.no_grad():
-        model.eval()(batch)
-
-
-def test_a_first_layer_of_another_kind_reads_numbers_written_out() -> None:
-    schema = replace(example_schema(), features=example_schema().features[:2])
-    model = build({"model": "mlp", "embedding_dim": 8, "hidden": (6,)}, schema)
-    batch = example_batch(schema, 50)
-    linear = model.tower.layers[0]
-    expected = model.eval()(batch).detach()
-    model.tower.layers[0] = nn.Sequential(linear)
-    torch.testing.assert_close(model.train()(batch), expected)
-    model.tower.layers[0] = linear
-    linear.register_forward_hook(lambda *_: None)
-    torch.testing.assert_close(model(batch), expected)
-
-
-class Clamped(ctr.MLP):
-    """A user's own tower, which inherits what it knows nothing of."""
-
-    def forward(self, x: Any) -> torch.Tensor:
-        return super().forward(x.clamp(-0.1, 0.1))
-
-
-class Doubled(ctr.TableEmbedding):
-    """A user's own embedding."""
-
-    def forward(self, batch: ctr.Batch) -> torch.Tensor:
-        return 2 * super().forward(batch)
-
-
-class Halved(ctr.Parallel):
-    """A user's own tower of towers."""
-
-    def forward(self, x: Any) -> torch.Tensor:
-        return super().forward(x) / 2
-
-
-@pytest.mark.parametrize("part", ["tower", "tower inside", "embedding", "parallel", "layers", "forward", "double"])
-def test_parts_of_ones_own_train_as_they_score(part: str) -> None:
-    torch.manual_seed(0)
-    schema = replace(example_schema(), features=example_schema().features[:2])
-    embedding = (Doubled if part == "embedding" else ctr.TableEmbedding)(schema.features, embedding_dim=4)
-    shape = embedding.out_shape
-    mlp = (Clamped if part.startswith("tower") else ctr.MLP)(shape, hidden=(6,))
-    tower = mlp if part == "tower" else (Halved if part == "parallel" else ctr.Parallel)(mlp, ctr.FM(shape))
-    model = ctr.Model(embedding, tower, ctr.LinearHead(tower.out_shape))
-    for weight in model.parameters():
-        weight.data.normal_()
-    if part == "layers":
-        mlp.layers = nn.Sequential(nn.Linear(8, 6), nn.Tanh())
-    if part == "forward":
-        mlp.layers[0].forward = lambda x: x[:, :6]
-    if part == "double":
-        model = model.double()
-    batch = example_batch(schema, 30)
-    scores = model.eval()(batch)
-    torch.testing.assert_close(model.train()(batch), scores)
-
-
-def test_frozen_tables_get_no_gradient_and_others_theirs() -> None:
-    model = make("deepfm")
-    batch = example_batch(SCHEMA, 40)
-    torch.autograd.backward(model(batch).sum())
-    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    model.zero_grad()
-    frozen = [name for name in expected if "user" in name]
-    assert frozen
-    for name in frozen:
-        model.get_parameter(name).requires_grad_(False)
-    torch.autograd.backward(model(batch).sum())
-    for name, weight in model.named_parameters():
-        if name in frozen:
-            assert weight.grad is None
-        elif name in expected:
-            torch.testing.assert_close(weight.grad, expected[name])
-
-
-def test_training_goes_through_what_looks_into_it() -> None:
-    """Derivatives of derivatives, torch.func, torch.compile, checkpoints: the joined forms work there or stay out."""
-    schema = replace(example_schema(), features=example_schema().features[:2])
-    model = build({"model": "wide_deep", "embedding_dim": 4, "hidden": (6,), "dropout": 0.5}, schema)
-    batch = example_batch(schema, 20)
-    (gradient,) = torch.autograd.grad(model(batch).square().sum(), model.embedding.numeric.vectors, create_graph=True)
-    torch.autograd.backward(gradient.square().sum())
-    assert model.tower.layers[0].weight.grad is not None
-    tower, x = model.tower, torch.randn(20, 2, 4)
-    weights = dict(tower.named_parameters())
-    by_func = torch.func.grad(lambda given: torch.func.functional_call(tower.eval(), given, (x,)).sum())(weights)
-    tower.train()
-    for layer in tower.layers:
-        layer.train(not isinstance(layer, Dropout))  # dropout alone in evaluation: no noise, whoever asks
-    torch.testing.assert_close(tower(x), tower(x))
-    compiled = torch.compile(tower, backend="aot_eager")
-    for run in (tower, compiled, lambda x: checkpoint(tower, x, use_reentrant=False)):
-        tower.zero_grad()
-        torch.autograd.backward(run(x).sum())
-        for name, weight in tower.named_parameters():
-            torch.testing.assert_close(weight.grad, by_func[name])

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 import ctrlib as ctr
-from ctrlib import layers, models
+from ctrlib import joined, models
 from ctrlib.embeddings.table import table_name
 from ctrlib.losses import collect_auxiliary
 from ctrlib.schema import NUM_RESERVED_IDS, OOV_ID
@@ -87,7 +87,7 @@ def test_nothing_is_changed_at_first(tower: str, stacked: int, monkeypatch: pyte
     batch = example_batch(schema, 50)
     searched, gates = gated(model, schema, OptFS())
     torch.testing.assert_close(searched(batch), model(batch))
-    monkeypatch.setattr(layers, "_FUSED", False)
+    monkeypatch.setattr(joined, "ENABLED", False)
     assert torch.equal(searched(batch), model(batch))
     with torch.no_grad():
         next(iter(gates.logits.values())).sub_(0.3)

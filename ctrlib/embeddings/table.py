@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from ctrlib.batch import Batch
 from ctrlib.embeddings.numeric import ValueTimesVector
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import ScaledFields, has_hooks, may_join
+from ctrlib.joined import ScaledFields, has_hooks, may_join
 from ctrlib.schema import PADDING_ID, Categorical, Feature, Numeric, RawId, SparseFeature, vocabulary_of
 
 
@@ -383,24 +383,30 @@ def _read(tables: EmbeddingBagCollection, sparse: KeyedJaggedTensor, names: Sequ
     table_of = {name: config.name for config in tables.embedding_bag_configs() for name in config.feature_names}
     names = list(table_of if names is None else names)
     keys, starts, offsets, size = sparse.keys(), sparse.offset_per_key(), sparse.offsets(), sparse.stride()
+    places = {name: place for place, name in enumerate(keys)}
     single = (sparse.lengths().view(len(keys), size) == 1).all(1).tolist()
-    rows = [name for name in names if single[keys.index(name)]]
-    ids = {name: sparse.values()[starts[place] : starts[place + 1]] for place, name in enumerate(keys) if name in names}
+    rows = [name for name in names if single[places[name]]]
+
+    def ids_of(name: str) -> Tensor:
+        ids: Tensor = sparse.values()[starts[places[name]] : starts[places[name] + 1]]
+        return ids
+
     fields: dict[str, Tensor] = {}
     if rows:
-        weights = {table: tables.embedding_bags[table].weight for table in dict.fromkeys(map(table_of.get, rows))}
+        weights = {table_of[name]: tables.embedding_bags[table_of[name]].weight for name in rows}
+        numbers = {table: number for number, table in enumerate(weights)}
         # Most often all keys in their order: then nothing is copied.
-        ids_FB = sparse.values().view(len(keys), size) if rows == keys else torch.stack([ids[name] for name in rows])
+        ids_FB = sparse.values().view(len(keys), size) if rows == keys else torch.stack([ids_of(one) for one in rows])
         read = _Rows.apply if may_join() else _rows
-        found: Tensor = read(ids_FB, [list(weights).index(table_of[name]) for name in rows], *weights.values())
+        found: Tensor = read(ids_FB, [numbers[table_of[name]] for name in rows], *weights.values())
         if rows == names:
             return found
         fields = dict(zip(rows, found.unbind(1)))
     for name in names:
         if name not in fields:
-            place = keys.index(name)
+            place = places[name]
             bags = offsets[place * size : (place + 1) * size + 1] - starts[place]
-            fields[name] = tables.embedding_bags[table_of[name]](ids[name], bags)
+            fields[name] = tables.embedding_bags[table_of[name]](ids_of(name), bags)
     return torch.stack([fields[name] for name in names], dim=1)
 
 
@@ -425,11 +431,9 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad_BFD: Tensor) -> tuple[Tensor | None, ...]:
         (ids_FB,), width = ctx.saved_tensors, grad_BFD.shape[2]
         trained = ctx.needs_input_grad[2:]
-        if not all(trained):  # what is frozen may be large
-            fields = [field for field, table in enumerate(ctx.tables) if trained[table]]
+        fields = [field for field, table in enumerate(ctx.tables) if trained[table]]
+        if len(fields) < len(ctx.tables):  # what is frozen may be large
             ids_FB, grad_BFD = ids_FB[fields], grad_BFD[:, fields]
-        else:
-            fields = list(range(len(ctx.tables)))
         rows = [count if is_trained else 0 for count, is_trained in zip(ctx.rows, trained)]
         first = list(itertools.accumulate(rows, initial=0))
         rows_BF = (ids_FB + torch.tensor([first[ctx.tables[field]] for field in fields]).unsqueeze(1)).t()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import ScaledFields, own
+from ctrlib.joined import ScaledFields, own
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import Dropout, init_linear, linear, through
+from ctrlib.joined import linear
+from ctrlib.layers import Dropout, init_linear, through
 
 
 class FinalBlock(nn.Module):

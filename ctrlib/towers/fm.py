@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import ScaledFields, full_precision
+from ctrlib.joined import ScaledFields
+from ctrlib.layers import full_precision
 
 
 class FM(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ctrlib.errors import ArgumentError
-from ctrlib.layers import by_onednn, in_autocast, init_linear, product
+from ctrlib.joined import by_onednn, in_autocast, product
+from ctrlib.layers import init_linear
 
 
 class GatedCrossNet(nn.Module):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ctrlib.layers import Hidden, ScaledFields
+from ctrlib.joined import ScaledFields
+from ctrlib.layers import Hidden
 
 
 class MLP(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctrlib as ctr
-from ctrlib.layers import product
+from ctrlib.joined import product
 from ctrlib.training.allocator import keep_freed_memory
 from ctrlib.training.config import EngineName, Precision
 from ctrlib.training.engines import make_engine, native_bfloat16
@@ -125,7 +125,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         tensors = [value for value in args if isinstance(value, Tensor)]
-        if name == "_linear_pointwise":  # x W^T + b, as `ctrlib.layers.product` calls it: matrices last, as in addmm
+        if name == "_linear_pointwise":  # x W^T + b, as `ctrlib.joined.product` calls it: matrices last, as in addmm
             x, weight, *bias = tensors
             tensors = [*bias, x, weight.t()]
         if name in ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise"):
