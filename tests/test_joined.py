@@ -18,7 +18,7 @@ import ctrlib as ctr
 from ctrlib import joined
 from ctrlib.embeddings.table import TableEmbedding
 from ctrlib.joined import ScaledFields, by_onednn, linear
-from ctrlib.layers import Dropout, Hidden
+from ctrlib.layers import Dropout, Hidden, through
 from ctrlib.models import build
 from ctrlib.testing import example_batch, example_schema
 from ctrlib.towers import CrossNetV2, GatedCrossNet
@@ -155,21 +155,24 @@ def test_parts_of_ones_own_train_as_they_score(part: str) -> None:
 
 
 def test_frozen_tables_get_no_gradient_and_others_theirs() -> None:
-    model = build({"model": "deepfm", "embedding_dim": 4}, example_schema())
-    batch = example_batch(example_schema(), 40)
+    features = example_schema().features
+    schema = replace(example_schema(), features=(features[0], features[2], features[1]))  # user, item, price
+    model, batch = build({"model": "deepfm", "embedding_dim": 4}, schema), example_batch(schema, 40)
     torch.autograd.backward(model(batch).sum())
     expected = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
     frozen = [name for name in expected if "user" in name]
-    assert frozen
+    assert len(frozen) == 2
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     torch.autograd.backward(model(batch).sum())
     for name, weight in model.named_parameters():
-        if name in frozen:
-            assert weight.grad is None
-        elif name in expected:
+        assert (weight.grad is None) == (name in frozen)
+        if weight.grad is not None:
             torch.testing.assert_close(weight.grad, expected[name])
+    # Nor is room made for one: gradients of all tables lie behind each other.
+    items = model.get_parameter("embedding.tables.embedding_bags.table_item.weight")
+    assert items.grad is not None and items.grad.untyped_storage().nbytes() == 4 * items.numel()
 
 
 def test_training_goes_through_what_looks_into_it() -> None:
@@ -222,6 +225,13 @@ def test_what_a_hook_was_given_stays_as_it_was() -> None:
             block.train(training)(torch.randn(50, 6), torch.randn(50, 5))
             hook.remove()
             assert seen[0].min() < 0
+
+
+def test_a_relu_that_is_not_in_place_leaves_alone_what_it_reads() -> None:
+    """As a gradient may need it."""
+    x = torch.randn(20, 4, requires_grad=True)
+    torch.autograd.backward(through([nn.Sigmoid(), nn.ReLU(), Dropout(0.5)], x).sum())
+    assert x.grad is not None and x.grad.any()
 
 
 @pytest.mark.parametrize("tower", [CrossNetV2, GatedCrossNet])
