@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import cast
 
@@ -58,8 +59,9 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch -> (B, T) logits."""
-        # `torch.fx` comes with a stand-in for a batch.
-        if self.training and may_join() and isinstance(batch, Batch) and not has_hooks(*self.modules()):
+        # `torch.fx` comes with a stand-in for a batch. Hooks of tables do not matter: those are called in any case.
+        passed_by = itertools.chain(self.tower.modules(), self.head.modules())
+        if self.training and may_join() and isinstance(batch, Batch) and not has_hooks(*passed_by):
             logits = self._joined(batch)
         else:
             with full_precision():

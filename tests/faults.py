@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -65,6 +66,8 @@ class Trials:
     """Runs killed by SIGKILL, one to three times each."""
     terminations: int = 20
     """Runs told to end by SIGTERM."""
+    last_steps: int = 4
+    """Runs that go on with the last step of an epoch, where a pipeline has nothing left to take."""
     flips: int = 100
     """Checkpoint folders with one bit flipped."""
     truncations: int = 20
@@ -121,6 +124,7 @@ class Life:
     checkpoint_seconds: float | None = 0.02  # None: no checkpoints
     timeout: float = 60.0
     on_batch: Callable[[int], None] = lambda number: None  # called as the loader hands out its n-th batch
+    on_saved: Callable[[int], None] = lambda number: None  # called after the n-th step of this life, and its checkpoint
     count_rows: bool = False
 
 
@@ -164,6 +168,7 @@ def train(life: Life) -> dict[str, Any]:
 
     loader = WatchedLoader(life.data, "train", shuffle=True, seed=1, **share).watch(on_batch)
     valid = ctr.Loader(life.data, "valid", **{**share, "batch_size": 2000 // setup.ranks})
+    call_after_steps(engine, life.on_saved)
     rows: Counter[str] = Counter()
     if life.count_rows:
         count_rows(engine, loader, rows)
@@ -218,6 +223,18 @@ def count_rows(engine: Any, loader: ctr.Loader, rows: Counter[str]) -> None:
             yield batch, loss
 
     engine.train = counting
+
+
+def call_after_steps(engine: Any, on_saved: Callable[[int], None]) -> None:
+    """When the engine is asked for one more step, what follows a step has been done."""
+    plain, steps = engine.train, itertools.count(1)
+
+    def watching(batches: Any) -> Any:
+        for pair in plain(batches):
+            yield pair
+            on_saved(next(steps))
+
+    engine.train = watching
 
 
 def live(life: Life, rank: int, port: int) -> None:
@@ -389,6 +406,7 @@ class Suite:
         trials = self.trials
         self.run("kill -9", trials.kills, self.kill, *reversed(SETUPS))  # few are for those with most that can go wrong
         self.run("SIGTERM", trials.terminations, self.terminate, TWO, SETUPS[3], SETUPS[0], SETUPS[1])
+        self.run("gone on with the last step of an epoch", trials.last_steps, self.last_step, TWO, SETUPS[1])
         damages = {"flipped bit": trials.flips, "truncated": trials.truncations, "swapped": trials.swaps}
         for kind, count in damages.items():
             self.run(f"checkpoint {kind}", count, partial(self.damage, kind), TWO)
@@ -440,6 +458,17 @@ class Suite:
             shutil.rmtree(life.folder)  # it came too late
         else:
             raise NotSurvivedError("twenty runs ended before they could be told to")
+        row.injected += 1
+        check_end(life, self.reference(life.setup))
+
+    def last_step(self, chance: random.Random, life: Life, row: Row) -> None:
+        """Both are killed when they have saved the step before."""
+        last = chance.choice((STEPS, 2 * STEPS))
+        killed = replace(life, checkpoint_seconds=0.0, on_saved=partial(kill_self, last - 1))
+        with started(killed) as processes:
+            exit_codes(processes)
+        newest = json.loads((life.folder / "checkpoints" / "LATEST").read_text().partition("\n")[2])
+        expect(newest["step"] == last - 1, f"the newest checkpoint is of step {newest['step']}, expected {last - 1}")
         row.injected += 1
         check_end(life, self.reference(life.setup))
 

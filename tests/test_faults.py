@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 # checkpoints after each step.
 SHORT = {
     **{"kills": 1, "terminations": 1, "flips": 1, "truncations": 0, "swaps": 0, "resumed": 3, "full-disks": 0},
-    **{"lost": 1, "stopped": 0, "torchruns": 0, "rank-changes": 1, "checkpoint-seconds": 0.1},
+    **{"last-steps": 1, "lost": 1, "stopped": 0, "torchruns": 0, "rank-changes": 1, "checkpoint-seconds": 0.1},
 }
 
 
@@ -45,7 +45,7 @@ left = [path.name for path in Path(faults.tempfile.gettempdir()).iterdir()]
 print("left:", *(name for name in left if not name.startswith("torch")))  # torch's own are torch's
 Checkpoints.load = careless
 print("careless")
-none = dict.fromkeys(("kills", "terminations", "flips", "lost", "rank_changes"), 0)
+none = dict.fromkeys(("kills", "terminations", "last_steps", "flips", "lost", "rank_changes"), 0)
 sys.exit(10 * status + faults.main(replace(trials, **none, full_disks=1)))
 """
 
@@ -62,7 +62,7 @@ def test_every_fault_is_survived_and_a_resume_that_loses_the_last_bits_is_found_
     kills = [numbers for fault, numbers in counts.items() if fault.startswith("kill -9: ")]
     assert [runs for runs, _, _ in kills] == [1]
     assert sum(injected for _, injected, _ in kills) >= 1
-    assert len(counts) == 1 + 1 + 1 + 2
+    assert len(counts) == 1 + 1 + 1 + 1 + 2
     assert all(survived == runs <= injected for runs, injected, survived in counts.values())
     left, careless, found_out = found_out.partition("careless\n")
     assert careless and not left.strip()

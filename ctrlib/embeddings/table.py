@@ -125,6 +125,8 @@ class TableEmbedding(nn.Module):
     def scaled_fields(self, batch: Batch) -> ScaledFields | None:
         """The same fields, with x_f v_f not written out; None where there are none, or not on one side of the others.
 
+        None also where somebody waits for this module to be called.
+
         >>> features = [Numeric("price"), Categorical("item", num_embeddings=5)]
         >>> kjt = KeyedJaggedTensor.from_lengths_sync(["item"], torch.tensor([3, 4]), torch.tensor([1, 1]))
         >>> batch = Batch(kjt, torch.ones(2, 1), torch.ones(2, 1), torch.ones(2))
@@ -133,6 +135,8 @@ class TableEmbedding(nn.Module):
         True
         """
         if self.tables is None or type(self.numeric) is not ValueTimesVector or len(self.runs) != 2:
+            return None
+        if has_hooks(self, self.numeric):
             return None
         numbers = batch.dense if self.columns is None else batch.dense[:, self.columns]
         if numbers.device.type != "cpu" or numbers.dtype != self.numeric.vectors.dtype:
@@ -291,14 +295,17 @@ def first_rows(features: Sequence[SparseFeature], stacked: int) -> dict[str, int
 
 
 def shift_ids(sparse: KeyedJaggedTensor, shifts: dict[str, int] | None) -> KeyedJaggedTensor:
-    """The same bags with `shifts[key]` added to every id of a key that has one; None leaves them as they are."""
+    """The same bags with `shifts[key]` added to every id of a key that has one; None leaves them as they are.
+
+    Whoever gets the bags can ask `before_shift` what they were.
+    """
     if shifts is None:
         return sparse
     keys, lengths = sparse.keys(), sparse.length_per_key()
     # What is made while torch.export looks on is of its own kind, and must not be kept.
     shift_of = _shift.__wrapped__ if torch.compiler.is_compiling() else _shift
     shift = shift_of(tuple(shifts.get(key, 0) for key in keys), tuple(lengths), sparse.values().device)
-    return KeyedJaggedTensor(
+    shifted = KeyedJaggedTensor(
         keys,
         sparse.values() + shift,
         lengths=sparse.lengths(),
@@ -307,6 +314,15 @@ def shift_ids(sparse: KeyedJaggedTensor, shifts: dict[str, int] | None) -> Keyed
         length_per_key=lengths,
         offset_per_key=sparse.offset_per_key(),
     )
+    if not torch.compiler.is_compiling():
+        shifted._ctrlib_before = sparse, shifts
+    return shifted
+
+
+def before_shift(ids: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, dict[str, int] | None]:
+    """The bags that `shift_ids` made these from, and by which shifts; others as they are, and None."""
+    found: tuple[KeyedJaggedTensor, dict[str, int] | None] = getattr(ids, "_ctrlib_before", (ids, None))
+    return found
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,7 +16,7 @@ from torchrec.streamable import Pipelineable
 
 from ctrlib.batch import Batch
 from ctrlib.distributed import gather, init_process_group, world_size
-from ctrlib.embeddings.table import TableEmbedding, Wide, shift_ids
+from ctrlib.embeddings.table import before_shift, shift_ids
 from ctrlib.errors import check_has
 from ctrlib.losses import binary_cross_entropy
 from ctrlib.model import Model
@@ -202,22 +202,18 @@ class FusedEngine:
 
 @contextlib.contextmanager
 def _find_pipelined(model: nn.Module, batch: Batch) -> Iterator[_Tables]:
-    """The sharded tables that the forward pass inside the block calls once, with the ids of the batch as they are, and
-    those of `TableEmbedding` and `Wide` that are stacked, with by how much the ids are shifted.
+    """The sharded tables that the forward pass inside the block calls once, with the ids of the batch as they are or
+    shifted (as in stacked `TableEmbedding` and `Wide`), and by how much.
 
     TorchRec's pipeline sends these ids around ahead of time. It would look for such tables by tracing the model, which
-    most embeddings here (and maybe yours) do not allow.
+    most embeddings here (and maybe yours) do not allow. Hooks are for tables only: those of what a step may pass by
+    (`ctrlib.joined`) would change the step.
     """
-    stacked = [part for part in model.modules() if type(part) in (TableEmbedding, Wide) and part.first_rows]
-    shifts: dict[Any, Any] = {part.tables: part.first_rows for part in stacked}
-    calls: list[tuple[Any, Any]] = []  # tables, and the ids that they, or the part that shifts for them, came with
+    calls: list[tuple[ShardedModule, KeyedJaggedTensor]] = []
     hooks = [
-        part.register_forward_pre_hook(lambda part, args: calls.append((part.tables, args[0].sparse)))
-        for part in stacked
-    ] + [
         module.register_forward_pre_hook(lambda module, args: calls.append((module, args[0])))
         for module in model.modules()
-        if isinstance(module, ShardedModule) and module not in shifts
+        if isinstance(module, ShardedModule)
     ]
     found: _Tables = {}
     try:
@@ -227,8 +223,9 @@ def _find_pipelined(model: nn.Module, batch: Batch) -> Iterator[_Tables]:
             hook.remove()
     called = [tables for tables, _ in calls]
     for tables, ids in calls:
-        if _same(ids, batch.sparse) and called.count(tables) == 1:
-            found[tables] = shifts.get(tables)
+        before, shifts = before_shift(ids)
+        if _same(before, batch.sparse) and called.count(tables) == 1:
+            found[tables] = shifts
 
 
 def _same(ids: Any, others: KeyedJaggedTensor) -> bool:
