@@ -50,8 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # The data-set script with its arguments (planted rows need none), and L2 on the tables: 1e-3 was the best of 1e-5, 1e-4
-# and 1e-3 on Amazon's validation rows with din. An average of the weights bears more: of 1e-3, 3e-3, 1e-2 and 3e-2, the third was best on MovieLens' (din,
-# seed 1: .8267, .8343, .8368, .8351; without the average 3e-3 was best, .8287).
+# and 1e-3 on Amazon's validation rows with din. An average of the weights bears more: of 1e-3, 3e-3, 1e-2 and 3e-2, the
+# third was best on MovieLens' validation rows (din, seed 1: .8267, .8343, .8368, .8351; without it, 3e-3: .8287).
 DATA: dict[str, dict[str, Any]] = {
     "amazon_grocery": {"script": ["amazon_grocery.py"], "embedding_l2": 1e-3},
     "movielens_1m_histories": {
@@ -85,11 +85,11 @@ class Knobs(RecipeKnobs):
 def main(knobs: Knobs) -> None:
     """Prepare if needed, train, report."""
     data = DATA[knobs.data_set]
-    if not data["script"]:
-        knobs = dataclasses.replace(knobs, data=prepare_planted(knobs))
     if knobs.average and (knobs.peer or "averaged_l2" not in data):
         tuned = ", ".join(name for name, each in DATA.items() if "averaged_l2" in each)
         raise SystemExit(f"--average is for ctrlib's models, on data with L2 tuned for it: {tuned}")
+    if not data["script"]:
+        knobs = dataclasses.replace(knobs, data=prepare_planted(knobs))
     if knobs.peer:
         run_peer(knobs, prepared(knobs, __file__, knobs.data_set, data["script"]), data["embedding_l2"])
         return
