@@ -90,7 +90,9 @@ def test_a_peer_without_its_place_is_refused(knobs: dict[str, Any], folder: Path
         histories.run_peer(histories.Knobs(**knobs), folder, l2=0)
 
 
-@pytest.mark.parametrize("knobs", [{"data_set": "planted_interests"}, {"data_set": "movielens_1m_histories", "peer": "rechub"}])
+@pytest.mark.parametrize(
+    "knobs", [{"data_set": "planted_interests"}, {"data_set": "movielens_1m_histories", "peer": "rechub"}]
+)
 def test_an_average_without_an_l2_of_its_own_is_refused(knobs: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="L2 tuned for it: movielens_1m_histories"):
         histories.main(histories.Knobs(average=True, data=tmp_path / "data", **knobs))
