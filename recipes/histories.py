@@ -1,6 +1,7 @@
 """Click histories: mean pooling, DIN, BST and SIM under one MLP, on Amazon Grocery, MovieLens-1M and planted interests.
 
     python recipes/histories.py --data-set amazon_grocery --model din --seed 1 [--raw DIR] [--engine fused] [--record]
+    python recipes/histories.py --data-set movielens_1m_histories --model din --average
 
 A row's history holds only what the user did strictly before it; how the rows are split by time, say the docstrings of
 datasets/amazon_grocery.py and datasets/movielens_1m.py (protocol `histories`). There is no published number for either;

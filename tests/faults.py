@@ -462,12 +462,12 @@ class Suite:
         check_end(life, self.reference(life.setup))
 
     def last_step(self, chance: random.Random, life: Life, row: Row) -> None:
-        """Both are killed when they have saved the step before."""
+        """Each process is killed when the step before has been saved."""
         last = chance.choice((STEPS, 2 * STEPS))
         killed = replace(life, checkpoint_seconds=0.0, on_saved=partial(kill_self, last - 1))
         with started(killed) as processes:
             exit_codes(processes)
-        newest = json.loads((life.folder / "checkpoints" / "LATEST").read_text().partition("\n")[2])
+        newest = read_manifest(life.folder / "checkpoints" / "LATEST")
         expect(newest["step"] == last - 1, f"the newest checkpoint is of step {newest['step']}, expected {last - 1}")
         row.injected += 1
         check_end(life, self.reference(life.setup))
